@@ -1,0 +1,1160 @@
+"""What the scripts share and no paper is about, in four sections:
+
+1. Run      arguments, devices and ranks, the run's folder, checkpoints, logging
+2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation
+3. Models   ResNets with normalisation and mixed precision inside
+4. Attacks  PGD in the linf and l2 ball, robust accuracy
+
+Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
+returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
+file defines things and does nothing else. Every function can be copied out on its own: `pgd` and
+`batchnorm_mode` need only torch.
+"""
+import argparse
+import contextlib
+import errno
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ======================================================================================================
+# 1. Run: arguments, devices and ranks, the run's folder, checkpoints, logging
+# ======================================================================================================
+
+
+class UserError(Exception):
+    """A mistake or a mishap the user can mend, told in one sentence. `cli` prints it without a traceback."""
+
+
+# ---- arguments ---------------------------------------------------------------------------------------
+
+
+def number(text: str) -> float:
+    """Read `0.5`, `1e-4` or `8/255`. Raises ValueError for anything else."""
+    try:
+        value = float(Fraction(text.replace(" ", "")))
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError(text) from None
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    """Read a comma-separated list such as `0,4/255,8/255`."""
+    try:
+        return [number(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"'{text}' is not a list of numbers such as 0,4/255,8/255.") from None
+
+
+def eps_name(eps: float) -> str:
+    """The way papers write a radius: 8/255 -> '8/255', 0.5 -> '0.5'."""
+    k = eps * 255
+    short = f"{eps:g}"
+    return f"{round(k)}/255" if len(short) > 5 and abs(k - round(k)) < 1e-6 else short
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+
+
+def parse_args(cls: type, argv: list[str] | None = None) -> Any:
+    """Turn a dataclass into command-line flags: one per field, its trailing comment is the help.
+
+    Later wins: the field's default, then `cls.QUICK` if --quick is given, then the flags. With
+    `--resume --out DIR` the arguments of the run in DIR take the place of defaults and QUICK, so that flags
+    need not be repeated.
+    """
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    parser = _Parser(
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for f in fields(cls):
+        default = eps_name(f.default) if f.type is float else f.default
+        note = f"{notes.get(f.name, '')} (default: {default!s})".replace("%", "%%")
+        kw: dict[str, Any] = {"default": argparse.SUPPRESS, "help": note}
+        if f.type is bool:
+            kw["action"] = argparse.BooleanOptionalAction
+        elif get_origin(f.type) is Literal:
+            kw["choices"] = get_args(f.type)
+        else:
+            kw["type"] = number if f.type is float else f.type
+            kw["metavar"] = {float: "X", int: "N"}.get(f.type, "S")
+        parser.add_argument("--" + f.name.replace("_", "-"), **kw)
+    given = vars(parser.parse_args(argv))
+    values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
+    if given.get("resume") and given.get("out"):
+        values |= {k: v for k, v in _saved_args(Path(given["out"])).items() if k in values}
+    return cls(**(values | given))
+
+
+# What may be asked of a flag wherever it appears: (flag, lowest, highest allowed value).
+_RANGES = [
+    ("epochs", 1, math.inf), ("batch_size", 1, math.inf), ("lr", 0, math.inf), ("weight_decay", 0, math.inf),
+    ("width", 1 / 64, 64), ("image_size", 8, 4096), ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9),
+    ("eps", 0, math.inf), ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
+    ("workers", 0, 1024), ("seed", 0, 2**31),
+]  # fmt: skip
+
+
+def check_args(args: Any) -> None:
+    """Raise UserError for a value outside its range (`Args(...)` built by hand included)."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: choose from {', '.join(get_args(f.type))}.")
+        if f.type is float and not math.isfinite(value):
+            raise UserError(f"--{f.name.replace('_', '-')} {value} is not a finite number.")
+    for name, low, high in _RANGES:
+        value = getattr(args, name, low)
+        if not low <= value <= high:
+            span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"--{name.replace('_', '-')} {value:g} must be {span}.")
+
+
+def cli(main: Callable, args_class: type) -> None:
+    """Run a script from the command line: `main(parse_args(args_class))`, with errors told in one sentence.
+
+    Exit codes: 0 done, 1 a UserError / full disk / out of memory, 2 a wrong flag, 130 SIGINT, 143 SIGTERM.
+    A traceback means a bug.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _Signals.handle)
+    try:
+        main(parse_args(args_class))
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; take a smaller --batch-size (or --width), or --amp bf16.")
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
+            raise
+        sys.exit(f"error: {e.strerror}: {e.filename or 'output'}; free some space or choose another --out.")
+    except KeyboardInterrupt as e:
+        print(f"\ninterrupted{': ' + str(e) if str(e) else ''}", file=sys.stderr, flush=True)
+        sys.exit(128 + (_Signals.received or signal.SIGINT))
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+class _Signals:
+    """SIGINT and SIGTERM stop the program at once, or, inside an `Epoch`, after the step that is running."""
+
+    received = 0
+    deferred = False
+
+    @classmethod
+    def handle(cls, signum: int, frame: Any) -> None:
+        # Under torchrun a Ctrl-C arrives twice (terminal, then torchrun): the second must not cut the saving short.
+        again = cls.received and "TORCHELASTIC_RUN_ID" not in os.environ
+        cls.received = signum
+        if again or not cls.deferred:
+            raise KeyboardInterrupt
+
+
+# ---- devices, ranks, seeds ---------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU; under torchrun each rank takes its own card."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine has no usable CUDA device; use --device cpu.")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: GPU {index} asked for, {torch.cuda.device_count()} found.")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def seed_step(seed: int, epoch: int, step: int) -> None:
+    """Seed torch for one training step. Since nothing random outlives a step, no generator state need be saved:
+    a run resumed at any step draws what the uninterrupted run would have drawn, each rank its own numbers."""
+    torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_009 + world()[0]) % 2**63)
+
+
+def distribute(model: nn.Module, sync_bn: bool = False) -> nn.Module:
+    """Wrap for the weight update on several ranks (attack the bare `model`); returns `model` itself on one.
+
+    Without `sync_bn`, BatchNorm uses each rank's own statistics and rank 0's running averages, which is what
+    nn.DataParallel does.
+    """
+    if world()[1] == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    if sync_bn:
+        if not on_gpu:
+            raise UserError("--sync-bn needs GPUs: PyTorch has no synchronised BatchNorm on the CPU.")
+        # Converted in place of `model`'s own layers, so that the bare and the wrapped module stay one.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if on_gpu else None)
+
+
+def sync_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's running statistics, so that all ranks evaluate the same network."""
+    if world()[1] > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+# ---- the run's folder --------------------------------------------------------------------------------
+
+# Flags that a resumed run may change: they do not enter the numbers.
+_FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "workers", "compile"}
+
+
+def _saved_args(folder: Path) -> dict:
+    """The arguments of the run in `folder`; {} if it holds none."""
+    try:
+        return json.loads((folder / "config.json").read_text())["args"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'config.json'} is not readable as a run's config; choose another --out.") from None
+
+
+def _contradictions(args: Any, saved: dict) -> list[str]:
+    return [
+        f"--{k.replace('_', '-')} {v} (the run has {saved[k]})"
+        for k, v in asdict(args).items()
+        if k in saved and k not in _FREE_ON_RESUME and v != saved[k]
+    ]
+
+
+@dataclass
+class Run:
+    """A run's folder and where it computes. All writing is done by rank 0; on other ranks it does nothing."""
+
+    folder: Path
+    device: torch.device
+    script: str
+    args: Any
+
+    def say(self, text: str) -> None:
+        if world()[0] == 0:
+            print(text, flush=True)
+
+    def save(self, name: str, state: dict) -> None:
+        if world()[0] == 0:
+            save_checkpoint(self.folder / name, state)
+
+    def load(self, name: str) -> dict | None:
+        """The run's own checkpoint `name`, on the CPU; None if it has not been written yet."""
+        path = self.folder / name
+        found = torch.tensor(int(path.exists()), device=self.device)
+        if world()[1] > 1:
+            dist.broadcast(found, 0)
+        return load_checkpoint(path) if found else None
+
+    def write(self, name: str, text: str) -> None:
+        if world()[0] == 0:
+            write_atomically(self.folder / name, lambda f: f.write(text.encode()))
+
+    def log(self, history: list[dict], line: dict) -> None:
+        """Append one epoch's metrics to `history`, print them, and rewrite metrics.jsonl from the whole history
+        (so that an epoch replayed after a kill is not in it twice)."""
+        history.append(line)
+        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+    def resume_command(self) -> str:
+        return f"python {self.script}.py --resume --out {self.folder}"
+
+
+def start_run(args: Any, script: str) -> Run:
+    """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
+
+    The folder is --out, or runs/<script>-<norm>-<eps>-s<seed> with -2, -3, ... appended when the name is taken.
+    An existing run is continued with --resume and refused without. With --resume and no --out it is the newest
+    run of the default name with the same arguments; if there is none, a new one starts.
+    Raises UserError for all that can be wrong.
+    """
+    check_args(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        device = choose_device(args.device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if torch.get_num_threads() == 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    else:
+        device = choose_device(args.device)
+    answer: list = [None, None]  # folder, error: decided on rank 0, told to all
+    if world()[0] == 0:
+        try:
+            answer[0] = _run_folder(args, script)
+        except UserError as e:
+            answer[1] = str(e)
+        except OSError as e:
+            answer[1] = f"cannot make the run's folder ({e.strerror}: {e.filename}); choose another --out."
+    if world()[1] > 1:
+        dist.broadcast_object_list(answer, 0)
+    if answer[1]:
+        raise UserError(answer[1])
+    run = Run(Path(answer[0]), device, script, args)
+    if not (run.folder / "config.json").exists():
+        config = {"script": script, "args": asdict(args), "device": device_name(device), "torch": torch.__version__}
+        run.write("config.json", json.dumps(config | {"commit": _commit(), "ranks": world()[1]}, indent=1))
+    run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
+    return run
+
+
+def _run_folder(args: Any, script: str) -> str:
+    quick = "-quick" if getattr(args, "quick", False) else ""
+    name = f"{script}{quick}-{args.norm}-{eps_name(args.eps).replace('/', '_')}-s{args.seed}"
+    default = Path("runs") / name
+    if args.out:
+        folder = Path(args.out)
+        saved = _saved_args(folder)
+        if (saved or (folder / "last.pt").exists()) and not args.resume:
+            raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
+        if saved and (wrong := _contradictions(args, saved)):
+            raise UserError(f"--resume: {folder} was started with other arguments: {'; '.join(wrong)}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+    if args.resume:
+        taken = [p for p in default.parent.glob(name + "*") if re.fullmatch(r"(-\d+)?", p.name[len(name) :])]
+        same = [p for p in taken if (saved := _saved_args(p)) and not _contradictions(args, saved)]
+        if same:
+            return str(max(same, key=lambda p: (p / "config.json").stat().st_mtime_ns))
+        print(f"--resume: no {default} run with these arguments yet; starting one.", flush=True)
+    for k in range(1, 100_000):
+        folder = default if k == 1 else default.with_name(f"{name}-{k}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return str(folder)
+    raise UserError(f"{default} and its numbered variants are all taken; choose an --out.")
+
+
+def device_name(device: torch.device) -> str:
+    """'NVIDIA H200' or 'CPU (AMD EPYC, 2 threads)', for config.json and tables."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = ""
+    with contextlib.suppress(OSError):
+        model = next((s.split(":")[1].strip() for s in open("/proc/cpuinfo") if s.startswith("model name")), "")
+    return f"CPU ({model + ', ' if model else ''}{torch.get_num_threads()} threads)"
+
+
+def _commit() -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).resolve().parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        return git.stdout.strip()
+    return ""
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary file and move it to `path`: a kill leaves the old file or the new one.
+
+    Raises UserError if the disk is full or the folder cannot be written to; the old file is then intact.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns some write errors into RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"could not write {path} ({reason}); what was there before is intact: make room, then resume.") from None
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` (tensors and plain Python only, see `load_checkpoint`) atomically."""
+    write_atomically(Path(path), lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of any script onto the CPU, without executing anything in it (weights_only).
+
+    It holds at least `network` (the keyword arguments of `build_model`) and `model` (its state dict).
+    Raises UserError if the file is missing, truncated, not a checkpoint, or not one of ours.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the checkpoint in it, e.g. {Path(path) / 'best.pt'}.") from None
+    except Exception as e:  # torch.load raises a dozen kinds for damaged files
+        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM):
+            raise UserError(f"no permission to read {path}.") from None
+        raise UserError(f"{path} is truncated, or no checkpoint that loads safely (weights_only).") from None
+    if not isinstance(state, dict) or not {"network", "model"} <= state.keys():
+        raise UserError(f"{path} is a checkpoint of some other program: it has no 'network' and 'model' entries.")
+    return state
+
+
+def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
+    """module.load_state_dict(weights), with every key and shape required to match. Raises UserError if not."""
+    own = module.state_dict()
+    wrong = [k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    if wrong:
+        k = min(wrong)
+        what = "is not in it" if k not in weights else "is not in the network" if k not in own else (
+            f"has shape {tuple(weights[k].shape)} where the network has {tuple(own[k].shape)}")  # fmt: skip
+        raise UserError(f"{source} is of another architecture: {k} {what} ({len(wrong)} such; check --arch and --width).")
+    module.load_state_dict(weights)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Rebuild the network of any script's checkpoint, in eval mode and full precision.
+
+    Returns a module that maps images in [0, 1], (B, 3, H, W), to class logits, (B, classes).
+    Raises UserError for a file that is missing, damaged or foreign.
+    """
+    state = load_checkpoint(path)
+    try:
+        model = build_model(**state["network"])
+    except (TypeError, ValueError, KeyError, UserError) as e:
+        raise UserError(f"{path} describes a network this version cannot build ({e}).") from None
+    load_weights(model, state["model"], path)
+    return model.to(device).eval()
+
+
+# ---- logging -----------------------------------------------------------------------------------------
+
+
+class Epoch:
+    """The book-keeping of one epoch's steps, as a context manager:
+
+    running means on the device, a progress bar (rate, loss, ETA; with tqdm, on a terminal, on rank 0), the check
+    for NaN, and SIGINT/SIGTERM held back until the step is over, when `interrupted()` says so on every rank.
+    `sums` continues the means of an epoch that was interrupted.
+    """
+
+    def __init__(self, epoch: int, images: int, device: torch.device, step: int = 0, sums: dict | None = None):
+        self.epoch, self.step, self.device = epoch, step, device
+        self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
+        self.begin, self.seen = time.perf_counter(), 0
+        self.bar = progress_bar(images, f"epoch {epoch + 1}")
+
+    def __enter__(self) -> "Epoch":
+        _Signals.deferred = True
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        _Signals.deferred = False
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, count: int, **losses: Tensor) -> None:
+        """Add one step of `count` images (of this rank) and its mean losses.
+        Raises UserError, naming epoch and step, when the losses are no longer finite."""
+        self.step += 1
+        self.seen += count * world()[1]
+        for k, v in (losses | {"images": torch.ones((), device=self.device)}).items():
+            self.sums[k] = self.sums.get(k, 0) + v.detach().float() * count
+        # Reading a number makes the CPU wait for a GPU, so there it is done every 50th step only.
+        if self.device.type == "cpu" or self.step % 50 == 0:
+            self._check()
+        if self.bar is not None:
+            if self.step % 50 == 0:
+                self.bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
+            self.bar.update(count * world()[1])
+
+    def _check(self) -> None:
+        if not math.isfinite(sum(float(v) for v in self.sums.values())):
+            raise UserError(
+                f"the loss became NaN or infinite in epoch {self.epoch + 1}, at or just before step {self.step}; "
+                "the last checkpoint is from before: take a smaller --lr, or --amp off."
+            )
+
+    def interrupted(self) -> bool:
+        """Has a SIGINT/SIGTERM arrived on any rank? With several ranks asked every 10th step, since they must agree."""
+        if world()[1] == 1:
+            return bool(_Signals.received)
+        if self.step % 10:
+            return False
+        flag = torch.tensor(_Signals.received, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        _Signals.received = int(flag)
+        return bool(_Signals.received)
+
+    def means(self) -> dict[str, float]:
+        """Mean losses over the epoch's images (of all ranks) and `images_per_s`."""
+        self._check()
+        total = torch.stack([v.float() for v in self.sums.values()])
+        if world()[1] > 1:
+            dist.all_reduce(total)
+        named = dict(zip(self.sums, total.tolist(), strict=True))
+        count = named.pop("images")
+        rate = self.seen / (time.perf_counter() - self.begin)
+        return {k: v / count for k, v in named.items()} | {"images_per_s": round(rate, 1)}
+
+
+def progress_bar(total: int, label: str) -> Any:
+    """A tqdm bar counting images, or None without tqdm, off a terminal, or on ranks other than 0."""
+    if world()[0] or not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, desc=label, unit="img", leave=False, dynamic_ncols=True)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print columns aligned on the right, the first on the left."""
+    width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * w for w in width], *rows]:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
+    sys.stdout.flush()
+
+
+def write_results(run: Run, rows: list[dict], seconds: float) -> dict:
+    """Write results.json, the contract with report.py: one row per accuracy (percent), see README."""
+    results = {
+        "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
+        "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
+    }  # fmt: skip
+    run.write("results.json", json.dumps(results, indent=1))
+    return results
+
+
+def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
+    """Write a PNG with one captioned row of images per entry of `rows`, each (N, 3, H, W) in [0, 1]."""
+    from PIL import Image, ImageDraw
+    from torchvision.utils import make_grid
+
+    scale = max(1, 64 // next(iter(rows.values())).shape[-1])
+    tiles = torch.cat([v.detach().float().cpu() for v in rows.values()])
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(tiles, nrow=len(next(iter(rows.values()))), padding=2, pad_value=1.0)  # (3, H, W)
+    pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    margin = 8 + 7 * max(map(len, rows))
+    picture = Image.new("RGB", (margin + pixels.shape[1], pixels.shape[0]), "white")
+    picture.paste(Image.fromarray(pixels), (margin, 0))
+    for i, caption in enumerate(rows):
+        ImageDraw.Draw(picture).text((4, (i + 0.5) * pixels.shape[0] / len(rows) - 6), caption, fill="black")
+    write_atomically(path, lambda f: picture.save(f, format="PNG"))
+
+
+# ======================================================================================================
+# 2. Data: digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation
+# ======================================================================================================
+
+# Per-channel mean and std. CIFAR's are the numbers of the robustness library, on which Kucer et al. build;
+# they sit inside the network, so what matters is only that they are stored with it.
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STATS = {
+    "digits": ((0.3, 0.3, 0.3), (0.35, 0.35, 0.35)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "folder": IMAGENET_STATS,
+}
+# A data set whose decoded pixels (uint8) take no more than this lives on the device; larger ones are streamed.
+IN_MEMORY_BYTES = 4 * 2**30
+
+
+@dataclass
+class Images:
+    """A labelled set of images, or a subset of one (`index`).
+
+    pixels: uint8 (N, 3, H, W) on the device, or a torch Dataset giving (uint8 (3, H, W), label, problem)
+    labels: int64 (N,) on the CPU;  index: int64 (n,) on the CPU, the rows that belong to this set
+    """
+
+    pixels: Any
+    labels: Tensor
+    classes: list[str]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def subset(self, rows: Tensor) -> "Images":
+        """The images at positions `rows` of this set; the pixels are shared, not copied."""
+        return replace(self, index=self.index[rows])
+
+
+def load_data(
+    dataset: str, data_dir: str, device: torch.device, *, image_size: int = 32, data_mirror: str = "", workers: int = 2
+) -> tuple[Images, Images]:
+    """(training set, test set) of digits, cifar10, cifar100, stl10 or folder, as image_size x image_size RGB.
+
+    CIFAR and STL-10 are read from `data_dir` if they are there and fetched into it if not, from the official host
+    or from `data_mirror`; the official MD5 sums are checked each time. 'folder' is
+    data_dir/{train, test or val}/<class>/*.jpg|png.
+    Raises UserError if the data are missing, damaged or cannot be fetched.
+    """
+    if dataset == "digits":
+        return _load_digits(device, image_size)
+    if dataset == "folder":
+        return _load_folder(Path(data_dir), device, image_size, workers)
+    # One rank per machine looks for the files (and fetches them); the others then find them on disk.
+    for first in (True, False):
+        if first == (int(os.environ.get("LOCAL_RANK", 0)) == 0 or world()[1] == 1):
+            sets = _load_torchvision(dataset, data_dir, device, image_size, data_mirror)
+        if world()[1] > 1:
+            dist.barrier()
+    return sets
+
+
+def _to_images(pixels: Tensor, labels: Iterable[int], classes: list[str], device: torch.device, size: int) -> Images:
+    if pixels.shape[-2:] != (size, size):
+        from torchvision.transforms.v2.functional import resize
+
+        pixels = torch.cat([resize(part, [size, size], antialias=True) for part in pixels.split(1024)])
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    return Images(pixels.contiguous().to(device), labels, list(classes), torch.arange(len(labels)))
+
+
+def _load_digits(device: torch.device, size: int) -> tuple[Images, Images]:
+    path = Path(__file__).resolve().parent / "assets" / "digits.npz"
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            pixels, labels = torch.from_numpy(z["images"]), torch.from_numpy(z["labels"].astype(np.int64))
+    except Exception:
+        raise UserError(f"the bundled data set {path} is missing or damaged; get it again from the repository.") from None
+    grey = F.interpolate(pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear")  # (N, 1, 8, 8) -> size
+    rgb = grey.round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+    classes = [str(i) for i in range(10)]
+    train, test = (_to_images(rgb[s], labels[s], classes, device, size) for s in (slice(1437), slice(1437, None)))
+    return train, test
+
+
+def _load_torchvision(dataset: str, data_dir: str, device: torch.device, size: int, mirror: str) -> tuple[Images, Images]:
+    from torchvision import datasets
+
+    base = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[dataset]
+    kind = type(base.__name__, (base,), {"url": f"{mirror.rstrip('/')}/{base.filename}"}) if mirror else base
+    looked = f"{Path(data_dir) / base.base_folder} and {Path(data_dir) / base.filename}"
+    splits = [{"split": s} if dataset == "stl10" else {"train": s == "train"} for s in ("train", "test")]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # of silence: urllib itself would wait for ever
+    try:
+        loaded = []
+        for split in splits:
+            try:
+                loaded.append(base(data_dir, download=False, **split))  # files on disk: no network
+            except RuntimeError:
+                with contextlib.redirect_stdout(sys.stderr):
+                    loaded.append(kind(data_dir, download=True, **split))
+    except (OSError, RuntimeError, EOFError, ValueError) as e:  # urllib's errors are OSErrors
+        raise UserError(
+            f"no intact {dataset}: looked for {looked}, then could not fetch {kind.url} "
+            f"({' '.join(str(e).split()) or type(e).__name__}); put the files there, name their folder with --data-dir "
+            "or another host with --data-mirror, or try --quick."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+    def pack(d: Any) -> Images:
+        pixels = d.data if dataset == "stl10" else d.data.transpose(0, 3, 1, 2)  # CIFAR is stored (N, H, W, 3)
+        labels = d.labels if dataset == "stl10" else d.targets
+        return _to_images(torch.from_numpy(np.ascontiguousarray(pixels)), labels, d.classes, device, size)
+
+    return pack(loaded[0]), pack(loaded[1])
+
+
+class _Folder(torch.utils.data.Dataset):
+    """torchvision's ImageFolder, decoded to uint8 (3, size, size): shorter side resized to `size`, centre cropped.
+
+    Gives (image, label, problem). A file that cannot be read is told in `problem`, since an exception would
+    cross from a worker process wrapped in a traceback.
+    """
+
+    def __init__(self, root: Path, size: int):
+        from torchvision import transforms as T
+        from torchvision.datasets import ImageFolder
+
+        self.files = ImageFolder(str(root))
+        self.size = size
+        self.transform = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        path, label = self.files.samples[i]
+        try:
+            return self.transform(self.files.loader(path)), label, ""
+        except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises for damaged files
+            problem = f"cannot read the image {path} ({type(e).__name__}); remove it or get it again."
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, problem
+
+
+def _load_folder(root: Path, device: torch.device, size: int, workers: int) -> tuple[Images, Images]:
+    names = ["train", "test" if (root / "test").is_dir() else "val"]
+    sets = []
+    for name in names:
+        try:
+            files = _Folder(root / name, size)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise UserError(
+                f"no images in {root / name} ({' '.join(str(e).split())[:120]}); expected "
+                "<class>/*.jpg|png there: name the folder above train/ and test/ with --data-dir, or try --quick."
+            ) from None
+        labels = torch.tensor(files.files.targets)
+        sets.append(Images(files, labels, files.files.classes, torch.arange(len(labels))))
+    if sets[0].classes != sets[1].classes:
+        odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+        raise UserError(f"{root}: train/ and {names[1]}/ have different class folders (such as '{odd[0]}').")
+    if sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
+        for s in sets:
+            stream = batches(s, 512, torch.device("cpu"), workers=workers)
+            s.pixels = torch.cat([(x * 255).round().byte() for x, _ in stream]).to(device)
+    return sets[0], sets[1]
+
+
+def split_train(
+    train: Images, *, val_fraction: float | int, seed: int, label_fraction: float = 1.0
+) -> tuple[Images, Images]:
+    """(training part, validation part), drawn at random by `seed` alone: the same on every rank and machine.
+
+    val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of the rest that
+    is kept for training, drawn uniformly and not balanced over classes (Gowal et al., section 4).
+    Raises UserError if nothing would be left.
+    """
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    held = int(val_fraction if val_fraction >= 1 else round(val_fraction * len(train)))
+    kept = round(label_fraction * (len(train) - held))
+    if kept < 1:
+        raise UserError(f"no training images are left of {len(train)}: {held} held out, label fraction {label_fraction:g}.")
+    return train.subset(order[held : held + kept]), train.subset(order[:held])
+
+
+def batches(
+    data: Images, batch_size: int, device: torch.device, *, shuffle: int | None = None, skip: int = 0, workers: int = 2
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give this rank's share of each global batch: x float (b, 3, H, W) in [0, 1] and y int64 (b,), on the device.
+
+    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size) batches
+    whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size 128,
+    333 batches of 127 or 128, where the usual cut ends in one of 4 that upsets BatchNorm.
+    shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start (resume).
+    """
+    rank, ranks = world()
+    n = len(data)
+    generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
+    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+    cuts = torch.tensor_split(data.index[order], count_batches(n, batch_size))[skip:]
+    shares = [torch.tensor_split(cut, ranks)[rank] for cut in cuts]
+    if isinstance(data.pixels, Tensor):
+        for rows in shares:
+            y = data.labels[rows].to(device, non_blocking=True)
+            x = data.pixels[rows.to(data.pixels.device, non_blocking=True)]
+            yield x.to(device).float().div_(255), y
+        return
+    loader = torch.utils.data.DataLoader(
+        data.pixels, batch_sampler=[s.tolist() for s in shares], num_workers=workers,
+        pin_memory=device.type == "cuda", worker_init_fn=_ignore_sigint, generator=torch.Generator(),
+    )  # fmt: skip
+    for x, y, problems in loader:
+        if any(problems):
+            raise UserError(next(p for p in problems if p))
+        yield x.to(device, non_blocking=True).float().div_(255), y.to(device, non_blocking=True)
+
+
+def _ignore_sigint(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def count_batches(n: int, batch_size: int) -> int:
+    """Number of batches an epoch over n images is cut into (at least one, and no rank is left without an image)."""
+    return max(1, min(math.ceil(n / batch_size), n // world()[1]))
+
+
+def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
+    """Zero-pad by `pad`, crop back to size at a random place, mirror with probability 1/2: drawn per image.
+
+    x: (B, C, H, W), on any device. All of it is one gather, so a GPU does it without waiting for the CPU.
+    """
+    b, _, h, w = x.shape
+    corner = torch.randint(0, 2 * pad + 1, (2, b, 1), device=x.device)
+    rows = corner[0] + torch.arange(h, device=x.device)  # (B, H)
+    cols = corner[1] + torch.arange(w, device=x.device)  # (B, W)
+    if flip:
+        cols = torch.where(torch.rand(b, 1, device=x.device) < 0.5, cols.flip(1), cols)
+    image = torch.arange(b, device=x.device)[:, None, None]
+    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
+    return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # channels_last in memory
+
+
+# ======================================================================================================
+# 3. Models: ResNets with normalisation and mixed precision inside
+# ======================================================================================================
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2), post-activation."""
+
+    expansion = 1
+
+    def __init__(self, c_in: int, c: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.shortcut = _shortcut(c_in, c, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 convolutions and a shortcut (He et al. 2016, figure 5)."""
+
+    expansion = 4
+
+    def __init__(self, c_in: int, c: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.conv3 = nn.Conv2d(c, 4 * c, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * c)
+        self.shortcut = _shortcut(c_in, 4 * c, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class Subsample(nn.Module):
+    """Every stride-th pixel: before a 1x1 convolution it makes the same result as a stride in the convolution.
+
+    The stride itself is avoided since oneDNN (issue 6035) writes past its buffer, on CPUs in channels_last layout, in the
+    weight gradient of strided 1x1 convolutions with fewer than 16 input channels: a crash at --width 0.125.
+    """
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
+
+
+def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return nn.Sequential(Subsample(stride), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+
+
+class ResNet(nn.Module):
+    """Post-activation ResNet trunk: (B, 3, H, W) -> pooled features (B, dim). Weights initialised as PyTorch does.
+
+    stem 'cifar': 3x3 convolution, no pooling, as in the robustness library (Kucer et al., footnote 5);
+    stem 'imagenet': 7x7 with stride 2, then 3x3 max-pooling with stride 2.
+    width multiplies the 64 channels of the first stage (and so all others).
+    """
+
+    def __init__(self, block: type, depths: list[int], width: float = 1.0, stem: str = "cifar"):
+        super().__init__()
+        c = max(1, round(64 * width))
+        self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
+        c_in, stages = c, []
+        for i, depth in enumerate(depths):
+            blocks = []
+            for j in range(depth):
+                blocks.append(block(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                c_in = c * 2**i * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.dim = c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, dim, h, w)
+        return x.mean((2, 3))
+
+
+def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
+    """A network without head, images -> (B, dim). Raises UserError for an unknown name."""
+    if arch == "resnet18":
+        return ResNet(BasicBlock, [2, 2, 2, 2], width, stem)
+    if arch == "resnet34":
+        return ResNet(BasicBlock, [3, 4, 6, 3], width, stem)
+    if arch == "resnet50":
+        return ResNet(Bottleneck, [3, 4, 6, 3], width, stem)
+    raise UserError(f"unknown architecture '{arch}'; there are resnet18, resnet34 and resnet50.")
+
+
+class Network(nn.Module):
+    """Normalisation, a trunk, and one linear layer per head on its pooled features.
+
+        logits = net(x)                                    # the first head, (B, classes)
+        logits, ss_logits = net(x, "class", "rotation")    # several heads on one pass through the trunk
+
+    x is in [0, 1], so attacks see pixels. With `amp` set to a dtype the trunk computes in it (weights stay float32)
+    in channels_last layout; heads and what is returned are float32. Float16 alone would lose small gradients:
+    they are multiplied by FP16_SCALE inside the trunk and divided again on the way out, to the image and to the
+    weights, so that neither attacks nor training loops need to know.
+    """
+
+    FP16_SCALE = 1024.0
+
+    def __init__(self, trunk: nn.Module, heads: dict[str, int], mean: Iterable[float], std: Iterable[float]):
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict({name: nn.Linear(trunk.dim, n) for name, n in heads.items()})
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))
+        self.amp: torch.dtype | None = None
+        for p in self.trunk.parameters():
+            p.register_hook(lambda g: g / self.FP16_SCALE if self.amp == torch.float16 else g)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, dim) float32."""
+        half = self.amp == torch.float16
+        if half:
+            x = _ScaleGradient.apply(x, 1 / self.FP16_SCALE)
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
+            h = self.trunk(x)
+        return _ScaleGradient.apply(h.float(), self.FP16_SCALE) if half else h.float()
+
+    def forward(self, x: Tensor, *heads: str) -> Tensor | tuple[Tensor, ...]:
+        h = self.features(x)
+        out = tuple(self.heads[name](h) for name in heads or list(self.heads)[:1])
+        return out if len(heads) > 1 else out[0]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.scale, None
+
+
+def build_model(
+    arch: str, heads: dict[str, int], *, width: float = 1.0, stem: str = "cifar",
+    mean: Iterable[float] = IMAGENET_STATS[0], std: Iterable[float] = IMAGENET_STATS[1],
+) -> Network:  # fmt: skip
+    """A network by name, e.g. build_model("resnet18", {"class": 10, "rotation": 4}).
+
+    `model.spec` keeps the arguments: it goes into checkpoints as `network`, from which `load_model` rebuilds it.
+    """
+    spec = {"arch": arch, "heads": dict(heads), "width": width, "stem": stem, "mean": list(mean), "std": list(std)}
+    model = Network(build_trunk(arch, width, stem), heads, mean, std)
+    model.spec = spec
+    return model
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype for --amp: 'auto' is bf16 where the hardware computes in it, else fp16 on CUDA and float32 on CPUs."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        amp = "bf16" if native else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def place_model(model: Network, device: torch.device, amp: str = "auto", compile: bool = False) -> Network:
+    """Move to the device in channels_last layout, set mixed precision, optionally compile the trunk in place."""
+    model.to(device, memory_format=torch.channels_last)
+    model.amp = amp_dtype(amp, device)
+    if compile:
+        model.trunk.compile()  # in place: neither the checkpoint's keys nor the mode handling change
+    return model
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Compute in true float32 (no mixed precision, no TF32) for reported numbers; restored on leaving."""
+    amps = [(m, m.amp) for m in model.modules() if isinstance(m, Network)]
+    tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        for m, _ in amps:
+            m.amp = None
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        for m, amp in amps:
+            m.amp = amp
+
+
+# ======================================================================================================
+# 4. Attacks: PGD in the linf and l2 ball, robust accuracy
+# ======================================================================================================
+
+
+def pgd(
+    loss: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 10,
+    step_size: float | None = None,
+    random_start: bool = True,
+    keep_best: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Projected gradient ascent on `loss` within the eps-ball around x and within [0, 1] (Madry et al. 2018).
+
+        x_adv = pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=8 / 255, step_size=2 / 255)
+
+    loss: maps images (B, C, H, W) to one loss per image (B,); it is maximised. Put the network into the mode you
+        want to attack first (`batchnorm_mode`); its buffers, parameters and their .grad are not touched here.
+    x: (B, C, H, W) in [0, 1], not normalised: normalisation belongs inside the network.
+    eps: radius in pixel units. norm 'linf': |delta_i| <= eps for each value; 'l2': ||delta||_2 <= eps for each image.
+    step_size: 'linf' moves every value by it along sign(gradient), 'l2' each image by it along gradient / ||gradient||_2;
+        None is 2 * eps / steps (Salman et al. 2020, App. A.1, as used by Kucer et al. section 4.2 for l2).
+    random_start: 'linf' uniform in the ball (Kucer et al., Alg. 1 line 4); 'l2' a Gaussian direction of length exactly
+        eps (the robustness library); clamped to [0, 1].
+    keep_best: return, per image, the iterate of highest loss instead of the last one (costs one more forward pass).
+    generator: source of the random start; None is torch's global one.
+    Returns the adversarial images, detached. Raises ValueError for a wrong norm, radius or loss shape.
+    """
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if eps < 0 or steps < 0:
+        raise ValueError(f"eps and steps must not be negative, got {eps} and {steps}")
+    x = x.detach()
+    if eps == 0:
+        return x.clone()
+    if step_size is None:
+        step_size = 2 * eps / max(steps, 1)
+    lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)  # linf ball and [0, 1] in one box
+
+    def project(z: Tensor) -> Tensor:
+        if norm == "linf":
+            return torch.clamp(z, lower, upper)
+        delta = z - x
+        shrink = (eps / l2_norm(delta).clamp_(min=1e-12)).clamp_(max=1)
+        return (x + delta * shrink).clamp_(0, 1)  # x is in the box, so clamping only shortens delta
+
+    x_adv = x
+    if random_start and norm == "linf":
+        x_adv = project(x + (2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1) * eps)
+    elif random_start:
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x_adv = (x + noise * (eps / l2_norm(noise))).clamp_(0, 1)
+
+    best, best_loss = x_adv, None
+    for step in range(steps + keep_best):
+        with torch.enable_grad():
+            z = x_adv.detach().requires_grad_(step < steps)
+            values = loss(z)
+            if values.shape != (len(x),):
+                raise ValueError(f"loss must give one value per image, shape ({len(x)},), not {tuple(values.shape)}")
+            if step < steps:
+                # Only the gradient for the image: no weight gradients, nothing left in .grad. The sum (not the mean)
+                # keeps images independent of each other and of the batch size.
+                (grad,) = torch.autograd.grad(values.sum(), z)
+        if keep_best:
+            better = torch.ones_like(values, dtype=torch.bool) if best_loss is None else values > best_loss
+            best = torch.where(better.view(-1, 1, 1, 1), x_adv, best)
+            best_loss = values.detach() if best_loss is None else torch.maximum(best_loss, values.detach())
+        if step < steps:
+            direction = grad.sign() if norm == "linf" else grad / (l2_norm(grad) + 1e-12)
+            x_adv = project(x_adv + step_size * direction)  # eq. 6 of Kucer et al.
+    return (best if keep_best else x_adv).detach()
+
+
+def l2_norm(v: Tensor) -> Tensor:
+    """Length of each image's vector: (B, C, H, W) -> (B, 1, 1, 1)."""
+    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+
+
+@contextlib.contextmanager
+def batchnorm_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[None]:
+    """The mode in which a network is attacked; every module's own mode comes back on leaving.
+
+    'eval': running statistics, so that an image's attack does not depend on the rest of its batch.
+    'train': the statistics of the batch under attack (and active dropout), without moving the running ones.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    try:
+        model.train(mode == "train")
+        for m in tracking if mode == "train" else []:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for m in tracking:
+            m.track_running_stats = True
+
+
+def robust_accuracy(
+    model: nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    attack: Callable[[Tensor, Tensor], Tensor] | None = None,
+    heads: tuple[str, ...] = (),
+) -> float:
+    """Accuracy in percent of `model` on the batches (x, y) of `data` under attack(x, y) -> x_adv; clean if None.
+
+    An image that is wrong before the attack counts as broken and is not attacked. The network is in eval mode
+    meanwhile; its mode, buffers and .grad are as before afterwards. Under torchrun the counts of all ranks are
+    summed, so each rank passes its own share. `heads` names the head to score (the class head if empty).
+    Raises ValueError if images are outside [0, 1], UserError if the network returns NaN.
+    """
+    device = next(model.parameters()).device
+    counts = torch.zeros(2, dtype=torch.int64, device=device)  # right, seen
+    with batchnorm_mode(model, "eval"), torch.no_grad():
+        for x, y in data:
+            if not len(y):
+                continue
+            if x.amin() < 0 or x.amax() > 1:
+                raise ValueError("images must be in [0, 1]; normalise inside the network")
+            logits = model(x, *heads)
+            right = logits.argmax(1) == y
+            if attack is not None and right.any():
+                logits = model(attack(x[right], y[right]), *heads)
+                right = logits.argmax(1) == y[right]
+            if not logits.isfinite().all():
+                raise UserError("the network returns NaN or infinite logits; its accuracy would mean nothing.")
+            counts += torch.stack([right.sum(), torch.tensor(len(y), device=device)])
+    if world()[1] > 1:
+        dist.all_reduce(counts)
+    return 100 * counts[0].item() / max(1, counts[1].item())

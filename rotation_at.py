@@ -1,0 +1,472 @@
+"""Adversarial training with rotation prediction (Kucer, Oyen, Kenyon: On visual self-supervision and its effect
+on model robustness, 2022, arXiv:2112.04367).
+
+One trunk carries two linear heads: F for the class y, F_SS for the self-supervised (SS) label y_SS. A transformed
+copy (X_SS, y_SS) = T(X) of each batch, here every image rotated by 0, 90, 180 or 270 degrees, trains the second:
+
+    minimise  CE(F(X_adv), y) + lambda1 * CE(F_SS(X_SS), y_SS)                                        (eq. 8, 9)
+
+    --variant  X_SS in the loss   the attack (Algorithm 1) maximises
+    T0         none (baseline)    CE(F(X), y)
+    T1         clean              CE(F(X), y)                                       on X only
+    T2         adversarial        CE(F(X), y)                                       on X and on X_SS
+    T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)      on X and on X_SS
+    replace    adversarial        CE(F(X_SS), y): X is dropped, F too is trained on X_SS              (eq. 7)
+
+`--pretrain l2|linf` first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
+
+    python rotation_at.py --quick                               # digits, a minute on two CPU cores
+    python rotation_at.py --variant T3                          # a row of Table 2: CIFAR-10, linf 8/255, 100 epochs
+    python rotation_at.py --variant T3 --norm l2 --eps 0.5      # a row of Table 1
+    python rotation_at.py --variant T0 --pretrain l2            # a row of Table 4 (P1 T0)
+    torchrun --nproc-per-node=4 rotation_at.py --variant T3     # the same run on four GPUs
+
+The paper: ResNet-18, clean / PGD-20 at 8/255: T0 85.46 / 44.69, T1 86.59 / 44.51, T2 86.24 / 45.77, T3 84.61 / 48.11.
+
+Differs from the paper, which released no code, or chosen where it is silent:
+- the l2 step is 2 eps / steps; section 4.2 prints eps^2 / steps, but the work it cites uses 2 eps / steps, and with
+  eps^2 the attack could not reach the edge of a small ball;
+- Algorithm 1 prints the update after its loop and a uniform start for both norms; the update belongs inside, and an
+  l2 start is a direction of length eps, as in the library the paper builds on;
+- lambda1, lambda2 are not given: 0.5 (Hendrycks et al. 2019); how X and X_SS share the attack is not either: --ss-attack;
+- batch size 128 and weight decay 5e-4 are the library's defaults; augmentation is crop and flip only;
+- pre-training uses the schedule of training, keeps its last epoch, and hands on the trunk, not the heads.
+"""
+import contextlib
+import time
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import (
+    STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, cli, distribute, eps_name,
+    full_precision, load_checkpoint, load_data, load_weights, numbers, pgd, place_model, print_table, random_crop_flip,
+    robust_accuracy, save_image_grid, seed_step, split_train, start_run, sync_buffers, world, write_results,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 0  # seed of the split, the weights, the order and the attacks
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
+    compile: bool = False  # torch.compile the trunk
+    sync_bn: bool = False  # one BatchNorm over all GPUs (the paper's DataParallel: one per GPU)
+    workers: int = 2  # processes that decode images (folder)
+    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
+    # data and model
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
+    data_dir: str = "data"  # where the data are, or are downloaded to
+    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
+    image_size: int = 32  # side in pixels; other images are resized
+    label_fraction: float = 1.0  # share of the training images used
+    flip: bool = True  # mirror images at random in training
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # trunk (section 4.2)
+    width: float = 1.0  # multiplies the number of channels
+    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
+    # optimiser (section 4.2)
+    epochs: int = 100  # epochs of training
+    batch_size: int = 128  # images per step over all GPUs, not counting X_SS
+    lr: float = 0.1  # initial learning rate of SGD with momentum 0.9
+    lr_step: int = 0  # epochs between divisions of the rate by 10; 0: 40% of the epochs (paper: 40 of 100)
+    weight_decay: float = 5e-4  # on all weights
+    # attack in training (section 4.2)
+    norm: Literal["linf", "l2"] = "linf"  # the ball
+    eps: float = 8 / 255  # its radius on [0, 1] pixels (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
+    attack_steps: int = 10  # PGD steps
+    step_size: float = 0.0  # of training and evaluation attacks; 0: the paper's, linf 2/255, l2 2 eps / steps
+    attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
+    keep_best: bool = False  # attacks return the iterate of highest loss (the library's default), not the last (Alg. 1)
+    # method (section 3)
+    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # see above
+    ss_attack: Literal["separate", "shared", "both"] = "separate"  # how T2, T3 attack X_SS, see `adversaries`
+    lambda1: float = 0.5  # weight of the SS loss in training
+    lambda2: float = 0.5  # weight of the SS loss in the attack (T3)
+    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
+    pretrain_eps: float = 0.0  # its radius; 0: l2 0.5, linf 8/255
+    pretrain_epochs: int = 100  # its epochs
+    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
+    plain: bool = False  # also train a network without attack, for comparison
+    # evaluation
+    val_fraction: float = 0.15  # share of the training images held out to select the model
+    select: Literal["clean", "robust", "last"] = "clean"  # epoch to report: best validation accuracy, or the last
+    eval_steps: int = 20  # PGD steps
+    eval_eps: str = ""  # comma-separated radii; empty: those of the paper's tables
+    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
+    eval_amp: bool = False  # evaluate in the precision of training instead of float32
+
+    QUICK: ClassVar[dict] = dict(
+        dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1, attack_steps=5,
+        step_size=0.025, eval_eps="0,0.025,0.05,0.075,0.1", plain=True, pretrain_epochs=4,
+    )  # fmt: skip
+
+
+# The paper's radii and accuracies (ResNet-18, CIFAR-10): Tables 1, 2 and 4. P0 rows are those of Table 2.
+PAPER_EPS = {
+    "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
+    "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
+}
+PAPER = {  # (norm, pretrain, variant)
+    ("l2", "none", "T0"): [88.98, 88.63, 87.87, 87.08, 86.48, 85.49, 78.52, 64.46, 48.15, 34.05, 8.13, 2.15],
+    ("l2", "none", "T1"): [90.57, 90.20, 89.48, 88.69, 87.76, 86.68, 78.78, 62.17, 44.65, 28.80, 4.09, 0.48],
+    ("l2", "none", "T2"): [90.20, 89.94, 89.30, 88.54, 87.94, 87.02, 80.31, 66.18, 50.28, 34.91, 6.28, 1.77],
+    ("l2", "none", "T3"): [89.07, 88.75, 88.14, 87.48, 86.85, 85.73, 79.77, 66.15, 50.87, 36.55, 7.50, 2.09],
+    ("linf", "none", "T0"): [85.46, 72.09, 66.98, 61.29, 55.83, 50.19, 44.69, 39.38, 34.60],
+    ("linf", "none", "T1"): [86.59, 73.69, 68.71, 62.86, 56.88, 50.52, 44.51, 38.90, 33.89],
+    ("linf", "none", "T2"): [86.24, 74.06, 68.96, 63.29, 57.63, 51.50, 45.77, 40.51, 35.54],
+    ("linf", "none", "T3"): [84.61, 73.33, 68.61, 64.01, 59.09, 53.73, 48.11, 43.42, 38.76],
+    ("linf", "none", "replace"): [74.9, None, None, None, None, None, 36.60, None, None],  # section 3.2
+    ("linf", "l2", "T0"): [84.67, 72.67, 67.91, 62.61, 56.91, 51.46, 45.91, 40.27, 35.88],
+    ("linf", "linf", "T0"): [85.37, 72.01, 66.69, 61.05, 55.52, 49.61, 43.70, 38.17, 33.66],
+    ("linf", "l2", "T3"): [83.78, 72.75, 68.20, 63.32, 58.25, 52.85, 47.37, 42.24, 37.93],
+    ("linf", "linf", "T3"): [84.08, 72.65, 68.08, 62.94, 58.01, 52.77, 47.16, 41.67, 36.58],
+}
+
+
+# ---- the task ------------------------------------------------------------------------------------------------------
+
+TASK = "rotation"
+TASK_CLASSES = 4
+
+
+def rotate(x: Tensor, k: Tensor) -> Tensor:
+    """T of eq. 1: turn image i of x (B, C, S, S) by k[i] * 90 degrees counter-clockwise; k (B,) in {0, 1, 2, 3}.
+
+    Pixels are moved, not interpolated, so rotating keeps every norm and commutes with the attack's projections.
+    """
+    turned = torch.stack([x.rot90(i, (2, 3)) for i in range(4)])  # (4, B, C, S, S)
+    return turned[k, torch.arange(len(x), device=x.device)]
+
+
+# ---- the method: Algorithm 1 and eq. 7-9 -------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """(B, classes), (B,) -> (B,), one loss per image."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def adversaries(model, x: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args, attack) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`; X_SS = rotate(x, k) has the SS labels k.
+
+    `attack(loss, x)` maximises a per-image loss. Alg. 1 leaves open how X and X_SS share the attack (--ss-attack):
+    - separate: two perturbations, one summed loss, as printed. CE(F(X), y) does not depend on X_SS nor the SS loss on X,
+      and a step's length does not depend on the gradient's, so X_adv is T0's and lambda2 has no effect;
+      T2, which has no SS loss to attack X_SS with, attacks it through the class head with the label y.
+    - shared: one perturbation, X_SS^k = T(X^k) at every step; lambda2 matters.
+    - both: two perturbations, that of X_SS maximises both losses; lambda2 matters.
+    """
+    if args.variant in ("T0", "T1"):
+        return attack(lambda z: cross_entropy(model(z), y), x), x_ss  # Alg. 1, line 6
+    b = len(x)
+    lambda2 = args.lambda2 if args.variant == "T3" else 0.0  # T2: line 8 is skipped
+
+    if args.variant == "replace":  # eq. 7: only X_SS; the attack is not specified, so the supervised one
+
+        def loss_replace(z: Tensor) -> Tensor:
+            return cross_entropy(model(z), y)
+
+        return x, attack(loss_replace, x_ss)
+
+    if args.ss_attack == "shared":
+
+        def loss_shared(z: Tensor) -> Tensor:
+            if lambda2 == 0:
+                return cross_entropy(model(z), y)
+            logits, ss_logits = model(torch.cat([z, rotate(z, k)]), "class", TASK)
+            return cross_entropy(logits[:b], y) + lambda2 * cross_entropy(ss_logits[b:], k)  # lines 6 and 8
+
+        x_adv = attack(loss_shared, x)
+        return x_adv, rotate(x_adv, k)
+
+    def loss_two(z: Tensor) -> Tensor:  # z = [X; X_SS], (2B, C, H, W): two perturbations, one pass
+        logits, ss_logits = model(z, "class", TASK)
+        on_x, on_x_ss = cross_entropy(logits[:b], y), lambda2 * cross_entropy(ss_logits[b:], k)  # lines 6 and 8
+        if args.ss_attack == "both" or lambda2 == 0:
+            on_x_ss = on_x_ss + cross_entropy(logits[b:], y)
+        return torch.cat([on_x, on_x_ss])
+
+    x_adv, x_ss_adv = attack(loss_two, torch.cat([x, x_ss])).split(b)
+    return x_adv, x_ss_adv
+
+
+def training_loss(ddp, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch (eq. 10). Weight decay is the optimiser's.
+
+    X and X_SS go through the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
+    """
+    if args.variant == "replace":
+        logits, ss_logits = ddp(x_ss, "class", TASK)
+        ss_loss = F.cross_entropy(ss_logits, k)
+        return F.cross_entropy(logits, y) + args.lambda1 * ss_loss, ss_loss  # eq. 7
+    if not uses_ss(args):
+        loss = F.cross_entropy(ddp(x_adv, "class"), y)
+        return loss, torch.zeros_like(loss)
+    b = len(x_adv)
+    logits, ss_logits = ddp(torch.cat([x_adv, x_ss]), "class", TASK)
+    ss_loss = F.cross_entropy(ss_logits[b:], k)
+    return F.cross_entropy(logits[:b], y) + args.lambda1 * ss_loss, ss_loss  # eq. 8, 9
+
+
+def uses_ss(args: Args) -> bool:
+    """lambda1 = 0 is the baseline (Figure 3): then X_SS must not even touch the BatchNorm statistics."""
+    return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
+
+
+def pgd_attack(args: Args, norm: str, eps: float, steps: int, generator: torch.Generator | None = None):
+    """attack(loss, x) -> x_adv with the step sizes of section 4.2: linf 2/255 at every radius, l2 2 eps / steps."""
+    given = args.step_size if norm == args.norm else 0.0
+    step_size = given or (2 / 255 if norm == "linf" else 2 * eps / steps if steps else 0.0)
+
+    def attack(loss, x: Tensor) -> Tensor:
+        return pgd(
+            loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=args.keep_best, generator=generator
+        )
+
+    attack.reach = steps * step_size
+    return attack
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def train(stage: str, run: Run, args: Args, trunk: dict | None, train_set, val_set) -> str:
+    """Train one network and return the name of its checkpoint in the run's folder.
+
+    stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
+    'plain' trains without attack. `trunk` (a state dict) initialises the trunk.
+    """
+    number, checkpoint = {"plain": (0, "plain.pt"), "pretrain": (1, "pretrain.pt"), "train": (2, "best.pt")}[stage]
+    epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
+    norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
+    lr_step = args.lr_step or max(1, round(0.4 * epochs))
+
+    torch.manual_seed(args.seed)  # every stage and variant starts from the same weights
+    mean, std = STATS[args.dataset]
+    heads = {"class": len(train_set.classes), TASK: TASK_CLASSES}
+    model = build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
+    if trunk is not None:
+        load_weights(model.trunk, trunk, args.init or "pretrain.pt")
+    place_model(model, run.device, args.amp, args.compile)
+    if stage == "pretrain":
+        model.heads["class"].requires_grad_(False)
+    if stage == "plain" or (stage == "train" and not uses_ss(args)):
+        model.heads[TASK].requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+    state = run.load("last.pt")
+    if state is None or state["stage"] != stage:
+        past = state or {"history": [], "seconds": 0.0}
+        state = {"epoch": 0, "step": 0, "sums": {}, "best": -1.0, "history": past["history"], "seconds": past["seconds"]}
+    else:
+        load_weights(model, state["model"], run.folder / "last.pt")
+        opt.load_state_dict(state["optimizer"])
+    history, best, began = state["history"], state["best"], time.perf_counter() - state["seconds"]
+    ddp = distribute(model, args.sync_bn)  # trains; the attack uses the bare `model`
+    attack = pgd_attack(args, norm, eps, args.attack_steps)
+
+    def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
+        run.save("last.pt", {
+            "network": model.spec, "model": model.state_dict(), "optimizer": opt.state_dict(), "args": vars(args),
+            "stage": stage, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
+            "seconds": time.perf_counter() - began,
+        })  # fmt: skip
+
+    for epoch in range(state["epoch"], epochs):
+        for group in opt.param_groups:
+            group["lr"] = args.lr * 0.1 ** (epoch // lr_step)
+        when = number * 100_000 + epoch  # no two epochs of a run draw the same random numbers
+        skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
+        stream = batches(
+            train_set, args.batch_size, run.device, shuffle=args.seed * 1_000_003 + when, skip=skip, workers=args.workers
+        )
+        model.train()
+        with Epoch(epoch, len(train_set), run.device, skip, sums) as log:
+            for x, y in stream:  # (B, 3, S, S), (B,)
+                seed_step(args.seed, when, log.step)
+                x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
+                k = torch.randint(0, TASK_CLASSES, y.shape, device=y.device)  # one transformation per image
+                x_ss = rotate(x, k)  # eq. 1
+
+                if stage == "plain":
+                    loss, ss_loss = F.cross_entropy(ddp(x, "class"), y), torch.zeros((), device=x.device)
+                elif stage == "pretrain":
+                    with batchnorm_mode(model, args.attack_bn):
+                        x_ss = attack(lambda z: cross_entropy(model(z, TASK), k), x_ss)
+                    loss = ss_loss = F.cross_entropy(ddp(x_ss, TASK), k)
+                else:
+                    with batchnorm_mode(model, args.attack_bn):
+                        x_adv, x_ss_adv = adversaries(model, x, y, x_ss, k, args, attack)
+                    loss, ss_loss = training_loss(ddp, x_adv, y, x_ss_adv, k, args)
+
+                opt.zero_grad(set_to_none=True)
+                loss.backward()
+                opt.step()
+                log.update(len(y), loss=loss, ss_loss=ss_loss)
+                if log.interrupted():
+                    save(epoch, log.step, log.sums)
+                    raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
+
+        sync_buffers(model)
+        clean, robust = validate(stage, model, val_set, args, run, attack)
+        metrics = {"stage": stage, "epoch": epoch + 1, "of": epochs, "lr": opt.param_groups[0]["lr"]} | log.means()
+        run.log(history, metrics | {"val_clean": clean, "val_robust": robust, "seconds": time.perf_counter() - began})
+        score = robust if args.select == "robust" else clean
+        # Best by validation accuracy, ties to the earlier epoch (section 4.2); of pre-training, the last epoch.
+        if score > best or args.select == "last" or stage == "pretrain":
+            best = max(best, score)
+            run.save(checkpoint, {
+                "network": model.spec, "model": model.state_dict(), "args": vars(args), "stage": stage, "epoch": epoch + 1,
+                "val_clean": clean, "val_robust": robust,
+            })  # fmt: skip
+        save(epoch + 1)
+    return checkpoint
+
+
+def pretrain_eps(args: Args) -> float:
+    return args.pretrain_eps or {"l2": 0.5, "linf": 8 / 255, "none": 0.0}[args.pretrain]
+
+
+def validate(stage: str, model, val_set, args: Args, run: Run, attack) -> tuple[float, float]:
+    """(clean, robust) validation accuracy in percent, of the SS head in pre-training; robust under the training attack.
+
+    Robust accuracy is measured on 500 images, enough for the log, unless it selects the model.
+    """
+    if not len(val_set):
+        return 0.0, 0.0
+    head = TASK if stage == "pretrain" else "class"
+
+    def stream(images):
+        for x, y in batches(images, args.batch_size, run.device, workers=args.workers):
+            if stage == "pretrain":
+                y = torch.arange(len(y), device=y.device) % TASK_CLASSES
+                x = rotate(x, y)
+            yield x, y
+
+    def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
+        return attack(lambda z: cross_entropy(model(z, head), y), x)
+
+    some = val_set if args.select == "robust" else val_set.subset(torch.arange(min(500, len(val_set))))
+    clean = robust_accuracy(model, stream(val_set), heads=(head,))
+    return clean, robust_accuracy(model, stream(some), maximise_loss, heads=(head,))
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(name: str, run: Run, args: Args, state: dict, test_set, pretrained: str) -> list[dict]:
+    """A row per radius: accuracy on the test images under PGD on the class loss alone (section 4.2, end)."""
+    model = build_model(**state["network"])
+    load_weights(model, state["model"], name)
+    place_model(model, run.device, args.amp).eval()
+    paper = paper_row(args, pretrained) if state["stage"] == "train" else {}
+    rows = []
+    for eps in numbers(args.eval_eps) or PAPER_EPS[args.norm]:
+        generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
+        attack = pgd_attack(args, args.norm, eps, args.eval_steps, generator)
+        stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
+        with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+            accuracy = robust_accuracy(
+                model, stream, (lambda x, y: attack(lambda z: cross_entropy(model(z), y), x)) if eps else None
+            )
+        rows.append({
+            "name": name, "attack": f"pgd-{args.eval_steps}" if eps else "none", "norm": args.norm, "eps": eps,
+            "examples": len(test_set), "accuracy": round(accuracy, 2), "paper": paper.get(eps), "epoch": state["epoch"],
+        })  # fmt: skip
+    if world()[0] == 0 and state["stage"] == "train":
+        save_picture(run, args, model, test_set)
+    return rows
+
+
+def paper_row(args: Args, pretrained: str) -> dict[float, float]:
+    """{radius: the paper's accuracy} if this run is one of the paper's, else {}."""
+    free = {"seed", "device", "amp", "compile", "sync_bn", "workers", "out", "resume", "data_dir", "data_mirror", "variant",
+            "norm", "eps", "pretrain", "init", "plain", "eval_eps", "ss_attack", "keep_best"}  # fmt: skip
+    same = all(getattr(args, f.name) == f.default for f in fields(Args) if f.name not in free)
+    same = same and args.eps == {"linf": 8 / 255, "l2": 0.5}[args.norm]
+    row = PAPER.get((args.norm, pretrained, args.variant)) if same else None
+    return dict(zip(PAPER_EPS[args.norm], row, strict=True)) if row else {}
+
+
+def save_picture(run: Run, args: Args, model, test_set) -> None:
+    """adversarial.png: test images, their adversarial versions at the training radius, and the difference."""
+    x, y = next(batches(test_set.subset(torch.arange(min(10, len(test_set)))), 10, run.device))
+    attack = pgd_attack(args, args.norm, args.eps, args.eval_steps, torch.Generator(run.device).manual_seed(args.seed))
+    with batchnorm_mode(model, "eval"):
+        x_adv = attack(lambda z: cross_entropy(model(z), y), x)
+    gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
+    rows = {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)}
+    save_image_grid(run.folder / "adversarial.png", rows)
+
+
+def show(run: Run, args: Args, rows: list[dict], seconds: float) -> None:
+    """Print the paper's table: a line per network, the paper's own below it where the setting is the paper's."""
+    epoch = {row["name"]: row["epoch"] for row in rows}
+    rule = "last epoch" if args.select == "last" else f"best validation {args.select} accuracy"
+    print(f"\n{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}; test accuracy (%) on "
+          f"{rows[0]['examples']:,} images under PGD-{args.eval_steps} ({'mixed precision' if args.eval_amp else 'float32'}).\n"
+          f"Checkpoint: {rule} ({', '.join(f'{n}: epoch {e}' for n, e in epoch.items())}). {seconds:.0f} s in all.\n")  # fmt: skip
+    table = []
+    for name in epoch:
+        mine = [row for row in rows if row["name"] == name]
+        table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
+        if any(row["paper"] is not None for row in mine):
+            table.append(["  paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
+    print_table([f"eps ({args.norm})"] + [eps_name(row["eps"]) for row in mine], table)
+    print(f"\nresults.json, adversarial.png and checkpoints are in {run.folder}", flush=True)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> dict:
+    """Train (all stages), evaluate, print the table; returns what results.json holds."""
+    run = start_run(args, "rotation_at")
+    if args.pretrain != "none" and args.init:
+        raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
+    numbers(args.eval_eps)
+    given = load_checkpoint(args.init) if args.init else None
+    if given is not None and "trunk.conv1.weight" not in given["model"]:
+        raise UserError(f"--init {args.init} holds no ResNet trunk.")
+
+    train_set, test_set = load_data(
+        args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
+    )
+    train_set, val_set = split_train(
+        train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
+    )
+    if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
+        order = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))
+        test_set = test_set.subset(order[: args.eval_examples])
+    reach = pgd_attack(args, args.norm, args.eps, args.attack_steps).reach
+    if reach < args.eps:
+        run.say(f"warning: {args.attack_steps} steps reach {reach:.3g}, not the edge of the eps {args.eps:.3g} ball; see --step-size")
+
+    models, trunk, pretrained = {}, None, args.pretrain
+    if args.plain:
+        models["plain"] = run.load(train("plain", run, args, None, train_set, val_set))
+    if args.pretrain != "none":
+        given = run.load(train("pretrain", run, args, None, train_set, val_set))
+    if given is not None:
+        trunk = {k.removeprefix("trunk."): v for k, v in given["model"].items() if k.startswith("trunk.")}
+        pretrained = given["args"]["pretrain"] if given.get("stage") == "pretrain" else "init"
+    label = args.variant if pretrained == "none" else f"{ {'l2': 'P1', 'linf': 'P2'}.get(pretrained, pretrained)} {args.variant}"
+    models[label] = run.load(train("train", run, args, trunk, train_set, val_set))
+
+    began, rows = time.perf_counter(), []
+    for name, state in models.items():
+        rows += evaluate(name, run, args, state, test_set, pretrained)
+    seconds = run.load("last.pt")["seconds"] + time.perf_counter() - began  # of training, in all sittings, and evaluation
+    if world()[0] == 0:
+        show(run, args, rows, seconds)
+    return write_results(run, rows, seconds)
+
+
+if __name__ == "__main__":
+    cli(main, Args)
