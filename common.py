@@ -56,12 +56,13 @@ def number(text: str) -> float:
     return value
 
 
-def numbers(text: str) -> list[float]:
-    """Read a comma-separated list such as `0,4/255,8/255`."""
-    try:
-        return [number(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"'{text}' is not a list of numbers such as 0,4/255,8/255.") from None
+def radii(text: str) -> list[float]:
+    """Read a comma-separated list of radii such as `0,4/255,8/255`. Raises UserError if it is none."""
+    with contextlib.suppress(ValueError):
+        values = [number(part) for part in text.split(",") if part.strip()]
+        if all(v >= 0 for v in values):
+            return values
+    raise UserError(f"'{text}' is not a list of radii such as 0,4/255,8/255.")
 
 
 def eps_name(eps: float) -> str:
@@ -110,10 +111,12 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
 
 # What may be asked of a flag wherever it appears: (flag, lowest, highest allowed value).
 _RANGES = [
-    ("epochs", 1, math.inf), ("batch_size", 1, math.inf), ("lr", 0, math.inf), ("weight_decay", 0, math.inf),
-    ("width", 1 / 64, 64), ("image_size", 8, 4096), ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9),
-    ("eps", 0, math.inf), ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
-    ("workers", 0, 1024), ("seed", 0, 2**31),
+    ("epochs", 1, math.inf), ("pretrain_epochs", 1, math.inf), ("batch_size", 1, math.inf), ("lr", 0, math.inf),
+    ("lr_step", 0, math.inf), ("weight_decay", 0, math.inf), ("width", 1 / 64, 64), ("image_size", 8, 4096),
+    ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
+    ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
+    ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
+    ("seed", 0, 2**31),
 ]  # fmt: skip
 
 
@@ -151,7 +154,10 @@ def cli(main: Callable, args_class: type) -> None:
             raise
         sys.exit(f"error: {e.strerror}: {e.filename or 'output'}; free some space or choose another --out.")
     except KeyboardInterrupt as e:
-        print(f"\ninterrupted{': ' + str(e) if str(e) else ''}", file=sys.stderr, flush=True)
+        if world()[0] == 0:
+            what = f" ({e})" if str(e) else ""
+            how = f"; go on with: {_Signals.go_on}" if _Signals.go_on else ""
+            print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
         sys.exit(128 + (_Signals.received or signal.SIGINT))
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
@@ -163,6 +169,7 @@ class _Signals:
 
     received = 0
     deferred = False
+    go_on = ""  # the command that continues the run
 
     @classmethod
     def handle(cls, signum: int, frame: Any) -> None:
@@ -284,15 +291,25 @@ class Run:
         if world()[0] == 0:
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
 
-    def log(self, history: list[dict], line: dict) -> None:
+    def log(self, history: list[dict], stage: str, epoch: int, epochs: int, **metrics: float) -> None:
         """Append one epoch's metrics to `history`, print them, and rewrite metrics.jsonl from the whole history
         (so that an epoch replayed after a kill is not in it twice)."""
-        history.append(line)
-        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        history.append({"stage": stage, "epoch": epoch} | metrics)
+        self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
-    def resume_command(self) -> str:
-        return f"python {self.script}.py --resume --out {self.folder}"
+    def finished(self) -> dict | None:
+        """results.json of a resumed run that had reached its end; None otherwise."""
+        path = self.folder / "results.json"
+        results = [None]
+        if world()[0] == 0 and path.exists():
+            try:
+                results = [json.loads(path.read_text())]
+            except ValueError:
+                self.say(f"{path} is damaged; evaluating again.")
+        if world()[1] > 1:
+            dist.broadcast_object_list(results, 0)
+        return results[0]
 
 
 def start_run(args: Any, script: str) -> Run:
@@ -327,6 +344,7 @@ def start_run(args: Any, script: str) -> Run:
     if not (run.folder / "config.json").exists():
         config = {"script": script, "args": asdict(args), "device": device_name(device), "torch": torch.__version__}
         run.write("config.json", json.dumps(config | {"commit": _commit(), "ranks": world()[1]}, indent=1))
+    _Signals.go_on = f"python {script}.py --resume --out {run.folder}"
     run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     return run
 
@@ -459,7 +477,7 @@ class Epoch:
 
     running means on the device, a progress bar (rate, loss, ETA; with tqdm, on a terminal, on rank 0), the check
     for NaN, and SIGINT/SIGTERM held back until the step is over, when `interrupted()` says so on every rank.
-    `sums` continues the means of an epoch that was interrupted.
+    `sums` continues the means of an epoch that was interrupted (with several ranks: rank 0's share of them).
     """
 
     def __init__(self, epoch: int, images: int, device: torch.device, step: int = 0, sums: dict | None = None):
@@ -533,12 +551,35 @@ def progress_bar(total: int, label: str) -> Any:
     return tqdm(total=total, desc=label, unit="img", leave=False, dynamic_ncols=True)
 
 
+def with_progress(stream: Iterable[tuple[Tensor, Tensor]], total: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches, with a progress bar (see `progress_bar`)."""
+    bar = progress_bar(total, label)
+    for x, y in stream:
+        yield x, y
+        if bar is not None:
+            bar.update(len(y) * world()[1])
+    if bar is not None:
+        bar.close()
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """Print columns aligned on the right, the first on the left."""
     width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * w for w in width], *rows]:
         print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
     sys.stdout.flush()
+
+
+def print_results(rows: list[dict]) -> None:
+    """Print rows of results.json as the papers print them: a line per network, a column per radius, and the
+    paper's own numbers below the line where the setting is the paper's."""
+    table, names = [], list(dict.fromkeys(row["name"] for row in rows))
+    for name in names:
+        mine = [row for row in rows if row["name"] == name]
+        table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
+        if any(row["paper"] is not None for row in mine):
+            table.append(["  the paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
+    print_table([f"{mine[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
 
 
 def write_results(run: Run, rows: list[dict], seconds: float) -> dict:
@@ -549,6 +590,12 @@ def write_results(run: Run, rows: list[dict], seconds: float) -> dict:
     }  # fmt: skip
     run.write("results.json", json.dumps(results, indent=1))
     return results
+
+
+def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:
+    """Write a PNG: images, their adversarial versions and the magnified difference (grey is none)."""
+    gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
+    save_image_grid(path, {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)})
 
 
 def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
@@ -750,8 +797,10 @@ def split_train(
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held = int(val_fraction if val_fraction >= 1 else round(val_fraction * len(train)))
     kept = round(label_fraction * (len(train) - held))
-    if kept < 1:
-        raise UserError(f"no training images are left of {len(train)}: {held} held out, label fraction {label_fraction:g}.")
+    if kept < world()[1]:
+        raise UserError(
+            f"{kept} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}): too few."
+        )
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
 

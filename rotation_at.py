@@ -43,8 +43,9 @@ from torch import Tensor
 
 from common import (
     STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, cli, distribute, eps_name,
-    full_precision, load_checkpoint, load_data, load_weights, numbers, pgd, place_model, print_table, random_crop_flip,
-    robust_accuracy, save_image_grid, seed_step, split_train, start_run, sync_buffers, world, write_results,
+    full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results, radii, random_crop_flip,
+    robust_accuracy, save_attack_picture, seed_step, split_train, start_run, sync_buffers, with_progress, world,
+    write_results,
 )  # fmt: skip
 
 
@@ -236,11 +237,11 @@ def pgd_attack(args: Args, norm: str, eps: float, steps: int, generator: torch.G
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def train(stage: str, run: Run, args: Args, trunk: dict | None, train_set, val_set) -> str:
+def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_set) -> str:
     """Train one network and return the name of its checkpoint in the run's folder.
 
     stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
-    'plain' trains without attack. `trunk` (a state dict) initialises the trunk.
+    'plain' trains without attack. The trunk of the checkpoint `start`, if given, is where training starts from.
     """
     number, checkpoint = {"plain": (0, "plain.pt"), "pretrain": (1, "pretrain.pt"), "train": (2, "best.pt")}[stage]
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
@@ -251,7 +252,8 @@ def train(stage: str, run: Run, args: Args, trunk: dict | None, train_set, val_s
     mean, std = STATS[args.dataset]
     heads = {"class": len(train_set.classes), TASK: TASK_CLASSES}
     model = build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
-    if trunk is not None:
+    if start is not None:
+        trunk = {k.removeprefix("trunk."): v for k, v in start["model"].items() if k.startswith("trunk.")}
         load_weights(model.trunk, trunk, args.init or "pretrain.pt")
     place_model(model, run.device, args.amp, args.compile)
     if stage == "pretrain":
@@ -315,8 +317,10 @@ def train(stage: str, run: Run, args: Args, trunk: dict | None, train_set, val_s
 
         sync_buffers(model)
         clean, robust = validate(stage, model, val_set, args, run, attack)
-        metrics = {"stage": stage, "epoch": epoch + 1, "of": epochs, "lr": opt.param_groups[0]["lr"]} | log.means()
-        run.log(history, metrics | {"val_clean": clean, "val_robust": robust, "seconds": time.perf_counter() - began})
+        run.log(
+            history, stage, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
+            val_clean=clean, val_robust=robust, seconds=round(time.perf_counter() - began, 1),
+        )  # fmt: skip
         score = robust if args.select == "robust" else clean
         # Best by validation accuracy, ties to the earlier epoch (section 4.2); of pre-training, the last epoch.
         if score > best or args.select == "last" or stage == "pretrain":
@@ -360,27 +364,31 @@ def validate(stage: str, model, val_set, args: Args, run: Run, attack) -> tuple[
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def evaluate(name: str, run: Run, args: Args, state: dict, test_set, pretrained: str) -> list[dict]:
+def evaluate(name: str, run: Run, args: Args, state: dict, test_set, paper: dict[float, float]) -> list[dict]:
     """A row per radius: accuracy on the test images under PGD on the class loss alone (section 4.2, end)."""
     model = build_model(**state["network"])
     load_weights(model, state["model"], name)
     place_model(model, run.device, args.amp).eval()
-    paper = paper_row(args, pretrained) if state["stage"] == "train" else {}
+
+    def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
+        return attack(lambda z: cross_entropy(model(z), y), x)
+
     rows = []
-    for eps in numbers(args.eval_eps) or PAPER_EPS[args.norm]:
+    for eps in radii(args.eval_eps) or PAPER_EPS[args.norm]:
         generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
         attack = pgd_attack(args, args.norm, eps, args.eval_steps, generator)
         stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
+        stream = with_progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
         with contextlib.nullcontext() if args.eval_amp else full_precision(model):
-            accuracy = robust_accuracy(
-                model, stream, (lambda x, y: attack(lambda z: cross_entropy(model(z), y), x)) if eps else None
-            )
+            accuracy = robust_accuracy(model, stream, maximise_loss if eps else None)
         rows.append({
             "name": name, "attack": f"pgd-{args.eval_steps}" if eps else "none", "norm": args.norm, "eps": eps,
             "examples": len(test_set), "accuracy": round(accuracy, 2), "paper": paper.get(eps), "epoch": state["epoch"],
         })  # fmt: skip
     if world()[0] == 0 and state["stage"] == "train":
-        save_picture(run, args, model, test_set)
+        x, y = next(batches(test_set.subset(torch.arange(min(10, len(test_set)))), 10, run.device, workers=0))
+        attack = pgd_attack(args, args.norm, args.eps, args.eval_steps)
+        save_attack_picture(run.folder / "adversarial.png", x, maximise_loss(x, y))
     return rows
 
 
@@ -394,32 +402,18 @@ def paper_row(args: Args, pretrained: str) -> dict[float, float]:
     return dict(zip(PAPER_EPS[args.norm], row, strict=True)) if row else {}
 
 
-def save_picture(run: Run, args: Args, model, test_set) -> None:
-    """adversarial.png: test images, their adversarial versions at the training radius, and the difference."""
-    x, y = next(batches(test_set.subset(torch.arange(min(10, len(test_set)))), 10, run.device))
-    attack = pgd_attack(args, args.norm, args.eps, args.eval_steps, torch.Generator(run.device).manual_seed(args.seed))
-    with batchnorm_mode(model, "eval"):
-        x_adv = attack(lambda z: cross_entropy(model(z), y), x)
-    gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
-    rows = {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)}
-    save_image_grid(run.folder / "adversarial.png", rows)
-
-
-def show(run: Run, args: Args, rows: list[dict], seconds: float) -> None:
-    """Print the paper's table: a line per network, the paper's own below it where the setting is the paper's."""
-    epoch = {row["name"]: row["epoch"] for row in rows}
+def show(args: Args, results: dict, folder) -> None:
+    """Print the paper's table with this run's numbers."""
+    rows = results["rows"]
     rule = "last epoch" if args.select == "last" else f"best validation {args.select} accuracy"
-    print(f"\n{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}; test accuracy (%) on "
-          f"{rows[0]['examples']:,} images under PGD-{args.eval_steps} ({'mixed precision' if args.eval_amp else 'float32'}).\n"
-          f"Checkpoint: {rule} ({', '.join(f'{n}: epoch {e}' for n, e in epoch.items())}). {seconds:.0f} s in all.\n")  # fmt: skip
-    table = []
-    for name in epoch:
-        mine = [row for row in rows if row["name"] == name]
-        table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
-        if any(row["paper"] is not None for row in mine):
-            table.append(["  paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
-    print_table([f"eps ({args.norm})"] + [eps_name(row["eps"]) for row in mine], table)
-    print(f"\nresults.json, adversarial.png and checkpoints are in {run.folder}", flush=True)
+    epochs = ", ".join(f"{name}: epoch {epoch}" for name, epoch in {row["name"]: row["epoch"] for row in rows}.items())
+    print(
+        f"\n{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}; accuracy (%) on "
+        f"{rows[0]['examples']:,} test images under PGD-{args.eval_steps}, {'mixed precision' if args.eval_amp else 'float32'}.\n"
+        f"Checkpoint: {rule} ({epochs}). {results['seconds']:.0f} s of training and evaluation.\n"
+    )
+    print_results(rows)
+    print(f"\nresults.json, adversarial.png and the checkpoints are in {folder}", flush=True)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -430,11 +424,18 @@ def main(args: Args) -> dict:
     run = start_run(args, "rotation_at")
     if args.pretrain != "none" and args.init:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
-    numbers(args.eval_eps)
-    given = load_checkpoint(args.init) if args.init else None
-    if given is not None and "trunk.conv1.weight" not in given["model"]:
-        raise UserError(f"--init {args.init} holds no ResNet trunk.")
+    radii(args.eval_eps)
+    start = load_checkpoint(args.init) if args.init else None
+    results = run.finished()
+    if results is None:
+        results = train_and_evaluate(run, args, start)
+    if world()[0] == 0:
+        show(args, results, run.folder)
+    return results
 
+
+def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
+    """All stages one after the other; `start` is the checkpoint of --init."""
     train_set, test_set = load_data(
         args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
     )
@@ -448,23 +449,20 @@ def main(args: Args) -> dict:
     if reach < args.eps:
         run.say(f"warning: {args.attack_steps} steps reach {reach:.3g}, not the edge of the eps {args.eps:.3g} ball; see --step-size")
 
-    models, trunk, pretrained = {}, None, args.pretrain
+    models = {}
     if args.plain:
         models["plain"] = run.load(train("plain", run, args, None, train_set, val_set))
     if args.pretrain != "none":
-        given = run.load(train("pretrain", run, args, None, train_set, val_set))
-    if given is not None:
-        trunk = {k.removeprefix("trunk."): v for k, v in given["model"].items() if k.startswith("trunk.")}
-        pretrained = given["args"]["pretrain"] if given.get("stage") == "pretrain" else "init"
-    label = args.variant if pretrained == "none" else f"{ {'l2': 'P1', 'linf': 'P2'}.get(pretrained, pretrained)} {args.variant}"
-    models[label] = run.load(train("train", run, args, trunk, train_set, val_set))
+        start = run.load(train("pretrain", run, args, None, train_set, val_set))
+    pretrained = "none" if start is None else start["args"]["pretrain"] if start.get("stage") == "pretrain" else "init"
+    name = {"none": "", "l2": "P1 ", "linf": "P2 "}.get(pretrained, f"{pretrained} ") + args.variant
+    models[name] = run.load(train("train", run, args, start, train_set, val_set))
 
     began, rows = time.perf_counter(), []
     for name, state in models.items():
-        rows += evaluate(name, run, args, state, test_set, pretrained)
+        paper = paper_row(args, pretrained) if state["stage"] == "train" else {}
+        rows += evaluate(name, run, args, state, test_set, paper)
     seconds = run.load("last.pt")["seconds"] + time.perf_counter() - began  # of training, in all sittings, and evaluation
-    if world()[0] == 0:
-        show(run, args, rows, seconds)
     return write_results(run, rows, seconds)
 
 
