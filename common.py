@@ -146,6 +146,9 @@ def cli(main: Callable, args_class: type) -> None:
     try:
         main(parse_args(args_class))
     except UserError as e:
+        if _Signals.run is not None:  # an error before the run began leaves no folder behind
+            with contextlib.suppress(OSError):
+                _Signals.run.folder.rmdir()  # removes it only if empty
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory; take a smaller --batch-size (or --width), or --amp bf16.")
@@ -156,7 +159,8 @@ def cli(main: Callable, args_class: type) -> None:
     except KeyboardInterrupt as e:
         if world()[0] == 0:
             what = f" ({e})" if str(e) else ""
-            how = f"; go on with: {_Signals.go_on}" if _Signals.go_on else ""
+            run = _Signals.run
+            how = f"; go on with: python {run.script}.py --resume --out {run.folder}" if run else ""
             print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
         sys.exit(128 + (_Signals.received or signal.SIGINT))
     finally:
@@ -169,7 +173,7 @@ class _Signals:
 
     received = 0
     deferred = False
-    go_on = ""  # the command that continues the run
+    run: Any = None  # the run in progress, for what `cli` says and tidies
 
     @classmethod
     def handle(cls, signum: int, frame: Any) -> None:
@@ -248,7 +252,7 @@ def _saved_args(folder: Path) -> dict:
     """The arguments of the run in `folder`; {} if it holds none."""
     try:
         return json.loads((folder / "config.json").read_text())["args"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'config.json'} is not readable as a run's config; choose another --out.") from None
@@ -271,6 +275,13 @@ class Run:
     script: str
     args: Any
 
+    def begin(self) -> None:
+        """Write config.json: from here on the folder holds a run. Call it when arguments and data have proved good."""
+        if not (self.folder / "config.json").exists():
+            config = {"script": self.script, "args": asdict(self.args), "device": device_name(self.device)}
+            config |= {"torch": torch.__version__, "ranks": world()[1], "commit": _commit()}
+            self.write("config.json", json.dumps(config, indent=1))
+
     def say(self, text: str) -> None:
         if world()[0] == 0:
             print(text, flush=True)
@@ -279,13 +290,16 @@ class Run:
         if world()[0] == 0:
             save_checkpoint(self.folder / name, state)
 
-    def load(self, name: str) -> dict | None:
-        """The run's own checkpoint `name`, on the CPU; None if it has not been written yet."""
+    def load(self, name: str, *needed: str) -> dict | None:
+        """The run's own checkpoint `name`, on the CPU, with the entries `needed`; None if not written yet."""
         path = self.folder / name
         found = torch.tensor(int(path.exists()), device=self.device)
         if world()[1] > 1:
             dist.broadcast(found, 0)
-        return load_checkpoint(path) if found else None
+        state = load_checkpoint(path) if found else None
+        if state is not None and (missing := set(needed) - state.keys()):
+            raise UserError(f"{path} cannot be resumed from: it has no '{min(missing)}' entry (is it another file renamed?).")
+        return state
 
     def write(self, name: str, text: str) -> None:
         if world()[0] == 0:
@@ -341,10 +355,7 @@ def start_run(args: Any, script: str) -> Run:
     if answer[1]:
         raise UserError(answer[1])
     run = Run(Path(answer[0]), device, script, args)
-    if not (run.folder / "config.json").exists():
-        config = {"script": script, "args": asdict(args), "device": device_name(device), "torch": torch.__version__}
-        run.write("config.json", json.dumps(config | {"commit": _commit(), "ranks": world()[1]}, indent=1))
-    _Signals.go_on = f"python {script}.py --resume --out {run.folder}"
+    _Signals.run = run
     run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     return run
 
@@ -994,13 +1005,14 @@ class Network(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, dim) float32."""
-        half = self.amp == torch.float16
-        if half:
-            x = _ScaleGradient.apply(x, 1 / self.FP16_SCALE)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
-            h = self.trunk(x)
-        return _ScaleGradient.apply(h.float(), self.FP16_SCALE) if half else h.float()
+        if self.amp is None:
+            return self.trunk(x)
+        scale = self.FP16_SCALE if self.amp == torch.float16 else 1.0
+        x = _ScaleGradient.apply(x, 1 / scale) if scale != 1 else x
+        with torch.autocast(x.device.type, self.amp):
+            h = self.trunk(x).float()
+        return _ScaleGradient.apply(h, scale) if scale != 1 else h
 
     def forward(self, x: Tensor, *heads: str) -> Tensor | tuple[Tensor, ...]:
         h = self.features(x)

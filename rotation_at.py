@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, cli, distribute, eps_name,
-    full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results, radii, random_crop_flip,
+    STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, cli, distribute,
+    eps_name, full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results, radii, random_crop_flip,
     robust_accuracy, save_attack_picture, seed_step, split_train, start_run, sync_buffers, with_progress, world,
     write_results,
 )  # fmt: skip
@@ -244,6 +244,9 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
     'plain' trains without attack. The trunk of the checkpoint `start`, if given, is where training starts from.
     """
     number, checkpoint = {"plain": (0, "plain.pt"), "pretrain": (1, "pretrain.pt"), "train": (2, "best.pt")}[stage]
+    state = run.load("last.pt", "optimizer", "number", "history")
+    if state is not None and state["number"] > number:
+        return checkpoint  # done before the run was resumed
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
     norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
     lr_step = args.lr_step or max(1, round(0.4 * epochs))
@@ -253,8 +256,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
     heads = {"class": len(train_set.classes), TASK: TASK_CLASSES}
     model = build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
     if start is not None:
-        trunk = {k.removeprefix("trunk."): v for k, v in start["model"].items() if k.startswith("trunk.")}
-        load_weights(model.trunk, trunk, args.init or "pretrain.pt")
+        load_trunk(model.trunk, start, args.init or "pretrain.pt")
     place_model(model, run.device, args.amp, args.compile)
     if stage == "pretrain":
         model.heads["class"].requires_grad_(False)
@@ -262,8 +264,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
         model.heads[TASK].requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    state = run.load("last.pt")
-    if state is None or state["stage"] != stage:
+    if state is None or state["number"] < number:  # the stage begins
         past = state or {"history": [], "seconds": 0.0}
         state = {"epoch": 0, "step": 0, "sums": {}, "best": -1.0, "history": past["history"], "seconds": past["seconds"]}
     else:
@@ -276,7 +277,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
             "network": model.spec, "model": model.state_dict(), "optimizer": opt.state_dict(), "args": vars(args),
-            "stage": stage, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
+            "number": number, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
 
@@ -331,6 +332,11 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
             })  # fmt: skip
         save(epoch + 1)
     return checkpoint
+
+
+def load_trunk(trunk, state: dict, source: str) -> None:
+    """Copy the trunk's weights from a checkpoint, and nothing else: the heads start afresh (the paper does not say)."""
+    load_weights(trunk, {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")}, source)
 
 
 def pretrain_eps(args: Args) -> float:
@@ -425,7 +431,10 @@ def main(args: Args) -> dict:
     if args.pretrain != "none" and args.init:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
     radii(args.eval_eps)
-    start = load_checkpoint(args.init) if args.init else None
+    start = None
+    if args.init:
+        start = load_checkpoint(args.init)
+        load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit? Ask before the work begins
     results = run.finished()
     if results is None:
         results = train_and_evaluate(run, args, start)
@@ -448,6 +457,8 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
     reach = pgd_attack(args, args.norm, args.eps, args.attack_steps).reach
     if reach < args.eps:
         run.say(f"warning: {args.attack_steps} steps reach {reach:.3g}, not the edge of the eps {args.eps:.3g} ball; see --step-size")
+
+    run.begin()
 
     models = {}
     if args.plain:

@@ -1,0 +1,223 @@
+"""Section 4 of common.py: PGD against closed forms, its invariants, and robust accuracy."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import UserError, batchnorm_mode, build_model, l2_norm, pgd, robust_accuracy
+
+torch.manual_seed(0)
+W = torch.randn(3, 8, 8, dtype=torch.float64)
+
+
+def linear(x):  # (B, 3, 8, 8) -> (B,)
+    return (x * W).sum((1, 2, 3))
+
+
+def small_net(dtype=torch.float32):
+    torch.manual_seed(1)
+    return build_model("resnet18", {"class": 10}, width=1 / 16, stem="imagenet").to(dtype)
+
+
+# ---- closed forms ----
+
+
+def test_linf_reaches_the_optimum_of_a_linear_loss_with_the_box():
+    x = torch.rand(16, 3, 8, 8, dtype=torch.float64)
+    x_adv = pgd(linear, x, eps=0.3, steps=10, step_size=0.1)
+    assert torch.allclose(x_adv, (x + 0.3 * W.sign()).clamp(0, 1), atol=1e-12)
+
+
+def test_l2_reaches_the_optimum_of_a_linear_loss():
+    x = torch.full((16, 3, 8, 8), 0.5, dtype=torch.float64)  # far from the box
+    x_adv = pgd(linear, x, eps=0.4, norm="l2", steps=60, step_size=0.2)
+    assert torch.allclose(x_adv, x + 0.4 * W / W.norm(), atol=1e-6)
+
+
+def test_l2_comes_near_the_optimum_with_the_box():
+    x = torch.rand(8, 3, 8, 8, dtype=torch.float64)
+    eps = 3.0
+    x_adv = pgd(linear, x, eps=eps, norm="l2", steps=200, step_size=0.1)
+    for i in range(len(x)):  # the optimum is clip(t * W) with t such that the length is eps: found by bisection
+        low, high = 0.0, 1e3
+        for _ in range(200):
+            t = (low + high) / 2
+            best = (x[i] + t * W).clamp(0, 1)
+            low, high = (t, high) if (best - x[i]).norm() < eps else (low, t)
+        assert 0.99 * linear(best[None] - x[i]) < linear(x_adv[i : i + 1] - x[i]) <= linear(best[None] - x[i]) + 1e-6
+
+
+@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
+def test_robust_accuracy_of_a_linear_classifier_is_the_closed_form(norm, dual):
+    """Right under every perturbation iff margin > eps * ||w_0 - w_1||_dual; points lie far from the box."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 3 * 8 * 8, dtype=torch.float64))
+
+        def forward(self, x):
+            return (x - 0.5).flatten(1) @ self.w.T
+
+    torch.manual_seed(2)
+    model, eps = Linear(), {"linf": 0.001, "l2": 0.01}[norm]
+    x = 0.5 + 0.03 * torch.randn(400, 3, 8, 8, dtype=torch.float64)
+    y = torch.randint(0, 2, (400,))
+    logits = model(x).detach()
+    margin = torch.where(y == 0, 1, -1) * (logits[:, 0] - logits[:, 1])
+    expected = 100 * (margin > eps * (model.w[0] - model.w[1]).norm(p=dual)).double().mean().item()
+
+    def attack(x, y):
+        return pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=eps, norm=norm, steps=100, step_size=eps / 5)
+
+    assert robust_accuracy(model, [(x[:150], y[:150]), (x[150:], y[150:])], attack) == pytest.approx(expected, abs=1e-9)
+    clean = 100 * (margin > 0).double().mean().item()
+    assert 5 < expected < clean - 5  # the comparison means something
+    assert robust_accuracy(model, [(x, y)]) == pytest.approx(clean, abs=1e-9)
+
+
+# ---- invariants ----
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.1, 5.0])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_the_result_is_in_the_ball_and_in_the_box(norm, eps, steps):
+    model = small_net().eval()
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
+    for start, best in itertools.product((True, False), repeat=2):
+        x_adv = pgd(
+            lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=eps, norm=norm, steps=steps,
+            step_size=3 * eps, random_start=start, keep_best=best,
+        )  # fmt: skip
+        delta = x_adv - x
+        size = delta.abs().amax() if norm == "linf" else l2_norm(delta).amax()
+        assert size <= eps * (1 + 1e-5) + 1e-7
+        assert 0 <= x_adv.min() and x_adv.max() <= 1 and not x_adv.requires_grad
+        if eps == 0:
+            assert torch.equal(x_adv, x)
+
+
+def test_random_starts_are_those_of_the_fact_sheet():
+    x = torch.full((4000, 3, 4, 4), 0.5)
+    zero = lambda z: 0 * z.sum((1, 2, 3))  # noqa: E731
+    linf = pgd(zero, x, eps=0.1, steps=0) - x
+    assert linf.abs().max() <= 0.1 + 1e-6 and abs(linf.mean()) < 1e-3
+    assert linf.var().item() == pytest.approx(0.1**2 / 3, rel=0.02)  # uniform in [-eps, eps]
+    l2 = l2_norm(pgd(zero, x, eps=0.1, norm="l2", steps=0) - x)
+    assert torch.allclose(l2, torch.full_like(l2, 0.1), atol=1e-5)  # exactly on the sphere
+    assert torch.equal(pgd(zero, x, eps=0.1, steps=0, random_start=False), x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_zero_gradients_do_no_harm(norm):
+    x = torch.rand(4, 3, 8, 8)
+    x_adv = pgd(lambda z: 0 * z.sum((1, 2, 3)), x, eps=0.1, norm=norm, random_start=False)
+    assert torch.allclose(x_adv, x, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_image_is_attacked_the_same_in_any_batch(norm):
+    model = small_net(torch.float64).eval()
+    x, y = torch.rand(7, 3, 32, 32, dtype=torch.float64), torch.arange(7)
+
+    def attack(rows):
+        loss = lambda z: F.cross_entropy(model(z), y[rows], reduction="none")  # noqa: E731
+        return pgd(loss, x[rows], eps=0.1, norm=norm, steps=5, random_start=False)
+
+    whole = attack(torch.arange(7))
+    parts = torch.cat([attack(torch.tensor([i])) for i in range(7)])
+    assert (whole - parts).abs().max() < 1e-9
+    assert torch.allclose(attack(torch.arange(6, -1, -1)).flip(0), whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_attack_beats_noise_and_keep_best_is_no_worse(norm):
+    model = small_net().eval()
+    x, y = torch.rand(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    eps = {"linf": 0.05, "l2": 1.0}[norm]
+    loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
+    gen = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    noise = pgd(loss, x, eps=eps, norm=norm, steps=0, generator=gen())
+    few = pgd(loss, x, eps=eps, norm=norm, steps=3, generator=gen())
+    many = pgd(loss, x, eps=eps, norm=norm, steps=20, generator=gen())
+    best = pgd(loss, x, eps=eps, norm=norm, steps=20, generator=gen(), keep_best=True)
+    assert loss(x).mean() < loss(few).mean() < loss(many).mean() and loss(noise).mean() < loss(few).mean()
+    assert (loss(best) >= loss(many) - 1e-5).all()
+
+
+def test_a_generator_leaves_the_global_one_alone():
+    before = torch.get_rng_state()
+    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    a = [pgd(lambda z: z.sum((1, 2, 3)), x, eps=0.1, steps=1, generator=torch.Generator().manual_seed(5)) for _ in "ab"]
+    assert torch.equal(a[0], a[1]) and torch.equal(before, torch.get_rng_state())
+
+
+def test_wrong_use_is_told():
+    x = torch.rand(2, 3, 4, 4)
+    loss = lambda z: z.sum((1, 2, 3))  # noqa: E731
+    with pytest.raises(ValueError, match="norm"):
+        pgd(loss, x, eps=0.1, norm="l1")
+    with pytest.raises(ValueError, match="negative"):
+        pgd(loss, x, eps=-0.1)
+    with pytest.raises(ValueError, match="one value per image"):
+        pgd(lambda z: z.sum(), x, eps=0.1)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        robust_accuracy(small_net(), [(2 * x.repeat(1, 1, 8, 8), torch.tensor([0, 1]))])
+
+
+# ---- what is left behind ----
+
+
+def test_robust_accuracy_leaves_no_trace():
+    model = small_net()
+    model.train()
+    model.trunk.layer1.eval()  # a frozen part
+    modes = [m.training for m in model.modules()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
+    attack = lambda x, y: pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=0.1)  # noqa: E731
+    robust_accuracy(model, [(x, y)], attack)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_clean_errors_are_broken_and_not_attacked():
+    model = small_net().eval()
+    x = torch.rand(20, 3, 32, 32)
+    y = model(x).argmax(1)
+    y[::2] = (y[::2] + 1) % 10
+    seen = []
+
+    def attack(x, y):
+        seen.append(len(x))
+        return x
+
+    assert robust_accuracy(model, [(x, y)], attack) == 50.0 and seen == [10]
+    assert robust_accuracy(model, [(x, (model(x).argmax(1) + 1) % 10)], attack) == 0.0 and seen == [10]
+
+
+def test_nan_logits_are_refused():
+    model = small_net()
+    nn.init.constant_(model.heads["class"].bias, math.nan)
+    with pytest.raises(UserError, match="NaN"):
+        robust_accuracy(model, [(torch.rand(2, 3, 16, 16), torch.tensor([0, 0]))])
+
+
+def test_batchnorm_under_attack():
+    model = small_net().train()
+    x = torch.rand(8, 3, 32, 32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with batchnorm_mode(model, "eval"):
+        alone = model(x[:1])
+        assert torch.allclose(model(x)[:1], alone, atol=1e-5)  # running statistics: independent of the batch
+    with batchnorm_mode(model, "train"):
+        inside = model(x)
+        assert not torch.allclose(model(x[:4]), inside[:4], atol=1e-3)  # batch statistics
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.allclose(model(x), inside, atol=1e-5)  # the statistics of ordinary training mode
+    assert not torch.equal(model.trunk.bn1.running_mean, before["trunk.bn1.running_mean"])  # which move again

@@ -1,0 +1,124 @@
+"""Section 3 of common.py: parameter counts, torchvision as second implementation, mixed precision, checkpoints."""
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from common import UserError, build_model, full_precision, load_model, place_model, save_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("arch", "count"), [("resnet18", 11_173_962), ("resnet34", 21_282_122), ("resnet50", 23_520_842)]
+)
+def test_parameter_counts_with_the_cifar_stem(arch, count):
+    """The counts of the CIFAR ResNets in the robustness library (10 classes)."""
+    assert sum(p.numel() for p in build_model(arch, {"class": 10}).parameters()) == count
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_with_the_imagenet_stem_it_is_torchvisions_network(arch):
+    theirs = getattr(torchvision.models, arch)(num_classes=7)
+    ours = build_model(arch, {"class": 7}, stem="imagenet", mean=(0, 0, 0), std=(1, 1, 1))
+    renamed = {"trunk." + k.replace("downsample.1", "shortcut.2").replace("downsample.0", "shortcut.1"): v
+               for k, v in theirs.state_dict().items() if not k.startswith("fc")}  # fmt: skip
+    renamed |= {"heads.class.weight": theirs.fc.weight, "heads.class.bias": theirs.fc.bias}
+    renamed |= {"mean": ours.mean, "std": ours.std}
+    ours.load_state_dict(renamed)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(ours.eval()(x), theirs.eval()(x), atol=1e-4)
+
+
+def test_shapes_heads_and_width():
+    model = build_model("resnet18", {"class": 10, "rotation": 4}, width=0.25)
+    x = torch.rand(2, 3, 32, 32)
+    a, b = model(x, "class", "rotation")
+    assert model.features(x).shape == (2, 128) and a.shape == (2, 10) and b.shape == (2, 4)
+    assert model.trunk.layer4[1].conv2.weight.shape == (128, 128, 3, 3)
+    model.eval()
+    assert torch.equal(model(x), model(x, "class")) and torch.allclose(model(x), model(x, "class", "rotation")[0])
+    with pytest.raises(UserError, match="unknown architecture"):
+        build_model("resnet19", {"class": 10})
+
+
+def test_very_narrow_networks_train():
+    """With 8 channels oneDNN's strided 1x1 weight gradient corrupts the heap (hence `Subsample`)."""
+    model = place_model(build_model("resnet18", {"class": 10}, width=0.125), torch.device("cpu"))
+    for _ in range(10):
+        F.cross_entropy(model(torch.rand(32, 3, 32, 32)), torch.arange(32) % 10).backward()
+
+
+def test_normalisation_is_inside():
+    raw = build_model("resnet18", {"class": 3}, width=1 / 16, mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    normalised = build_model("resnet18", {"class": 3}, width=1 / 16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).eval()
+    normalised.load_state_dict(raw.state_dict() | {k: getattr(normalised, k) for k in ("mean", "std")})
+    x = torch.rand(2, 3, 32, 32)
+    by_hand = (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    assert torch.allclose(normalised(x), raw(by_hand), atol=1e-5)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_gives_the_same_gradients_nearly(amp):
+    """To the image and to the weights; in particular the scaling for fp16 cancels."""
+    torch.manual_seed(0)
+    model = build_model("resnet18", {"class": 10}, width=0.25, stem="imagenet").eval()
+    x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+
+    def gradients():
+        z = x.clone().requires_grad_()
+        model.zero_grad()
+        out = model(z)
+        F.cross_entropy(out, y).backward()
+        weights = torch.cat([p.grad.flatten() for p in model.parameters()])
+        return out.detach(), z.grad.flatten(), weights
+
+    exact = gradients()
+    place_model(model, torch.device("cpu"), amp)
+    assert model.amp is {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    for got, want in zip(gradients(), exact, strict=True):
+        assert got.dtype == torch.float32
+        assert not torch.equal(got, want)  # it did compute in low precision
+        assert (got - want).norm() < {"bf16": 0.1, "fp16": 0.05}[amp] * want.norm()
+    with full_precision(model):
+        assert model.amp is None
+        assert torch.allclose(model(x), exact[0], atol=1e-4)
+    assert model.amp is not None
+
+
+def test_fp16_keeps_gradients_that_fp16_alone_loses():
+    model = build_model("resnet18", {"class": 10}, width=0.25, stem="imagenet").eval()
+    x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
+
+    def image_gradient(scale):
+        z = x.clone().requires_grad_()
+        return torch.autograd.grad(scale * F.cross_entropy(model(z), y, reduction="none").sum(), z)[0]
+
+    want = image_gradient(1e-5)
+    model.amp, model.FP16_SCALE = torch.float16, 1.0
+    plain = image_gradient(1e-5)
+    model.FP16_SCALE = type(model).FP16_SCALE
+    scaled = image_gradient(1e-5)
+    assert (plain.sign() != want.sign()).float().mean() > 2 * (scaled.sign() != want.sign()).float().mean()
+    assert (scaled - want).norm() < 0.1 * want.norm()
+
+
+def test_load_model_rebuilds_the_network(tmp_path):
+    torch.manual_seed(0)
+    model = build_model("resnet34", {"class": 5, "rotation": 4}, width=1 / 8, stem="imagenet", mean=(0.3,) * 3).eval()
+    save_checkpoint(tmp_path / "m.pt", {"network": model.spec, "model": model.state_dict()})
+    x = torch.rand(3, 3, 40, 40)
+    again = load_model(tmp_path / "m.pt")
+    assert not again.training and again.amp is None
+    assert torch.equal(again(x), model(x))
+    bad = {"network": model.spec | {"arch": "resnet99"}, "model": model.state_dict()}
+    save_checkpoint(tmp_path / "bad.pt", bad)
+    with pytest.raises(UserError, match="cannot build"):
+        load_model(tmp_path / "bad.pt")
+
+
+def test_compiled_and_plain_network_agree():
+    torch.manual_seed(0)
+    model = build_model("resnet18", {"class": 10}, width=1 / 16, stem="imagenet").eval()
+    x = torch.rand(4, 3, 32, 32)
+    want, keys = model(x), list(model.state_dict())
+    place_model(model, torch.device("cpu"), "off", compile=True)
+    assert torch.allclose(model(x), want, atol=1e-4) and list(model.state_dict()) == keys

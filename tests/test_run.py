@@ -1,0 +1,391 @@
+"""Section 1 of common.py, seen through rotation_at.py: flags, folders, kills, signals, several ranks, user mistakes."""
+import ast
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, replace, same_state
+
+import rotation_at
+from common import UserError, cli, eps_name, load_checkpoint, number, parse_args, save_checkpoint
+from rotation_at import Args, main
+
+
+@dataclass
+class Demo:
+    eps: float = 8 / 255  # radius
+    norm: Literal["linf", "l2"] = "linf"  # 100% the ball
+    steps: int = 10  # steps
+    flip: bool = True  # mirror
+    out: str = ""  # folder
+    resume: bool = False  # go on
+    quick: bool = False  # miniature
+    QUICK: ClassVar[dict] = dict(eps=0.1, steps=3)
+
+
+def tiny(**changes) -> Args:
+    return Args(**(TINY | changes))
+
+
+def accuracies(folder):
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return [(r["name"], r["eps"], r["accuracy"]) for r in rows]
+
+
+def metrics(folder):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+
+
+# ---- arguments ----
+
+
+def test_numbers():
+    assert number("8/255") == 8 / 255 and number("0.5") == 0.5 and number("1e-4") == 1e-4
+    for text in ("abc", "1/0", "", "nan", "inf", "__import__('os')"):
+        with pytest.raises(ValueError):
+            number(text)
+    assert [eps_name(e) for e in (8 / 255, 0.5, 0, 1, 0.1, 0.2, 128 / 255)] == ["8/255", "0.5", "0", "1", "0.1", "0.2", "128/255"]
+
+
+def test_flags_follow_the_dataclass():
+    assert parse_args(Demo, []) == Demo()
+    assert parse_args(Demo, ["--eps", "4/255", "--norm", "l2", "--no-flip"]) == Demo(eps=4 / 255, norm="l2", flip=False)
+    assert parse_args(Demo, ["--quick"]) == Demo(eps=0.1, steps=3, quick=True)
+    assert parse_args(Demo, ["--steps", "5", "--quick"]) == Demo(eps=0.1, steps=5, quick=True)  # explicit flags win
+
+
+def test_resume_takes_the_saved_arguments(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"args": vars(Demo(steps=7, quick=True))}))
+    given = ["--resume", "--out", str(tmp_path)]
+    assert parse_args(Demo, given) == Demo(steps=7, quick=True, resume=True, out=str(tmp_path))
+    assert parse_args(Demo, [*given, "--steps", "8"]).steps == 8  # start_run then refuses it
+
+
+def test_help_lists_every_flag_with_its_default(command):
+    code, out, _ = command(rotation_at, "--help")
+    assert code == 0 and "8/255" in out and "Kucer" in out
+    for f in fields(Args):
+        line = out[out.index("--" + f.name.replace("_", "-")) :]
+        assert len(line.split("(default:")[0].split()) > 3, f"no help for {f.name}"
+
+
+def test_every_argument_is_read():
+    tree = ast.parse((ROOT / "rotation_at.py").read_text())
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    shared = {"seed", "norm", "eps", "out", "resume", "quick", "device"}  # read by start_run
+    assert {f.name for f in fields(Args)} <= read | shared
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--eps", "abc"], "--eps.*abc"),
+        (["--eps", "-1"], "--eps -1 must be at least 0"),
+        (["--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["--epochs", "1.5"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--label-fraction", "2"], "between"),
+        (["--norm", "l1"], "--norm.*l1.*linf"),
+        (["--variant", "T4"], "T4"),
+        (["--epoch", "3"], "unrecognized.*--epoch"),
+        (["--eval-eps", "0,x"], "list of radii"),
+        (["--device", "gpu"], "--device gpu is unknown"),
+        (["--pretrain", "l2", "--init", "x.pt"], "give one"),
+        (["--sync-bn", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere.*--data-dir"),
+        (["--init", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    ],
+)  # fmt: skip
+def test_wrong_flags(one_sentence, tmp_path, monkeypatch, argv, match):
+    monkeypatch.chdir(tmp_path)
+    assert pytest.importorskip("re").search(match, one_sentence(rotation_at, *argv))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_asked_for_in_vain(one_sentence, tmp_path):
+    assert "no usable CUDA" in one_sentence(rotation_at, "--device", "cuda", "--out", tmp_path / "r")
+
+
+# ---- folders ----
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A finished run that nothing disturbed: (folder, what main returned)."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    return folder, main(tiny(out=str(folder)))
+
+
+def test_a_run_leaves_what_the_design_says(reference):
+    folder, results = reference
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "results.json", "adversarial.png"}
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"script", "args", "device", "torch", "seconds", "rows"} == results.keys()
+    for row in results["rows"]:
+        assert {"name", "attack", "norm", "eps", "examples", "accuracy", "paper"} <= row.keys()
+        assert 0 <= row["accuracy"] <= 100 and row["examples"] == 50 and row["paper"] is None
+    assert [r["attack"] for r in results["rows"]] == ["none", "pgd-2"]
+    assert len(metrics(folder)) == 2
+    load_checkpoint(folder / "last.pt"), load_checkpoint(folder / "best.pt")
+
+
+def test_names_are_never_reused(tmp_path, monkeypatch, reference):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        main(tiny(epochs=1))
+    names = ["rotation_at-linf-0.1-s0", "rotation_at-linf-0.1-s0-2", "rotation_at-linf-0.1-s0-3"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == names
+    # --resume without --out: the newest run with the same arguments, or a new one
+    main(tiny(epochs=1, resume=True))
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    main(tiny(epochs=1, resume=True, variant="T1"))
+    assert (tmp_path / "runs" / (names[0] + "-4")).exists()
+
+
+def test_a_run_is_not_overwritten(one_sentence, command, reference):
+    folder, _ = reference
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    args = flags(TINY | {"out": folder})
+    assert "already holds a run" in one_sentence(rotation_at, *args)
+    assert "--lr 0.5 (the run has 0.02)" in one_sentence(rotation_at, *flags(TINY | {"out": folder, "lr": 0.5}), "--resume")
+    assert "--variant T1 (the run has T3)" in one_sentence(rotation_at, "--resume", "--out", folder, "--variant", "T1")
+    code, out, _ = command(rotation_at, "--resume", "--out", folder)  # finished: shows its table again
+    assert code == 0 and "linf eps" in out
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_output_that_cannot_be_written(one_sentence, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot make the run's folder" in one_sentence(rotation_at, *flags(TINY | {"out": tmp_path / "file" / "run"}))
+    if os.path.isdir("/proc/self"):  # read-only even for root
+        assert "cannot make the run's folder" in one_sentence(rotation_at, *flags(TINY | {"out": "/proc/self/run"}))
+
+
+def test_a_full_disk_loses_nothing(one_sentence, tmp_path):
+    """A limit on file sizes stands in for the full disk: writing fails in the same place, half-way."""
+    save_checkpoint(tmp_path / "last.pt", {"network": {}, "model": {"w": torch.ones(3)}})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(UserError, match="could not write .*last.pt.*intact"):
+            save_checkpoint(tmp_path / "last.pt", {"network": {}, "model": {"w": torch.ones(100_000)}})
+        assert "could not write" in one_sentence(rotation_at, *flags(TINY | {"out": tmp_path / "run", "epochs": 1}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert torch.equal(load_checkpoint(tmp_path / "last.pt")["model"]["w"], torch.ones(3))
+    assert [p.name for p in tmp_path.glob("*.tmp")] == [] and not (tmp_path / "run" / "results.json").exists()
+
+
+# ---- checkpoints that will not do ----
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/rotation_at_was_here",))
+
+
+def test_bad_checkpoints(one_sentence, tmp_path, reference):
+    folder, _ = reference
+    whole = (folder / "best.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"state_dict": {"w": torch.ones(1)}}, tmp_path / "foreign.pt")
+    torch.save({"network": {}, "model": {}, "x": Evil()}, tmp_path / "evil.pt")
+    state = load_checkpoint(folder / "best.pt")
+    torch.save(state | {"model": {"w": torch.ones(1)}}, tmp_path / "headless.pt")
+
+    def init(path, **more):
+        return one_sentence(rotation_at, *flags(TINY | {"init": path, "out": tmp_path / "r", "resume": True} | more))
+
+    for name in ("truncated", "empty", "text", "evil"):
+        assert "truncated, or no checkpoint that loads safely" in init(tmp_path / f"{name}.pt")
+    assert not os.path.exists("/tmp/rotation_at_was_here")
+    assert "some other program" in init(tmp_path / "foreign.pt")
+    assert "is a folder" in init(folder)
+    assert "another architecture" in init(tmp_path / "headless.pt")
+    assert not (tmp_path / "r").exists()  # a run that could not begin leaves no folder
+    assert "another architecture" in init(folder / "best.pt", width=1 / 8)
+    # The run's own last.pt, damaged or from elsewhere
+    run = tmp_path / "run"
+    main(tiny(out=str(run), epochs=1))
+    (run / "results.json").unlink()
+    for content in (whole[:1000], whole):
+        (run / "last.pt").write_bytes(content)
+        assert "last.pt" in one_sentence(rotation_at, "--resume", "--out", run)
+
+
+# ---- NaN ----
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(one_sentence, tmp_path):
+    message = one_sentence(rotation_at, *flags(TINY | {"lr": 1e12, "epochs": 3, "out": tmp_path}))
+    assert "NaN or infinite in epoch 1" in message and "step" in message
+    assert not (tmp_path / "results.json").exists()
+
+
+# ---- kills and signals ----
+
+ATTACK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, signal, torch, common, rotation_at\n"
+AT_STEP = """
+count, update = 0, common.Epoch.update
+def patched(self, *a, **k):
+    global count
+    update(self, *a, **k)
+    count += 1
+    if count == %d:
+        os.kill(os.getpid(), signal.%s)
+common.Epoch.update = patched
+"""
+IN_WRITE = """
+count, save = 0, torch.save
+def patched(state, f):
+    global count
+    count += 1
+    if count == %d:
+        import io
+        whole = io.BytesIO()
+        save(state, whole)
+        f.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, f)
+torch.save = patched
+"""
+
+
+def disturbed(folder, patch: str, **changes) -> subprocess.CompletedProcess:
+    code = ATTACK + patch + "\ncommon.cli(rotation_at.main, rotation_at.Args)"
+    return subprocess.run(
+        [sys.executable, "-c", code, *flags(TINY | {"out": folder} | changes)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [AT_STEP % (2, "SIGKILL"), AT_STEP % (5, "SIGKILL"), IN_WRITE % 2, IN_WRITE % 3],
+    ids=["in epoch 1", "in epoch 2", "writing last.pt", "writing the second checkpoint"],
+)
+def test_killed_and_resumed_is_uninterrupted(tmp_path, reference, patch):
+    folder, _ = reference
+    killed = disturbed(tmp_path, patch)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "results.json").exists()
+    main(tiny(out=str(tmp_path), resume=True))
+    assert accuracies(tmp_path) == accuracies(folder) and metrics(tmp_path) == metrics(folder)
+    for name in ("last.pt", "best.pt"):
+        assert same_state(load_checkpoint(tmp_path / name)["model"], load_checkpoint(folder / name)["model"])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_save_and_say_how_to_resume(tmp_path, reference, name, code):
+    folder, _ = reference
+    stopped = disturbed(tmp_path, AT_STEP % (5, name))  # 3 steps an epoch: in epoch 2
+    assert stopped.returncode == code and "Traceback" not in stopped.stderr
+    assert f"python rotation_at.py --resume --out {tmp_path}" in stopped.stderr
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 2)  # in mid-epoch, nothing done twice
+    main(parse_args(Args, ["--resume", "--out", str(tmp_path)]))
+    assert accuracies(tmp_path) == accuracies(folder) and metrics(tmp_path) == metrics(folder)
+    assert same_state(load_checkpoint(tmp_path / "last.pt")["model"], load_checkpoint(folder / "last.pt")["model"])
+
+
+def test_stages_resume_too(tmp_path):
+    more = dict(pretrain="l2", pretrain_epochs=1, plain=True, epochs=1, variant="T0")
+    main(tiny(out=str(tmp_path / "a"), **more))
+    for step in (2, 5, 8):  # in plain, in pretrain, in train: 3 steps an epoch
+        folder = tmp_path / str(step)
+        assert disturbed(folder, AT_STEP % (step, "SIGKILL"), **more).returncode == -signal.SIGKILL
+        main(tiny(out=str(folder), resume=True, **more))
+        assert accuracies(folder) == accuracies(tmp_path / "a") and metrics(folder) == metrics(tmp_path / "a")
+        a, b = (load_checkpoint(f / "best.pt")["model"] for f in (folder, tmp_path / "a"))
+        assert same_state(a, b)
+
+
+# ---- several ranks ----
+
+
+def torchrun(*argv, code: str | None = None, cwd) -> subprocess.CompletedProcess:
+    script = str(ROOT / "rotation_at.py")
+    if code is not None:
+        script = str(cwd / "patched.py")
+        (cwd / "patched.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *map(str, argv)],
+        capture_output=True, text=True, timeout=240, cwd=cwd,
+    )  # fmt: skip
+
+
+def test_two_ranks_agree_with_one(tmp_path):
+    more = dict(label_fraction=0.5, epochs=6, eval_examples=0, out="run")
+    two = torchrun(*flags(TINY | more), cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("test images under") == 1  # only rank 0 speaks
+    one = main(tiny(**more | {"out": str(tmp_path / "one")}))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+    for a, b in zip(results["rows"], one["rows"], strict=True):
+        assert a["examples"] == b["examples"] == 360
+        hits = a["accuracy"] * 3.6  # every image counted once: a whole number of 360 (rounded to 0.01%)
+        assert abs(hits - round(hits)) < 0.02
+        assert abs(a["accuracy"] - b["accuracy"]) < 15
+    assert one["rows"][0]["accuracy"] > 25  # both learned something, so that agreeing means something
+    # The same checkpoint is evaluated to the same clean accuracy by any number of ranks: resume the evaluation alone.
+    (tmp_path / "run" / "results.json").unlink()
+    again = main(parse_args(Args, ["--resume", "--out", str(tmp_path / "run")]))
+    assert again["rows"][0]["accuracy"] == results["rows"][0]["accuracy"]
+
+
+def test_two_ranks_stop_together_and_resume(tmp_path):
+    """SIGTERM on one rank only: both stop after the same step, rank 0 saves, and the run goes on."""
+    code = ATTACK + "if os.environ['RANK'] == '1':\n    " + (AT_STEP % (12, "SIGTERM")).strip().replace("\n", "\n    ")
+    code += "\ncommon.cli(rotation_at.main, rotation_at.Args)"
+    more = flags(TINY | dict(label_fraction=0.5, epochs=6, out="run"))
+    stopped = torchrun(*more, code=code, cwd=tmp_path)
+    assert stopped.returncode != 0 and "saved epoch 2, step 10" in stopped.stderr
+    assert torchrun(*more, "--resume", cwd=tmp_path).returncode == 0
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_dead_rank_ends_the_run(tmp_path):
+    code = ATTACK + "if os.environ['RANK'] == '1':\n    " + (AT_STEP % (4, "SIGKILL")).strip().replace("\n", "\n    ")
+    begin = time.monotonic()
+    dead = torchrun(*flags(TINY | {"out": "run", "epochs": 500}), code=code + "\ncommon.cli(rotation_at.main, rotation_at.Args)", cwd=tmp_path)
+    assert dead.returncode != 0 and time.monotonic() - begin < 90
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+# ---- housekeeping ----
+
+
+def test_nothing_happens_at_import(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, rotation_at, torch; print(torch.cuda.is_initialized())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert out.stdout.strip() == "False" and list(tmp_path.iterdir()) == []
+
+
+def test_scripts_run_without_the_optional_packages(tmp_path):
+    block = "import sys\nfor m in ('tqdm', 'matplotlib', 'sklearn'): sys.modules[m] = None\n"
+    out = disturbed(tmp_path / "run", "", epochs=1)
+    assert out.returncode == 0
+    code = block + ATTACK + "common.cli(rotation_at.main, rotation_at.Args)"
+    argv = [sys.executable, "-c", code, *flags(TINY | {"out": tmp_path / "bare", "epochs": 1})]
+    assert subprocess.run(argv, capture_output=True, timeout=120).returncode == 0
+    assert accuracies(tmp_path / "bare") == accuracies(tmp_path / "run")
+
+
+def test_main_can_be_called_from_python(tmp_path):
+    """From a notebook: no flags, no handlers, a plain exception for a mistake."""
+    with pytest.raises(UserError, match="--epochs"):
+        main(replace(tiny(), epochs=0))
+    assert callable(cli)
