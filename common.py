@@ -1108,7 +1108,7 @@ def pgd(
     x: (B, C, H, W) in [0, 1], not normalised: normalisation belongs inside the network.
     eps: radius in pixel units. norm 'linf': |delta_i| <= eps for each value; 'l2': ||delta||_2 <= eps for each image.
     step_size: 'linf' moves every value by it along sign(gradient), 'l2' each image by it along gradient / ||gradient||_2;
-        None is 2 * eps / steps (Salman et al. 2020, App. A.1, as used by Kucer et al. section 4.2 for l2).
+        None is 2 * eps / steps (Salman et al. 2020, App. A.1, whom Kucer et al. cite for it in section 4.2).
     random_start: 'linf' uniform in the ball (Kucer et al., Alg. 1 line 4); 'l2' a Gaussian direction of length exactly
         eps (the robustness library); clamped to [0, 1].
     keep_best: return, per image, the iterate of highest loss instead of the last one (costs one more forward pass).

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import TINY, same_state
 
 import rotation_at
-from common import build_model, l2_norm, load_checkpoint, load_model, pgd, save_checkpoint
+from common import UserError, build_model, l2_norm, load_checkpoint, load_model, pgd, save_checkpoint
 from rotation_at import PAPER, PAPER_EPS, TASK, Args, adversaries, main, paper_row, pgd_attack, rotate, training_loss
 
 torch.set_default_dtype(torch.float32)
@@ -64,6 +64,8 @@ def test_t3_separate_attacks_x_as_t0_does(batch, norm):
         assert torch.allclose(x_ss_adv, results[0][1], atol=1e-9)
     for variant in ("T1", "T2"):
         assert torch.allclose(attacked(batch, norm=norm, variant=variant)[0], t0, atol=1e-9)
+    # lambda1 = 0 is the baseline in every variant and reading
+    assert torch.equal(attacked(batch, norm=norm, variant="T3", ss_attack="shared", lambda1=0.0)[0], t0)
 
 
 def test_t3_separate_attacks_x_ss_through_its_own_head(batch):
@@ -106,15 +108,29 @@ def test_both_attacks_x_ss_with_both_losses(batch):
 
 
 def test_step_sizes():
-    """Section 4.2: linf 2/255 in training and at every test radius; l2 2 eps / steps."""
-    args = Args()
-    for eps, steps in ((8 / 255, 10), (3 / 255, 20)):
-        assert pgd_attack(args, "linf", eps, steps).reach == pytest.approx(steps * 2 / 255)
-        assert pgd_attack(args, "l2", eps, steps).reach == pytest.approx(2 * eps)
-    assert pgd_attack(Args(step_size=0.1), "linf", 0.3, 4).reach == pytest.approx(0.4)
-    x = torch.full((1, 3, 8, 8), 0.5)
-    moved = pgd_attack(Args(norm="l2", eps=3.0), "l2", 3.0, 10)(lambda z: z.sum((1, 2, 3)), x)
+    """Section 4.2: linf 2/255 in training and at every test radius; l2 2 eps / steps. Measured on a linear loss."""
+    x = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+
+    def one_step(norm, eps, steps, step_size=0.0):
+        """How far the first of `steps` steps goes from the centre."""
+        points = []
+
+        def loss(z):
+            points.append(z.detach())
+            return z.sum((1, 2, 3))
+
+        torch.manual_seed(0)
+        pgd_attack(Args(), norm, eps, steps, step_size)(loss, x)
+        moved = points[1] - points[0]
+        return moved.max().item() if norm == "linf" else l2_norm(moved).item()
+
+    for eps, steps in ((8 / 255, 10), (10 / 255, 20), (4 / 255, 20)):
+        assert one_step("linf", eps, steps) == pytest.approx(2 / 255)
+    assert one_step("linf", 64 / 255, 20) == pytest.approx(2 * 64 / 255 / 20)  # 2/255 would not cross the ball
+    assert one_step("linf", 8 / 255, 10, 0.001) == pytest.approx(0.001)
+    moved = pgd_attack(Args(), "l2", 3.0, 10)(lambda z: z.sum((1, 2, 3)), x)
     assert l2_norm(moved - x).item() == pytest.approx(3.0, rel=1e-3)
+    assert 0.3 < one_step("l2", 3.0, 10) <= 0.6 + 1e-9  # a step of 0.6, shortened by the projection
 
 
 # ---- eq. 7-9 ----
@@ -224,10 +240,22 @@ def test_the_paper_stands_beside_its_own_setting_only():
         assert len(row) == len(PAPER_EPS[norm])
         known = [a for a in row if a is not None]
         assert known == sorted(known, reverse=True)
-    assert paper_row(Args(variant="T3"), "none")[8 / 255] == 48.11
-    assert paper_row(Args(variant="T1", norm="l2", eps=0.5), "none")[0.5] == 62.17
-    assert paper_row(Args(variant="T0", pretrain="l2"), "l2")[8 / 255] == 45.91
+    assert paper_row(Args(variant="T3"), "none", {})[8 / 255] == 48.11
+    assert paper_row(Args(variant="T1", norm="l2", eps=0.5), "none", {})[0.5] == 62.17
+    first = vars(Args(pretrain="l2"))
+    assert paper_row(Args(variant="T0", pretrain="l2"), "l2", first)[8 / 255] == 45.91
+    assert paper_row(Args(variant="T0", init="pretrain.pt"), "l2", first)[8 / 255] == 45.91
+    assert paper_row(Args(lr_step=40, lambda1=0.25, weight_decay=1e-4), "none", {}) != {}  # stated, or left open
     for changed in ({"width": 0.5}, {"eps": 4 / 255}, {"epochs": 50}, {"dataset": "cifar100"}, {"eval_examples": 100},
-                    {"norm": "l2"}, {"select": "robust"}, {"quick": True}):  # fmt: skip
-        assert paper_row(Args(**changed), "none") == {}
-    assert paper_row(Args(), "init") == {}
+                    {"norm": "l2"}, {"select": "robust"}, {"quick": True}, {"lambda1": 0.0}, {"step_size": 0.01}):  # fmt: skip
+        assert paper_row(Args(**changed), "none", {}) == {}
+    assert paper_row(Args(variant="T0"), "init", {}) == {}
+    for changed in ({"pretrain_epochs": 1}, {"pretrain_eps": 3.0}, {"dataset": "cifar100"}, {"val_fraction": 0.0}):
+        assert paper_row(Args(variant="T0"), "l2", first | changed) == {}
+
+
+def test_without_validation_images_only_the_last_epoch_can_be_chosen(tmp_path):
+    with pytest.raises(UserError, match="--select last"):
+        main(tiny(val_fraction=0.0, out=str(tmp_path / "a")))
+    main(tiny(val_fraction=0.0, select="last", out=str(tmp_path / "b")))
+    assert load_checkpoint(tmp_path / "b" / "best.pt")["epoch"] == 2

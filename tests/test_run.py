@@ -101,6 +101,7 @@ def test_every_argument_is_read():
         (["--eval-eps", "0,x"], "list of radii"),
         (["--device", "gpu"], "--device gpu is unknown"),
         (["--pretrain", "l2", "--init", "x.pt"], "give one"),
+        (["--norm", "l2"], "--eps 0.5"),
         (["--sync-bn", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere.*--data-dir"),
         (["--init", "nowhere.pt"], "no checkpoint nowhere.pt"),
     ],
@@ -287,14 +288,16 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, reference, patch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_signals_save_and_say_how_to_resume(tmp_path, reference, name, code):
+@pytest.mark.parametrize(
+    ("name", "code", "step"), [("SIGINT", 130, 5), ("SIGTERM", 143, 5), ("SIGINT", 130, 3)]
+)  # 3 steps an epoch: in epoch 2, and after the last step of epoch 1
+def test_signals_save_and_say_how_to_resume(tmp_path, reference, name, code, step):
     folder, _ = reference
-    stopped = disturbed(tmp_path, AT_STEP % (5, name))  # 3 steps an epoch: in epoch 2
+    stopped = disturbed(tmp_path, AT_STEP % (step, name))
     assert stopped.returncode == code and "Traceback" not in stopped.stderr
     assert f"python rotation_at.py --resume --out {tmp_path}" in stopped.stderr
     state = load_checkpoint(tmp_path / "last.pt")
-    assert (state["epoch"], state["step"]) == (1, 2)  # in mid-epoch, nothing done twice
+    assert (state["epoch"], state["step"]) == ((1, 2) if step == 5 else (0, 3))  # in mid-epoch
     main(parse_args(Args, ["--resume", "--out", str(tmp_path)]))
     assert accuracies(tmp_path) == accuracies(folder) and metrics(tmp_path) == metrics(folder)
     assert same_state(load_checkpoint(tmp_path / "last.pt")["model"], load_checkpoint(folder / "last.pt")["model"])
