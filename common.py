@@ -7,8 +7,8 @@
 
 Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
 returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
-file defines things and does nothing else. Every function can be copied out on its own: `pgd` and
-`batchnorm_mode` need only torch.
+file defines things and does nothing else. To use the attack elsewhere, copy `pgd` with `l2_norm`, and
+`robust_accuracy` with `batchnorm_mode`: together they need nothing but torch.
 """
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 
 class UserError(Exception):
-    """A mistake or a mishap the user can mend, told in one sentence. `cli` prints it without a traceback."""
+    """An error that the user can fix, explained in one sentence. `cli` prints it without a traceback."""
 
 
 # ---- arguments ---------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
 
 # What may be asked of a flag wherever it appears: (flag, lowest, highest allowed value).
 _RANGES = [
-    ("epochs", 1, math.inf), ("pretrain_epochs", 1, math.inf), ("batch_size", 1, math.inf), ("lr", 0, math.inf),
+    ("epochs", 1, math.inf), ("pretrain_epochs", 1, math.inf), ("batch_size", 2, math.inf), ("lr", 0, math.inf),
     ("lr_step", 0, math.inf), ("weight_decay", 0, math.inf), ("width", 1 / 64, 64), ("image_size", 8, 4096),
     ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
@@ -136,7 +136,7 @@ def check_args(args: Any) -> None:
 
 
 def cli(main: Callable, args_class: type) -> None:
-    """Run a script from the command line: `main(parse_args(args_class))`, with errors told in one sentence.
+    """Run a script from the command line: `main(parse_args(args_class))`, with errors printed as one sentence.
 
     Exit codes: 0 done, 1 a UserError / full disk / out of memory, 2 a wrong flag, 130 SIGINT, 143 SIGTERM.
     A traceback means a bug.
@@ -145,7 +145,7 @@ def cli(main: Callable, args_class: type) -> None:
         signal.signal(signum, _Signals.handle)
     try:
         main(parse_args(args_class))
-    except UserError as e:
+    except (UserError, FloatingPointError) as e:
         if _Signals.run is not None:  # an error before the run began leaves no folder behind
             with contextlib.suppress(OSError):
                 _Signals.run.folder.rmdir()  # removes it only if empty
@@ -160,7 +160,9 @@ def cli(main: Callable, args_class: type) -> None:
         if world()[0] == 0:
             what = f" ({e})" if str(e) else ""
             run = _Signals.run
-            how = f"; go on with: python {run.script}.py --resume --out {run.folder}" if run else ""
+            n = os.environ.get("LOCAL_WORLD_SIZE", "1")
+            start = f"torchrun --nproc-per-node={n}" if world()[1] > 1 else "python"
+            how = f"; go on with: {start} {run.script}.py --resume --out {run.folder}" if run else ""
             print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
         sys.exit(128 + (_Signals.received or signal.SIGINT))
     finally:
@@ -195,9 +197,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this machine has no usable CUDA device; use --device cpu.")
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--device {name} would put all ranks on one GPU; use --device cuda under torchrun.")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(f"--device {name}: GPU {index} asked for, {torch.cuda.device_count()} found.")
@@ -213,8 +219,11 @@ def world() -> tuple[int, int]:
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Seed torch for one training step. Since nothing random outlives a step, no generator state need be saved:
-    a run resumed at any step draws what the uninterrupted run would have drawn, each rank its own numbers."""
+    """Seed torch for one training step, differently for each step and rank.
+
+    No generator state has to be saved then: a run resumed at any step draws what the uninterrupted run would have.
+    """
+    # One number from four: the factors are primes larger than what is added, so that no two steps get the same one.
     torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_009 + world()[0]) % 2**63)
 
 
@@ -355,6 +364,11 @@ def start_run(args: Any, script: str) -> Run:
     if answer[1]:
         raise UserError(answer[1])
     run = Run(Path(answer[0]), device, script, args)
+    there = torch.tensor(int(run.folder.is_dir()), device=device)
+    if world()[1] > 1:
+        dist.all_reduce(there, dist.ReduceOp.MIN)
+    if not there:
+        raise UserError(f"not every machine sees {run.folder}: with several machines --out must be on a shared disk.")
     _Signals.run = run
     run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     return run
@@ -491,8 +505,10 @@ class Epoch:
     `sums` continues the means of an epoch that was interrupted (with several ranks: rank 0's share of them).
     """
 
-    def __init__(self, epoch: int, images: int, device: torch.device, step: int = 0, sums: dict | None = None):
-        self.epoch, self.step, self.device = epoch, step, device
+    def __init__(
+        self, epoch: int, images: int, steps: int, device: torch.device, step: int = 0, sums: dict | None = None
+    ):
+        self.epoch, self.steps, self.device, self.step = epoch, steps, device, step
         self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
         self.begin, self.seen = time.perf_counter(), 0
         self.bar = progress_bar(images, f"epoch {epoch + 1}")
@@ -532,7 +548,7 @@ class Epoch:
         """Has a SIGINT/SIGTERM arrived on any rank? With several ranks asked every 10th step, since they must agree."""
         if world()[1] == 1:
             return bool(_Signals.received)
-        if self.step % 10:
+        if self.step % 10 and self.step < self.steps:
             return False
         flag = torch.tensor(_Signals.received, device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -588,6 +604,10 @@ def print_results(rows: list[dict]) -> None:
     for name in names:
         mine = [row for row in rows if row["name"] == name]
         table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
+        for a, b in zip(mine, mine[1:], strict=False):
+            if b["eps"] > a["eps"] and b["accuracy"] > a["accuracy"] + 1:
+                print(f"warning: {name} is better at eps {eps_name(b['eps'])} than at {eps_name(a['eps'])}, which no real "
+                      "robustness can be: the attack fails there.")  # fmt: skip
         if any(row["paper"] is not None for row in mine):
             table.append(["  the paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
     print_table([f"{mine[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
@@ -720,7 +740,7 @@ def _load_torchvision(dataset: str, data_dir: str, device: torch.device, size: i
     looked = f"{Path(data_dir) / base.base_folder} and {Path(data_dir) / base.filename}"
     splits = [{"split": s} if dataset == "stl10" else {"train": s == "train"} for s in ("train", "test")]
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # of silence: urllib itself would wait for ever
+    socket.setdefaulttimeout(60)  # seconds without data; urllib's own default is to wait without end
     try:
         loaded = []
         for split in splits:
@@ -822,7 +842,7 @@ def batches(
 
     Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size) batches
     whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size 128,
-    333 batches of 127 or 128, where the usual cut ends in one of 4 that upsets BatchNorm.
+    333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for BatchNorm.
     shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start (resume).
     """
     rank, ranks = world()
@@ -1000,6 +1020,7 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))
         self.amp: torch.dtype | None = None
+        # fp16 only. The scale is constant: an overflow shows as a NaN loss and stops the run (a GradScaler would skip the step).
         for p in self.trunk.parameters():
             p.register_hook(lambda g: g / self.FP16_SCALE if self.amp == torch.float16 else g)
 
@@ -1015,6 +1036,7 @@ class Network(nn.Module):
         return _ScaleGradient.apply(h, scale) if scale != 1 else h
 
     def forward(self, x: Tensor, *heads: str) -> Tensor | tuple[Tensor, ...]:
+        """Logits (B, n) of the first head; of the head named; or, if several are named, a tuple of their logits."""
         h = self.features(x)
         out = tuple(self.heads[name](h) for name in heads or list(self.heads)[:1])
         return out if len(heads) > 1 else out[0]
@@ -1113,13 +1135,16 @@ def pgd(
         eps (the robustness library); clamped to [0, 1].
     keep_best: return, per image, the iterate of highest loss instead of the last one (costs one more forward pass).
     generator: source of the random start; None is torch's global one.
-    Returns the adversarial images, detached. Raises ValueError for a wrong norm, radius or loss shape.
+    Returns the adversarial images, detached. Raises ValueError for a wrong norm or radius, images outside [0, 1],
+    and a loss that is not one value per image or does not depend on the images.
     """
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
     if eps < 0 or steps < 0:
         raise ValueError(f"eps and steps must not be negative, got {eps} and {steps}")
     x = x.detach()
+    if len(x) and (x.amin() < 0 or x.amax() > 1):  # waits for the GPU, once per attack
+        raise ValueError("images must be in [0, 1]; normalise inside the network")
     if eps == 0:
         return x.clone()
     if step_size is None:
@@ -1133,6 +1158,12 @@ def pgd(
         shrink = (eps / l2_norm(delta).clamp_(min=1e-12)).clamp_(max=1)
         return (x + delta * shrink).clamp_(0, 1)  # x is in the box, so clamping only shortens delta
 
+    def loss_of(z: Tensor) -> Tensor:
+        values = loss(z)
+        if values.shape != (len(x),):
+            raise ValueError(f"loss must give one value per image, shape ({len(x)},), not {tuple(values.shape)}")
+        return values
+
     x_adv = x
     if random_start and norm == "linf":
         x_adv = project(x + (2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1) * eps)
@@ -1140,30 +1171,37 @@ def pgd(
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x_adv = (x + noise * (eps / l2_norm(noise))).clamp_(0, 1)
 
-    best, best_loss = x_adv, None
-    for step in range(steps + keep_best):
+    best = x_adv
+    best_loss = torch.full((len(x),), -math.inf, device=x.device, dtype=x.dtype)
+
+    def keep_better(values: Tensor) -> None:
+        nonlocal best, best_loss
+        better = (values > best_loss).view(-1, *[1] * (x.dim() - 1))
+        best, best_loss = torch.where(better, x_adv, best), torch.maximum(values.to(x.dtype), best_loss)
+
+    for _ in range(steps):
         with torch.enable_grad():
-            z = x_adv.detach().requires_grad_(step < steps)
-            values = loss(z)
-            if values.shape != (len(x),):
-                raise ValueError(f"loss must give one value per image, shape ({len(x)},), not {tuple(values.shape)}")
-            if step < steps:
-                # Only the gradient for the image: no weight gradients, nothing left in .grad. The sum (not the mean)
-                # keeps images independent of each other and of the batch size.
-                (grad,) = torch.autograd.grad(values.sum(), z)
+            z = x_adv.detach().requires_grad_()
+            values = loss_of(z)
+            if not values.requires_grad:
+                raise ValueError("the loss does not depend on the images in a way that has a gradient (no_grad? argmax?)")
+            # Only the gradient for the images: no weight gradients, nothing left in .grad. The sum (not the mean)
+            # keeps images independent of each other and of the batch size.
+            (grad,) = torch.autograd.grad(values.sum(), z)
         if keep_best:
-            better = torch.ones_like(values, dtype=torch.bool) if best_loss is None else values > best_loss
-            best = torch.where(better.view(-1, 1, 1, 1), x_adv, best)
-            best_loss = values.detach() if best_loss is None else torch.maximum(best_loss, values.detach())
-        if step < steps:
-            direction = grad.sign() if norm == "linf" else grad / (l2_norm(grad) + 1e-12)
-            x_adv = project(x_adv + step_size * direction)  # eq. 6 of Kucer et al.
-    return (best if keep_best else x_adv).detach()
+            keep_better(values.detach())
+        direction = grad.sign() if norm == "linf" else grad / (l2_norm(grad) + 1e-12)
+        x_adv = project(x_adv + step_size * direction)  # eq. 6 of Kucer et al.
+    if keep_best:
+        with torch.no_grad():
+            keep_better(loss_of(x_adv))
+        return best
+    return x_adv
 
 
 def l2_norm(v: Tensor) -> Tensor:
-    """Length of each image's vector: (B, C, H, W) -> (B, 1, 1, 1)."""
-    return torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True)
+    """Length of each image's vector: (B, C, H, W) -> (B, 1, 1, 1); any number of dimensions after the first."""
+    return torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
 
 
 @contextlib.contextmanager
@@ -1196,26 +1234,37 @@ def robust_accuracy(
     """Accuracy in percent of `model` on the batches (x, y) of `data` under attack(x, y) -> x_adv; clean if None.
 
     An image that is wrong before the attack counts as broken and is not attacked. The network is in eval mode
-    meanwhile; its mode, buffers and .grad are as before afterwards. Under torchrun the counts of all ranks are
-    summed, so each rank passes its own share. `heads` names the head to score (the class head if empty).
-    Raises ValueError if images are outside [0, 1], UserError if the network returns NaN.
+    meanwhile; its mode, buffers and .grad are as before afterwards. `heads` names the head to score (if empty, the
+    first). With several ranks every rank calls it, each with its own share of the images, and the counts are summed.
+    Raises ValueError if images are outside [0, 1], FloatingPointError if the network returns NaN.
     """
     device = next(model.parameters()).device
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # right, seen
-    with batchnorm_mode(model, "eval"), torch.no_grad():
-        for x, y in data:
-            if not len(y):
-                continue
-            if x.amin() < 0 or x.amax() > 1:
-                raise ValueError("images must be in [0, 1]; normalise inside the network")
-            logits = model(x, *heads)
-            right = logits.argmax(1) == y
-            if attack is not None and right.any():
-                logits = model(attack(x[right], y[right]), *heads)
-                right = logits.argmax(1) == y[right]
-            if not logits.isfinite().all():
-                raise UserError("the network returns NaN or infinite logits; its accuracy would mean nothing.")
-            counts += torch.stack([right.sum(), torch.tensor(len(y), device=device)])
-    if world()[1] > 1:
+    tuning = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # the attacked part of a batch is of another size each time: not worth tuning for
+
+    def logits_of(x: Tensor) -> Tensor:
+        logits = model(x, *heads)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the network returns NaN or infinite logits, so its accuracy would mean nothing.")
+        return logits
+
+    try:
+        with batchnorm_mode(model, "eval"), torch.no_grad():
+            for x, y in data:
+                x, y = x.to(device), y.to(device)
+                if not len(y):
+                    continue
+                if x.amin() < 0 or x.amax() > 1:
+                    raise ValueError("images must be in [0, 1]; normalise inside the network")
+                right = logits_of(x).argmax(1) == y
+                counts[1] += len(y)
+                if attack is not None and right.any():
+                    x, y = x[right], y[right]
+                    right = logits_of(attack(x, y)).argmax(1) == y
+                counts[0] += right.sum()
+    finally:
+        torch.backends.cudnn.benchmark = tuning
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
     return 100 * counts[0].item() / max(1, counts[1].item())

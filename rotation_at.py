@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, cli, distribute,
+    STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, cli, count_batches, distribute,
     eps_name, full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results, radii, random_crop_flip,
     robust_accuracy, save_attack_picture, seed_step, split_train, start_run, sync_buffers, with_progress, world,
     write_results,
@@ -73,7 +73,7 @@ class Args:
     data_dir: str = "data"  # where the data are, or are downloaded to
     data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     image_size: int = 32  # side in pixels; other images are resized
-    label_fraction: float = 1.0  # share of the training images used
+    label_fraction: float = 1.0  # share of the training images, less those for validation, that is used
     flip: bool = True  # mirror images at random in training
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # trunk (paper: resnet18, resnet34)
     width: float = 1.0  # multiplies the number of channels
@@ -109,6 +109,7 @@ class Args:
     eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in the precision of training instead of float32
 
+    # Digits are few and coarse: a wider ball, a smaller rate, and a stem that looks at 8x8 pixels, as many as they have.
     QUICK: ClassVar[dict] = dict(
         dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1, attack_steps=5,
         eval_eps="0,0.025,0.05,0.075,0.1", plain=True, pretrain_epochs=4,
@@ -161,52 +162,50 @@ def rotate(x: Tensor, k: Tensor) -> Tensor:
 # ---- the method: Algorithm 1 and eq. 7-9 -------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """(B, classes), (B,) -> (B,), one loss per image."""
+def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy: logits (B, classes), y (B,) -> (B,), as `pgd` wants it. F.cross_entropy is its mean."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def adversaries(model, x: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args, attack) -> tuple[Tensor, Tensor]:
-    """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`; X_SS = rotate(x, k) has the SS labels k.
+    """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`, each (B, 3, S, S); X_SS = rotate(x, k) has the SS labels k.
 
-    `attack(loss, x)` maximises a per-image loss. Alg. 1 leaves open how X and X_SS share the attack (--ss-attack):
+    The paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK). `attack(loss, x)` maximises a loss per image.
+    Alg. 1 leaves open how X and X_SS share the attack (--ss-attack):
     - separate: two perturbations, one summed loss, as printed. CE(F(X), y) does not depend on X_SS nor the SS loss on X,
       and a step's length does not depend on the gradient's, so (BatchNorm in eval mode) X_adv is T0's, and every
       lambda2 > 0 gives the same attack. T2, and lambda2 = 0, attack X_SS through the class head with the label y.
     - shared: one perturbation, X_SS^k = T(X^k) at every step; lambda2 matters.
     - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. For T2 the same as separate.
     """
+
+    def class_loss(z: Tensor) -> Tensor:
+        return ce_per_image(model(z, "class"), y)  # Alg. 1, line 6
+
     if args.variant in ("T0", "T1") or not uses_ss(args):
-        return attack(lambda z: cross_entropy(model(z), y), x), x_ss  # Alg. 1, line 6
+        return attack(class_loss, x), x_ss
+    if args.variant == "replace":  # eq. 7 has only X_SS
+        return x, attack(class_loss, x_ss)
+
     b = len(x)
-    lambda2 = args.lambda2 if args.variant == "T3" else 0.0  # T2: line 8 is skipped
+    lambda2 = args.lambda2 if args.variant == "T3" else 0.0  # T2 skips line 8
 
-    if args.variant == "replace":  # eq. 7: only X_SS; the attack is not specified, so the supervised one
+    def shared_loss(z: Tensor) -> Tensor:  # z = X^k, (B, C, S, S)
+        logits, ss_logits = model(torch.cat([z, rotate(z, k)]), "class", TASK)
+        return ce_per_image(logits[:b], y) + lambda2 * ce_per_image(ss_logits[b:], k)  # lines 6 and 8
 
-        def loss_replace(z: Tensor) -> Tensor:
-            return cross_entropy(model(z), y)
-
-        return x, attack(loss_replace, x_ss)
-
-    if args.ss_attack == "shared":
-
-        def loss_shared(z: Tensor) -> Tensor:
-            if lambda2 == 0:
-                return cross_entropy(model(z), y)
-            logits, ss_logits = model(torch.cat([z, rotate(z, k)]), "class", TASK)
-            return cross_entropy(logits[:b], y) + lambda2 * cross_entropy(ss_logits[b:], k)  # lines 6 and 8
-
-        x_adv = attack(loss_shared, x)
-        return x_adv, rotate(x_adv, k)
-
-    def loss_two(z: Tensor) -> Tensor:  # z = [X; X_SS], (2B, C, H, W): two perturbations, one pass
+    def two_losses(z: Tensor) -> Tensor:  # z = [X^k; X_SS^k], (2B, C, S, S): two perturbations, one forward pass
         logits, ss_logits = model(z, "class", TASK)
-        on_x, on_x_ss = cross_entropy(logits[:b], y), lambda2 * cross_entropy(ss_logits[b:], k)  # lines 6 and 8
+        on_x = ce_per_image(logits[:b], y)  # line 6
+        on_x_ss = lambda2 * ce_per_image(ss_logits[b:], k)  # line 8
         if args.ss_attack == "both" or lambda2 == 0:
-            on_x_ss = on_x_ss + cross_entropy(logits[b:], y)
+            on_x_ss = on_x_ss + ce_per_image(logits[b:], y)
         return torch.cat([on_x, on_x_ss])
 
-    x_adv, x_ss_adv = attack(loss_two, torch.cat([x, x_ss])).split(b)
+    if args.ss_attack == "shared":
+        x_adv = attack(shared_loss if lambda2 > 0 else class_loss, x)
+        return x_adv, rotate(x_adv, k)
+    x_adv, x_ss_adv = attack(two_losses, torch.cat([x, x_ss])).split(b)
     return x_adv, x_ss_adv
 
 
@@ -255,9 +254,10 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
     stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
     'plain' trains without attack. The trunk of the checkpoint `start`, if given, is where training starts from.
     """
-    number, checkpoint = {"plain": (0, "plain.pt"), "pretrain": (1, "pretrain.pt"), "train": (2, "best.pt")}[stage]
-    state = run.load("last.pt", "optimizer", "number", "history")
-    if state is not None and state["number"] > number:
+    stage_index = ["plain", "pretrain", "train"].index(stage)
+    checkpoint = "best.pt" if stage == "train" else f"{stage}.pt"
+    state = run.load("last.pt", "optimizer", "stage_index", "history")
+    if state is not None and state["stage_index"] > stage_index:
         return checkpoint  # done before the run was resumed
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
     norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
@@ -276,35 +276,36 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
         model.heads[TASK].requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    if state is None or state["number"] < number:  # the stage begins
-        past = state or {"history": [], "seconds": 0.0}
-        state = {"epoch": 0, "step": 0, "sums": {}, "best": -1.0, "history": past["history"], "seconds": past["seconds"]}
+    if state is None or state["stage_index"] < stage_index:  # the stage begins
+        before = state or {"history": [], "seconds": 0.0}
+        state = {"epoch": 0, "step": 0, "sums": {}, "best": -1.0} | {k: before[k] for k in ("history", "seconds")}
     else:
         load_weights(model, state["model"], run.folder / "last.pt")
         opt.load_state_dict(state["optimizer"])
     history, best, began = state["history"], state["best"], time.perf_counter() - state["seconds"]
-    ddp = distribute(model, args.sync_bn)  # trains; the attack uses the bare `model`
+    ddp = distribute(model, args.sync_bn)  # for the update, where ranks average gradients; the attack uses the bare `model`
+    steps = count_batches(len(train_set), args.batch_size)
     attack = pgd_attack(args, norm, eps, args.attack_steps, args.step_size if stage == "train" else 0.0)
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
             "network": model.spec, "model": model.state_dict(), "optimizer": opt.state_dict(), "args": vars(args),
-            "number": number, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
+            "stage_index": stage_index, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
 
     for epoch in range(state["epoch"], epochs):
         for group in opt.param_groups:
             group["lr"] = args.lr * 0.1 ** (epoch // lr_step)
-        when = number * 100_000 + epoch  # no two epochs of a run draw the same random numbers
+        epoch_id = stage_index * 100_000 + epoch  # for seeds: no two epochs of a run draw the same random numbers
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         stream = batches(
-            train_set, args.batch_size, run.device, shuffle=args.seed * 1_000_003 + when, skip=skip, workers=args.workers
+            train_set, args.batch_size, run.device, shuffle=args.seed * 1_000_003 + epoch_id, skip=skip, workers=args.workers
         )
         model.train()
-        with Epoch(epoch, len(train_set), run.device, skip, sums) as log:
+        with Epoch(epoch, len(train_set), steps, run.device, skip, sums) as log:
             for x, y in stream:  # (B, 3, S, S), (B,)
-                seed_step(args.seed, when, log.step)
+                seed_step(args.seed, epoch_id, log.step)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
                 k = torch.randint(0, TASK_CLASSES, y.shape, device=y.device)  # one transformation per image
                 x_ss = rotate(x, k)  # eq. 1
@@ -313,7 +314,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
                     loss, ss_loss = F.cross_entropy(ddp(x, "class"), y), torch.zeros((), device=x.device)
                 elif stage == "pretrain":
                     with batchnorm_mode(model, args.attack_bn):
-                        x_ss = attack(lambda z: cross_entropy(model(z, TASK), k), x_ss)
+                        x_ss = attack(lambda z: ce_per_image(model(z, TASK), k), x_ss)
                     loss = ss_loss = F.cross_entropy(ddp(x_ss, TASK), k)
                 else:
                     with batchnorm_mode(model, args.attack_bn):
@@ -329,7 +330,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
                     raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
 
         sync_buffers(model)
-        seed_step(args.seed, when, log.step)
+        seed_step(args.seed, epoch_id, log.step)
         clean, robust = validate(stage, model, val_set, args, run, attack)
         run.log(
             history, stage, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
@@ -373,29 +374,36 @@ def validate(stage: str, model, val_set, args: Args, run: Run, attack) -> tuple[
             yield x, y
 
     def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
-        return attack(lambda z: cross_entropy(model(z, head), y), x)
+        return attack(lambda z: ce_per_image(model(z, head), y), x)
 
-    some = val_set if args.select == "robust" else val_set.subset(torch.arange(min(500, len(val_set))))
+    attacked = val_set if args.select == "robust" else val_set.subset(torch.arange(min(500, len(val_set))))
     clean = robust_accuracy(model, stream(val_set), heads=(head,))
-    return clean, robust_accuracy(model, stream(some), maximise_loss, heads=(head,))
+    return clean, robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
 def evaluate(name: str, run: Run, args: Args, state: dict, test_set, paper: dict[float, float]) -> list[dict]:
-    """A row per radius: accuracy on the test images under PGD on the class loss alone (section 4.2, end)."""
+    """A row of results.json per radius: accuracy on the test images under PGD on the class loss alone (section 4.2, end)."""
     model = build_model(**state["network"])
     load_weights(model, state["model"], name)
     place_model(model, run.device, args.amp).eval()
-
-    def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
-        return attack(lambda z: cross_entropy(model(z), y), x)
+    generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
+    if world()[0] == 0 and state["stage"] == "train":
+        some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
+        x, y = next(batches(some, len(some), run.device, workers=0))
+        attack = pgd_attack(args, args.norm, args.eps, args.eval_steps, generator=generator)
+        x_adv = attack(lambda z: ce_per_image(model(z, "class"), y), x)
+        save_attack_picture(run.folder / "adversarial.png", x, x_adv)
 
     rows = []
     for eps in radii(args.eval_eps) or PAPER_EPS[args.norm]:
-        generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
-        attack = pgd_attack(args, args.norm, eps, args.eval_steps, generator=generator)
+        attack = pgd_attack(args, args.norm, eps, args.eval_steps, generator=generator.manual_seed(args.seed + world()[0]))
+
+        def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
+            return attack(lambda z: ce_per_image(model(z, "class"), y), x)
+
         stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
         stream = with_progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
         with contextlib.nullcontext() if args.eval_amp else full_precision(model):
@@ -404,11 +412,6 @@ def evaluate(name: str, run: Run, args: Args, state: dict, test_set, paper: dict
             "name": name, "attack": f"pgd-{args.eval_steps}" if eps else "none", "norm": args.norm, "eps": eps,
             "examples": len(test_set), "accuracy": round(accuracy, 2), "paper": paper.get(eps), "epoch": state["epoch"],
         })  # fmt: skip
-    if world()[0] == 0 and state["stage"] == "train":
-        some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
-        x, y = next(batches(some, len(some), run.device, workers=0))
-        attack = pgd_attack(args, args.norm, args.eps, args.eval_steps, generator=generator)
-        save_attack_picture(run.folder / "adversarial.png", x, maximise_loss(x, y))
     return rows
 
 
@@ -475,6 +478,8 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         test_set = test_set.subset(order[: args.eval_examples])
     if 0 < args.step_size * args.attack_steps < args.eps:
         run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
+    if args.variant == "T3" and args.ss_attack == "separate" and args.lambda2 not in (0, Args.lambda2):
+        run.say("note: with --ss-attack separate every --lambda2 > 0 gives the same attack.")
     run.begin()
 
     models = {}

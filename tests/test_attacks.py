@@ -1,4 +1,5 @@
 """Section 4 of common.py: PGD against closed forms, its invariants, and robust accuracy."""
+import inspect
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError, batchnorm_mode, build_model, l2_norm, pgd, robust_accuracy
+from common import batchnorm_mode, build_model, l2_norm, pgd, robust_accuracy
 
 torch.manual_seed(0)
 W = torch.randn(3, 8, 8, dtype=torch.float64)
@@ -166,6 +167,10 @@ def test_wrong_use_is_told():
     with pytest.raises(ValueError, match="one value per image"):
         pgd(lambda z: z.sum(), x, eps=0.1)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        pgd(loss, 2 * x, eps=0.1)
+    with pytest.raises(ValueError, match="gradient"):
+        pgd(lambda z: loss(z.detach()), x, eps=0.1)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
         robust_accuracy(small_net(), [(2 * x.repeat(1, 1, 8, 8), torch.tensor([0, 1]))])
 
 
@@ -204,8 +209,42 @@ def test_clean_errors_are_broken_and_not_attacked():
 def test_nan_logits_are_refused():
     model = small_net()
     nn.init.constant_(model.heads["class"].bias, math.nan)
-    with pytest.raises(UserError, match="NaN"):
+    with pytest.raises(FloatingPointError, match="NaN"):
         robust_accuracy(model, [(torch.rand(2, 3, 16, 16), torch.tensor([0, 0]))])
+
+
+def test_nan_logits_are_refused_even_where_only_wrong_images_have_them():
+    """NaN in an image that is not attacked must not vanish behind the finite logits of those that are."""
+
+    class HalfNaN(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            z = torch.stack([x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3))], 1) + self.w
+            z[len(x) // 2 + 1 :] = math.nan
+            return z
+
+    x, y = torch.rand(8, 3, 4, 4), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    with pytest.raises(FloatingPointError):
+        robust_accuracy(HalfNaN(), [(x, y)], lambda x, y: x[:1].expand_as(x))
+
+
+def test_the_functions_work_when_copied_out():
+    """As the docstring of common.py says: these four and torch are enough."""
+    source = "import contextlib, math\nfrom collections.abc import Callable, Iterable, Iterator\nfrom typing import Literal\n"
+    source += "import torch\nimport torch.distributed as dist\nfrom torch import Tensor, nn\n"
+    source += "\n".join(inspect.getsource(f) for f in (pgd, l2_norm, batchnorm_mode, robust_accuracy))
+    names = {}
+    exec(source, names)
+    model, x, y = small_net(), torch.rand(4, 3, 32, 32), torch.arange(4)
+    loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
+    model.eval()
+    for norm in ("linf", "l2"):
+        a, b = (f(loss, x, eps=0.1, norm=norm, generator=torch.Generator().manual_seed(0), keep_best=True) for f in (names["pgd"], pgd))
+        assert torch.equal(a, b)
+    assert names["robust_accuracy"](model, [(x, y)], lambda x, y: x) == robust_accuracy(model, [(x, y)])
 
 
 def test_batchnorm_under_attack():

@@ -31,7 +31,7 @@ def attacked(batch, seed: int = 1, steps: int = 3, **args):
     model, x, y, x_ss, k = batch
     args = tiny(attack_steps=steps, **args)
     torch.manual_seed(seed)
-    return adversaries(model, x, y, x_ss, k, args, pgd_attack(args, args.norm, args.eps, args.attack_steps))
+    return adversaries(model, x, y, x_ss, k, args, pgd_attack(args, args.norm, args.eps, args.attack_steps, args.step_size))
 
 
 # ---- T(.) ----
