@@ -437,7 +437,7 @@ def write_atomically(path: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as e:  # torch.save turns some write errors into RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or "is the disk full?"
         raise UserError(f"could not write {path} ({reason}); what was there before is intact: make room, then resume.") from None
 
 
@@ -541,7 +541,7 @@ class Epoch:
         if not math.isfinite(sum(float(v) for v in self.sums.values())):
             raise UserError(
                 f"the loss became NaN or infinite in epoch {self.epoch + 1}, at or just before step {self.step}; "
-                "the last checkpoint is from before: take a smaller --lr, or --amp off."
+                "no checkpoint was written since: take a smaller --lr, or --amp off."
             )
 
     def interrupted(self) -> bool:

@@ -1,0 +1,63 @@
+"""The README is true: its commands parse, its files exist, its paper numbers are the scripts'."""
+import ast
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import rotation_at
+from common import parse_args
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"rotation_at.py": rotation_at}
+
+
+def commands():
+    text = re.findall(r"`((?:python|torchrun)[^`\n]*)`", README) + re.findall(r"^(python .*)$", README, re.M)
+    for source in SCRIPTS.values():
+        text += re.findall(r"^    ((?:python|torchrun) [^#\n]*)", source.__doc__, re.M)
+    return sorted({c for c in text if any(s in c for s in SCRIPTS) and "..." not in c})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for part in line.split("&&"):
+        words = shlex.split(part)
+        script = next((w for w in words if w in SCRIPTS), None)
+        if script and "--help" not in words:
+            args = parse_args(SCRIPTS[script].Args, words[words.index(script) + 1 :])
+            assert args.norm in ("linf", "l2")
+
+
+def test_the_two_commands_are_there():
+    assert "python -m pip install -r requirements.txt && python rotation_at.py --quick" in README
+    assert "python -m pip install -r requirements.txt && python -m pytest" in README
+    assert len(commands()) >= 15
+
+
+def test_files_and_flags_exist():
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    known = "".join((ROOT / f).read_text() for f in ("rotation_at.py", "common.py", "benchmarks/at_step.py"))
+    torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
+    for flag in set(re.findall(r"--[a-z][a-z0-9-]+", README)) - torchrun:
+        assert flag[2:].removeprefix("no-").replace("-", "_") in known, flag
+
+
+def test_paper_numbers_in_the_table():
+    rows = re.findall(r"^\| [^|]* \| `python rotation_at.py ([^`]*)` \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    assert len(rows) == 13
+    for flags, clean, robust in rows:
+        args = parse_args(rotation_at.Args, shlex.split(flags))
+        pretrained = {"runs/p1/pretrain.pt": "l2", "runs/p2/pretrain.pt": "linf"}.get(args.init, args.pretrain)
+        paper = dict(zip(rotation_at.PAPER_EPS[args.norm], rotation_at.PAPER[args.norm, pretrained, args.variant], strict=True))
+        assert (paper[0], paper[args.eps]) == (float(clean), float(robust))
+
+
+def test_every_public_function_has_a_docstring():
+    for path in [ROOT / "common.py", *(ROOT / s for s in SCRIPTS)]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node.name != "Args":
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
