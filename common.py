@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -346,7 +347,8 @@ def start_run(args: Any, script: str) -> Run:
     check_args(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         device = choose_device(args.device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The time limit is for downloads, during which the other ranks wait; a dead rank is noticed at once by torchrun.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         if torch.get_num_threads() == 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     else:

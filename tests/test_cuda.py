@@ -1,0 +1,60 @@
+"""What only a GPU can tell: the same runs there, and whether attacks in mixed precision are as strong as in float32."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+from common import (
+    batches,
+    batchnorm_mode,
+    build_model,
+    full_precision,
+    load_checkpoint,
+    load_data,
+    pgd,
+    place_model,
+    robust_accuracy,
+)
+from rotation_at import Args, main
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+@pytest.mark.parametrize("variant", ["T0", "T3"])
+def test_a_run(tmp_path, amp, variant):
+    args = TINY | dict(device="cuda", amp=amp, variant=variant, width=0.25, epochs=6, label_fraction=1.0, eval_examples=0)
+    results = main(Args(**args, out=str(tmp_path)))
+    assert results["rows"][0]["accuracy"] > 50  # chance: 10
+    assert load_checkpoint(tmp_path / "last.pt")["model"]["trunk.conv1.weight"].device.type == "cpu"
+    main(Args(**args, out=str(tmp_path), resume=True))  # finished: only shows the table
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_attacks_in_mixed_precision_are_attacks(amp):
+    """Robust accuracy under PGD-20 found in mixed precision and in float32, judged in float32: at most 0.5 points apart,
+    or two of the 360 images (0.56)."""
+    device = torch.device("cuda")
+    train, test = load_data("digits", "", device)
+    torch.manual_seed(0)
+    model = place_model(build_model("resnet18", {"class": 10}, width=0.25, stem="imagenet"), device, amp)
+    opt = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
+
+    def attack(x, y, steps):
+        loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
+        return pgd(loss, x, eps=0.1, steps=steps, step_size=0.02, generator=torch.Generator(device).manual_seed(0))
+
+    model.train()
+    for epoch in range(10):
+        for x, y in batches(train, 64, device, shuffle=epoch):
+            with batchnorm_mode(model, "eval"):
+                x_adv = attack(x, y, 5)
+            opt.zero_grad()
+            F.cross_entropy(model(x_adv), y).backward()
+            opt.step()
+    model.eval()
+    mixed = [(attack(x, y, 20), y) for x, y in batches(test, 360, device)]
+    with full_precision(model):
+        exact = [(attack(x, y, 20), y) for x, y in batches(test, 360, device)]
+        a, b = robust_accuracy(model, mixed), robust_accuracy(model, exact)
+    assert 20 < b < 90 and abs(a - b) < 0.6
