@@ -13,6 +13,7 @@ file defines things and does nothing else. To use the attack elsewhere, copy `pg
 import argparse
 import contextlib
 import errno
+import http.client
 import inspect
 import json
 import math
@@ -147,9 +148,6 @@ def cli(main: Callable, args_class: type) -> None:
     try:
         main(parse_args(args_class))
     except (UserError, FloatingPointError) as e:
-        if _Signals.run is not None:  # an error before the run began leaves no folder behind
-            with contextlib.suppress(OSError):
-                _Signals.run.folder.rmdir()  # removes it only if empty
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory; take a smaller --batch-size (or --width), or --amp bf16.")
@@ -160,13 +158,16 @@ def cli(main: Callable, args_class: type) -> None:
     except KeyboardInterrupt as e:
         if world()[0] == 0:
             what = f" ({e})" if str(e) else ""
-            run = _Signals.run
+            run = _Signals.run if _Signals.run and (_Signals.run.folder / "config.json").exists() else None
             n = os.environ.get("LOCAL_WORLD_SIZE", "1")
             start = f"torchrun --nproc-per-node={n}" if world()[1] > 1 else "python"
             how = f"; go on with: {start} {run.script}.py --resume --out {run.folder}" if run else ""
             print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
         sys.exit(128 + (_Signals.received or signal.SIGINT))
     finally:
+        if _Signals.run is not None and world()[0] == 0:
+            with contextlib.suppress(OSError):
+                _Signals.run.folder.rmdir()  # succeeds only if empty: a run that could not begin leaves no folder behind
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
@@ -231,8 +232,8 @@ def seed_step(seed: int, epoch: int, step: int) -> None:
 def distribute(model: nn.Module, sync_bn: bool = False) -> nn.Module:
     """Wrap for the weight update on several ranks (attack the bare `model`); returns `model` itself on one.
 
-    Without `sync_bn`, BatchNorm uses each rank's own statistics and rank 0's running averages, which is what
-    nn.DataParallel does.
+    Without `sync_bn`, BatchNorm uses each rank's own statistics in the update, and rank 0's running averages wherever they
+    are used (call `sync_buffers` before each attack and evaluation): what nn.DataParallel does.
     """
     if world()[1] == 1:
         return model
@@ -240,21 +241,26 @@ def distribute(model: nn.Module, sync_bn: bool = False) -> nn.Module:
     if sync_bn:
         if not on_gpu:
             raise UserError("--sync-bn needs GPUs: PyTorch has no synchronised BatchNorm on the CPU.")
-        # Converted in place of `model`'s own layers, so that the bare and the wrapped module stay one.
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model, device_ids=[torch.cuda.current_device()] if on_gpu else None)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces layers inside `model`, so it and the wrapper stay one
+    devices = [torch.cuda.current_device()] if on_gpu else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def sync_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's running statistics, so that all ranks evaluate the same network."""
-    if world()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    """Give every rank rank 0's running statistics, so that all ranks attack and evaluate the same network."""
+    if world()[1] == 1:
+        return
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    flat = torch.cat([b.flatten() for b in buffers])  # one message instead of forty
+    dist.broadcast(flat, 0)
+    for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        b.copy_(new.view_as(b))
 
 
 # ---- the run's folder --------------------------------------------------------------------------------
 
-# Flags that a resumed run may change: they do not enter the numbers.
+# Flags that a resumed run may change: they say where and how to compute, not what (numbers move by rounding at most,
+# or, from one kind of device to another, by other random draws).
 _FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "workers", "compile"}
 
 
@@ -297,7 +303,10 @@ class Run:
             print(text, flush=True)
 
     def save(self, name: str, state: dict) -> None:
+        """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last good one."""
         if world()[0] == 0:
+            if not all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point()):
+                raise UserError(f"the weights became NaN or infinite; {name} was not written: take a smaller --lr, or --amp off.")
             save_checkpoint(self.folder / name, state)
 
     def load(self, name: str, *needed: str) -> dict | None:
@@ -349,8 +358,6 @@ def start_run(args: Any, script: str) -> Run:
         device = choose_device(args.device)
         # The time limit is for downloads, during which the other ranks wait; a dead rank is noticed at once by torchrun.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-        if torch.get_num_threads() == 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     else:
         device = choose_device(args.device)
     answer: list = [None, None]  # folder, error: decided on rank 0, told to all
@@ -436,7 +443,9 @@ def write_atomically(path: Path, write: Callable) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns some write errors into RuntimeError
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):
+            raise  # torch.save turns write errors into RuntimeErrors from inline_container.cc; this is another one
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = getattr(e, "strerror", None) or "is the disk full?"
@@ -504,7 +513,7 @@ class Epoch:
 
     running means on the device, a progress bar (rate, loss, ETA; with tqdm, on a terminal, on rank 0), the check
     for NaN, and SIGINT/SIGTERM held back until the step is over, when `interrupted()` says so on every rank.
-    `sums` continues the means of an epoch that was interrupted (with several ranks: rank 0's share of them).
+    `sums` (see `shared_sums`) continues the means of an epoch that was interrupted.
     """
 
     def __init__(
@@ -557,13 +566,17 @@ class Epoch:
         _Signals.received = int(flag)
         return bool(_Signals.received)
 
-    def means(self) -> dict[str, float]:
-        """Mean losses over the epoch's images (of all ranks) and `images_per_s`."""
-        self._check()
+    def shared_sums(self) -> dict[str, Tensor]:
+        """What to keep of an interrupted epoch: the sums over all ranks, an equal part for each."""
         total = torch.stack([v.float() for v in self.sums.values()])
         if world()[1] > 1:
             dist.all_reduce(total)
-        named = dict(zip(self.sums, total.tolist(), strict=True))
+        return dict(zip(self.sums, total / world()[1], strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Mean losses over the epoch's images (of all ranks) and `images_per_s`."""
+        self._check()
+        named = {k: float(v) for k, v in self.shared_sums().items()}
         count = named.pop("images")
         rate = self.seen / (time.perf_counter() - self.begin)
         return {k: v / count for k, v in named.items()} | {"images_per_s": round(rate, 1)}
@@ -616,7 +629,7 @@ def print_results(rows: list[dict]) -> None:
 
 
 def write_results(run: Run, rows: list[dict], seconds: float) -> dict:
-    """Write results.json, the contract with report.py: one row per accuracy (percent), see README."""
+    """Write results.json: what was run, where, and one row per accuracy (percent); its keys are listed in the README."""
     results = {
         "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
         "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
@@ -702,9 +715,10 @@ def load_data(
         return _load_digits(device, image_size)
     if dataset == "folder":
         return _load_folder(Path(data_dir), device, image_size, workers)
-    # One rank per machine looks for the files (and fetches them); the others then find them on disk.
-    for first in (True, False):
-        if first == (int(os.environ.get("LOCAL_RANK", 0)) == 0 or world()[1] == 1):
+    # The first rank fetches the files, then one rank per machine (in case the disk is not shared), then the rest find them.
+    turn = 0 if world()[0] == 0 else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+    for i in range(3 if world()[1] > 1 else 1):
+        if i == turn:
             sets = _load_torchvision(dataset, data_dir, device, image_size, data_mirror)
         if world()[1] > 1:
             dist.barrier()
@@ -712,6 +726,11 @@ def load_data(
 
 
 def _to_images(pixels: Tensor, labels: Iterable[int], classes: list[str], device: torch.device, size: int) -> Images:
+    if (needed := len(pixels) * 3 * size * size) > IN_MEMORY_BYTES:
+        raise UserError(
+            f"{len(pixels):,} images of {size} pixels take {needed / 2**30:.0f} GiB, too much to keep on the device: "
+            "take a smaller --image-size, or unpack them into an image folder (--dataset folder), which is streamed."
+        )
     if pixels.shape[-2:] != (size, size):
         from torchvision.transforms.v2.functional import resize
 
@@ -751,7 +770,7 @@ def _load_torchvision(dataset: str, data_dir: str, device: torch.device, size: i
             except RuntimeError:
                 with contextlib.redirect_stdout(sys.stderr):
                     loaded.append(kind(data_dir, download=True, **split))
-    except (OSError, RuntimeError, EOFError, ValueError) as e:  # urllib's errors are OSErrors
+    except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError) as e:  # URLError is an OSError
         raise UserError(
             f"no intact {dataset}: looked for {looked}, then could not fetch {kind.url} "
             f"({' '.join(str(e).split()) or type(e).__name__}); put the files there, name their folder with --data-dir "
@@ -812,10 +831,27 @@ def _load_folder(root: Path, device: torch.device, size: int, workers: int) -> t
         odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UserError(f"{root}: train/ and {names[1]}/ have different class folders (such as '{odd[0]}').")
     if sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
-        for s in sets:
-            stream = batches(s, 512, torch.device("cpu"), workers=workers)
-            s.pixels = torch.cat([(x * 255).round().byte() for x, _ in stream]).to(device)
+        for s in sets:  # every rank keeps the whole set
+            s.pixels = torch.cat([x for x, _ in _decode(s.pixels, torch.arange(len(s)).split(512), workers)]).to(device)
     return sets[0], sets[1]
+
+
+def _decode(files: _Folder, rows: Iterable[Tensor], workers: int, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (uint8 (b, 3, H, W), labels (b,)) of the files numbered by `rows`. Raises UserError for a damaged image."""
+    loader = torch.utils.data.DataLoader(
+        files, batch_sampler=[r.tolist() for r in rows if len(r)], num_workers=workers, pin_memory=pin,
+        worker_init_fn=_ignore_signals, generator=torch.Generator(),
+    )  # fmt: skip
+    for x, y, problems in loader:
+        if any(problems):
+            raise UserError(next(p for p in problems if p))
+        yield x, y
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster's SIGTERM reaches all processes; the main one decides when to stop, and its loaders go with it."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def split_train(
@@ -859,23 +895,12 @@ def batches(
             x = data.pixels[rows.to(data.pixels.device, non_blocking=True)]
             yield x.to(device).float().div_(255), y
         return
-    loader = torch.utils.data.DataLoader(
-        data.pixels, batch_sampler=[s.tolist() for s in shares], num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=_ignore_sigint, generator=torch.Generator(),
-    )  # fmt: skip
-    for x, y, problems in loader:
-        if any(problems):
-            raise UserError(next(p for p in problems if p))
+    for x, y in _decode(data.pixels, shares, workers, pin=device.type == "cuda"):
         yield x.to(device, non_blocking=True).float().div_(255), y.to(device, non_blocking=True)
 
 
-def _ignore_sigint(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def count_batches(n: int, batch_size: int) -> int:
-    """Number of batches an epoch over n images is cut into (at least one, and no rank is left without an image)."""
+    """Number of batches an epoch over n images is cut into: no fewer images in each than there are ranks, if possible."""
     return max(1, min(math.ceil(n / batch_size), n // world()[1]))
 
 

@@ -307,6 +307,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
         model.train()
         with Epoch(epoch, len(train_set), steps, run.device, skip, sums) as log:
             for x, y in stream:  # (B, 3, S, S), (B,)
+                sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
                 k = torch.randint(0, TASK_CLASSES, y.shape, device=y.device)  # one transformation per image
@@ -328,10 +329,11 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
                 opt.step()
                 log.update(len(y), loss=loss, ss_loss=ss_loss)
                 if log.interrupted():
-                    save(epoch, log.step, log.sums)
-                    raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
-
+                    break
         sync_buffers(model)
+        save(epoch, log.step, log.shared_sums())  # before validation too: it can be long
+        if log.interrupted():
+            raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
         seed_step(args.seed, epoch_id, log.step)
         clean, robust = validate(stage, model, val_set, args, run, attack)
         run.log(
@@ -472,6 +474,9 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     train_set, val_set = split_train(
         train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
     )
+    share = len(train_set) // (count_batches(len(train_set), args.batch_size) * world()[1])
+    if share < 2:
+        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
     if not len(val_set) and args.select != "last":
         raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
     if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare

@@ -136,6 +136,32 @@ def test_a_folder_streamed_and_in_memory_is_the_same(folder, monkeypatch):
         assert all(torch.equal(p[0], q[0]) and torch.equal(p[1], q[1]) for p, q in zip(a, b, strict=True))
 
 
+def test_every_rank_keeps_a_whole_folder_and_takes_its_share(folder, ranks):
+    whole, _ = load_data("folder", str(folder), CPU, workers=0)
+    for r in range(3):
+        ranks(r, 3)
+        mine, _ = load_data("folder", str(folder), CPU, workers=0)
+        assert torch.equal(mine.pixels, whole.pixels)
+        assert torch.equal(next(batches(mine, 12, CPU))[1], whole.labels[4 * r : 4 * r + 4])
+
+
+def test_fewer_images_than_ranks(folder, ranks, monkeypatch):
+    for limit in (0, 2**30):
+        monkeypatch.setattr(common, "IN_MEMORY_BYTES", limit)
+        train, _ = load_data("folder", str(folder), CPU, workers=0)
+        seen = []
+        for r in range(5):
+            ranks(r, 5)
+            seen += [y for _, y in batches(train.subset(torch.tensor([0, 7])), 4, CPU, workers=0)]
+        assert torch.cat(seen).tolist() == [0, 1]
+
+
+def test_what_does_not_fit_is_told(digits, monkeypatch):
+    monkeypatch.setattr(common, "IN_MEMORY_BYTES", 10**6)
+    with pytest.raises(UserError, match="--dataset folder.*streamed"):
+        load_data("digits", "", CPU)
+
+
 def test_folders_that_will_not_do(folder, monkeypatch):
     with pytest.raises(UserError, match="no images in .*nowhere.*--data-dir"):
         load_data("folder", str(folder / "nowhere"), CPU)
@@ -228,3 +254,5 @@ def test_an_archive_with_the_wrong_checksum_is_refused(fake_cifar):
 def test_no_network_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="looked for .*cifar-100-python.*--data-dir.*--data-mirror.*--quick"):
         load_data("cifar100", str(tmp_path), CPU, data_mirror="http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no intact cifar10"):
+        load_data("cifar10", str(tmp_path), CPU, data_mirror="http://127.0.0.1:port")

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY, flags, replace, same_state
 
 import rotation_at
-from common import UserError, cli, eps_name, load_checkpoint, number, parse_args, save_checkpoint
+from common import UserError, cli, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
 from rotation_at import Args, main
 
 
@@ -102,6 +102,8 @@ def test_every_argument_is_read():
         (["--device", "gpu"], "--device gpu is unknown"),
         (["--pretrain", "l2", "--init", "x.pt"], "give one"),
         (["--norm", "l2"], "--eps 0.5"),
+        (["--quick", "--batch-size", "2"], "at least 2 images per process"),
+        (["--device", "meta"], "not supported"),
         (["--sync-bn", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere.*--data-dir"),
         (["--init", "nowhere.pt"], "no checkpoint nowhere.pt"),
     ],
@@ -235,6 +237,17 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(one_sentence, tmp_path)
     assert not (tmp_path / "results.json").exists()
 
 
+def test_nan_weights_are_never_saved(tmp_path):
+    run = start_run(tiny(out=str(tmp_path)), "rotation_at")
+    good = {"network": {}, "model": {"w": torch.ones(2), "n": torch.tensor(3)}}
+    run.save("last.pt", good)
+    with pytest.raises(UserError, match="last.pt was not written"):
+        run.save("last.pt", {"network": {}, "model": {"w": torch.tensor([1.0, float("nan")])}})
+    assert torch.equal(run.load("last.pt")["model"]["w"], torch.ones(2))
+    with pytest.raises(UserError, match="no 'optimizer' entry"):
+        run.load("last.pt", "optimizer")
+
+
 # ---- kills and signals ----
 
 ATTACK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, signal, torch, common, rotation_at\n"
@@ -295,7 +308,7 @@ def test_signals_save_and_say_how_to_resume(tmp_path, reference, name, code, ste
     folder, _ = reference
     stopped = disturbed(tmp_path, AT_STEP % (step, name))
     assert stopped.returncode == code and "Traceback" not in stopped.stderr
-    assert f"python rotation_at.py --resume --out {tmp_path}" in stopped.stderr
+    assert f"python rotation_at.py --resume --out {tmp_path}" in stopped.stderr and "interrupted (saved epoch" in stopped.stderr
     state = load_checkpoint(tmp_path / "last.pt")
     assert (state["epoch"], state["step"]) == ((1, 2) if step == 5 else (0, 3))  # in mid-epoch
     main(parse_args(Args, ["--resume", "--out", str(tmp_path)]))
@@ -313,6 +326,14 @@ def test_stages_resume_too(tmp_path):
         assert accuracies(folder) == accuracies(tmp_path / "a") and metrics(folder) == metrics(tmp_path / "a")
         a, b = (load_checkpoint(f / "best.pt")["model"] for f in (folder, tmp_path / "a"))
         assert same_state(a, b)
+
+
+def test_interrupted_before_it_began_leaves_nothing(tmp_path):
+    """During loading there is nothing to resume: no hint that would start another run, no empty folder."""
+    patch = "common.load_data = rotation_at.load_data = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)"
+    stopped = disturbed(tmp_path / "run", patch)
+    assert stopped.returncode == 130 and "--resume" not in stopped.stderr and "Traceback" not in stopped.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # ---- several ranks ----
@@ -349,15 +370,22 @@ def test_two_ranks_agree_with_one(tmp_path):
     assert again["rows"][0]["accuracy"] == results["rows"][0]["accuracy"]
 
 
-def test_two_ranks_stop_together_and_resume(tmp_path):
-    """SIGTERM on one rank only: both stop after the same step, rank 0 saves, and the run goes on."""
+def test_two_ranks_stop_together_and_resume_exactly(tmp_path):
+    """SIGTERM on one rank only: both stop after the same step, rank 0 saves, and the run ends as if nothing had happened."""
+    whole = ATTACK + "common.cli(rotation_at.main, rotation_at.Args)"
     code = ATTACK + "if os.environ['RANK'] == '1':\n    " + (AT_STEP % (12, "SIGTERM")).strip().replace("\n", "\n    ")
     code += "\ncommon.cli(rotation_at.main, rotation_at.Args)"
-    more = flags(TINY | dict(label_fraction=0.5, epochs=6, out="run"))
-    stopped = torchrun(*more, code=code, cwd=tmp_path)
+    more = flags(TINY | dict(label_fraction=0.5, epochs=3))
+    stopped = torchrun(*more, "--out", "run", code=code, cwd=tmp_path)
     assert stopped.returncode != 0 and "saved epoch 2, step 10" in stopped.stderr
-    assert torchrun(*more, "--resume", cwd=tmp_path).returncode == 0
-    assert len(metrics(tmp_path / "run")) == 6
+    assert "go on with: torchrun --nproc-per-node=2 rotation_at.py --resume --out run" in stopped.stderr
+    assert torchrun(*more, "--out", "run", "--resume", code=whole, cwd=tmp_path).returncode == 0
+    assert torchrun(*more, "--out", "undisturbed", code=whole, cwd=tmp_path).returncode == 0
+    a, b = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("run", "undisturbed"))
+    assert same_state(a, b)
+    assert accuracies(tmp_path / "run") == accuracies(tmp_path / "undisturbed")
+    for got, want in zip(metrics(tmp_path / "run"), metrics(tmp_path / "undisturbed"), strict=True):
+        assert got == pytest.approx(want)  # the means of the epoch: up to the order of summation
 
 
 def test_a_dead_rank_ends_the_run(tmp_path):
