@@ -2,9 +2,11 @@
 import ast
 import re
 import shlex
+import textwrap
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY
 
 import rotation_at
 from common import parse_args
@@ -61,3 +63,23 @@ def test_every_public_function_has_a_docstring():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node.name != "Args":
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_snippets_run(tmp_path):
+    """The evaluation of a trained network, on digits and the CPU instead; the attack of one line within it."""
+    rotation_at.main(rotation_at.Args(**TINY | {"epochs": 1, "out": str(tmp_path)}))
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", README, re.M | re.S)
+    code = textwrap.dedent(next(b for b in blocks if "load_model" in b))
+    changes = {
+        '"runs/rotation_at-linf-8_255-s0/best.pt"': repr(str(tmp_path / "best.pt")),
+        "cuda": "cpu", '"cifar10"': '"digits"', "steps=200": "steps=2",
+    }  # fmt: skip
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    names = {}
+    exec(code, names)
+    one_line = next(b for b in blocks if b.startswith("x_adv = pgd("))
+    x, y = next(names["batches"](names["test"], 8, torch.device("cpu")))
+    exec(one_line, names | {"x": x, "y": y}, names)
+    assert 0 < (names["x_adv"] - x).abs().max() <= 8 / 255 + 1e-6
