@@ -181,9 +181,9 @@ class _Signals:
 
     @classmethod
     def handle(cls, signum: int, frame: Any) -> None:
-        # Under torchrun a Ctrl-C arrives twice (terminal, then torchrun): the second must not cut the saving short.
-        again = cls.received and "TORCHELASTIC_RUN_ID" not in os.environ
-        cls.received = signum
+        again, cls.received = bool(cls.received), signum
+        if again and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # a Ctrl-C arrives twice, from the terminal and from torchrun: the second must not cut the saving short
         if again or not cls.deferred:
             raise KeyboardInterrupt
 
@@ -394,6 +394,8 @@ def _run_folder(args: Any, script: str) -> str:
             raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
         if saved and (wrong := _contradictions(args, saved)):
             raise UserError(f"--resume: {folder} was started with other arguments: {'; '.join(wrong)}.")
+        if args.resume and not saved:
+            print(f"--resume: there is no run in {folder} yet; starting one.", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder)
     if args.resume:
@@ -688,7 +690,7 @@ class Images:
     labels: int64 (N,) on the CPU;  index: int64 (n,) on the CPU, the rows that belong to this set
     """
 
-    pixels: Any
+    pixels: Tensor | torch.utils.data.Dataset
     labels: Tensor
     classes: list[str]
     index: Tensor

@@ -41,18 +41,20 @@ Differs from the paper, which released no code, or is our choice where it is sil
 """
 import contextlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, cli, count_batches, distribute,
-    eps_name, full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results, radii, random_crop_flip,
-    robust_accuracy, save_attack_picture, seed_step, split_train, start_run, sync_buffers, with_progress, world,
-    write_results,
+    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, cli, count_batches,
+    distribute, eps_name, full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results,
+    radii, random_crop_flip, robust_accuracy, save_attack_picture, seed_step, split_train, start_run, sync_buffers,
+    with_progress, world, write_results,
 )  # fmt: skip
 
 
@@ -169,7 +171,9 @@ def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def adversaries(model, x: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args, attack) -> tuple[Tensor, Tensor]:
+def adversaries(
+    model: nn.Module, x: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args, attack: Callable
+) -> tuple[Tensor, Tensor]:
     """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`, each (B, 3, S, S); X_SS = rotate(x, k) has the SS labels k.
 
     The paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK). `attack(loss, x)` maximises a loss per image.
@@ -211,7 +215,9 @@ def adversaries(model, x: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
     return x_adv, x_ss_adv
 
 
-def training_loss(ddp, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+def training_loss(
+    ddp: nn.Module, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
     """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch (eq. 10). Weight decay is the optimiser's.
 
     X and X_SS go through the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
@@ -234,12 +240,14 @@ def uses_ss(args: Args) -> bool:
     return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
 
 
-def pgd_attack(args: Args, norm: str, eps: float, steps: int, step_size: float = 0.0, generator=None):
+def pgd_attack(
+    args: Args, norm: str, eps: float, steps: int, step_size: float = 0.0, generator: torch.Generator | None = None
+) -> Callable[[Callable, Tensor], Tensor]:
     """attack(loss, x) -> x_adv, with a step of `step_size` or, if 0, that of section 4.2: linf 2/255 at every radius,
     l2 2 eps / steps (see top). Radii too large for steps of 2/255, beyond all of the paper's, get 2 eps / steps too."""
     step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
 
-    def attack(loss, x: Tensor) -> Tensor:
+    def attack(loss: Callable, x: Tensor) -> Tensor:
         return pgd(
             loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=args.keep_best, generator=generator
         )
@@ -250,7 +258,7 @@ def pgd_attack(args: Args, norm: str, eps: float, steps: int, step_size: float =
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_set) -> str:
+def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Images, val_set: Images) -> str:
     """Train one network and return the name of its checkpoint in the run's folder.
 
     stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
@@ -352,7 +360,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set, val_s
     return checkpoint
 
 
-def load_trunk(trunk, state: dict, source: str) -> None:
+def load_trunk(trunk: nn.Module, state: dict, source: str) -> None:
     """Copy the trunk's weights from a checkpoint, and nothing else: the heads start afresh (the paper does not say)."""
     load_weights(trunk, {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")}, source)
 
@@ -362,7 +370,9 @@ def pretrain_eps(args: Args) -> float:
     return args.pretrain_eps or {"l2": 0.5, "linf": 8 / 255, "none": 0.0}[args.pretrain]
 
 
-def validate(stage: str, model, val_set, args: Args, run: Run, attack) -> tuple[float, float]:
+def validate(
+    stage: str, model: nn.Module, val_set: Images, args: Args, run: Run, attack: Callable
+) -> tuple[float, float]:
     """(clean, robust) validation accuracy in percent, of the SS head in pre-training; robust under the training attack.
 
     Robust accuracy is measured on 500 images, enough for the log, unless it selects the model.
@@ -371,7 +381,7 @@ def validate(stage: str, model, val_set, args: Args, run: Run, attack) -> tuple[
         return 0.0, 0.0
     head = TASK if stage == "pretrain" else "class"
 
-    def stream(images):
+    def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in batches(images, args.batch_size, run.device, workers=args.workers):
             if stage == "pretrain":
                 y = torch.arange(len(y), device=y.device) % TASK_CLASSES
@@ -389,7 +399,7 @@ def validate(stage: str, model, val_set, args: Args, run: Run, attack) -> tuple[
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def evaluate(name: str, run: Run, args: Args, state: dict, test_set, paper: dict[float, float]) -> list[dict]:
+def evaluate(name: str, run: Run, args: Args, state: dict, test_set: Images, paper: dict[float, float]) -> list[dict]:
     """A row of results.json per radius: accuracy on the test images under PGD on the class loss alone (section 4.2, end)."""
     model = build_model(**state["network"])
     load_weights(model, state["model"], name)
@@ -431,7 +441,7 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
     return dict(zip(PAPER_EPS[args.norm], row, strict=True)) if row else {}
 
 
-def show(args: Args, results: dict, folder) -> None:
+def show(args: Args, results: dict, folder: Path) -> None:
     """Print the paper's table with this run's numbers."""
     rows = results["rows"]
     rule = "last epoch" if args.select == "last" else f"best validation {args.select} accuracy"

@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT, TINY, flags, replace, same_state
 
 import rotation_at
-from common import UserError, cli, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
+from common import UserError, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
 from rotation_at import Args, main
 
 
@@ -110,7 +111,7 @@ def test_every_argument_is_read():
 )  # fmt: skip
 def test_wrong_flags(one_sentence, tmp_path, monkeypatch, argv, match):
     monkeypatch.chdir(tmp_path)
-    assert pytest.importorskip("re").search(match, one_sentence(rotation_at, *argv))
+    assert re.search(match, one_sentence(rotation_at, *argv))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -416,7 +417,9 @@ def test_scripts_run_without_the_optional_packages(tmp_path):
 
 
 def test_main_can_be_called_from_python(tmp_path):
-    """From a notebook: no flags, no handlers, a plain exception for a mistake."""
+    """From a notebook: no flags, a plain exception for a mistake, and the handlers of signals left alone."""
+    before = signal.getsignal(signal.SIGINT)
+    assert main(tiny(epochs=1, out=str(tmp_path / "run")))["rows"]
+    assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(UserError, match="--epochs"):
         main(replace(tiny(), epochs=0))
-    assert callable(cli)
