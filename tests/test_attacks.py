@@ -51,6 +51,17 @@ def test_l2_comes_near_the_optimum_with_the_box():
         assert 0.99 * linear(best[None] - x[i]) < linear(x_adv[i : i + 1] - x[i]) <= linear(best[None] - x[i]) + 1e-6
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_optimum_inside_the_ball_is_found_there(norm):
+    """Projection shortens what is too long and leaves the rest alone."""
+    torch.manual_seed(3)
+    x = 0.3 + 0.4 * torch.rand(5, 3, 4, 4, dtype=torch.float64)
+    best = x + 0.05 * (2 * torch.rand_like(x) - 1)  # ||best - x||_2 is about 0.2
+    eps, step_size = {"linf": (0.1, 0.002), "l2": (1.0, 0.01)}[norm]
+    x_adv = pgd(lambda z: -((z - best) ** 2).sum((1, 2, 3)), x, eps=eps, norm=norm, steps=400, step_size=step_size)
+    assert (x_adv - best).abs().max() <= {"linf": 0.004, "l2": 0.02}[norm]  # it goes to and fro by a step
+
+
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
 def test_robust_accuracy_of_a_linear_classifier_is_the_closed_form(norm, dual):
     """Right under every perturbation iff margin > eps * ||w_0 - w_1||_dual; points lie far from the box."""

@@ -224,6 +224,13 @@ def test_selection_by_validation_accuracy(tmp_path, select):
     assert chosen == 1 + scores.index(max(scores))
 
 
+def test_ties_go_to_the_earlier_epoch(tmp_path, monkeypatch):
+    scores = iter([(10.0, 5.0), (30.0, 2.0), (30.0, 9.0), (20.0, 9.0)])  # (clean, robust) after each epoch
+    monkeypatch.setattr(rotation_at, "validate", lambda *a: next(scores))
+    main(tiny(variant="T0", epochs=4, out=str(tmp_path)))
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
+
+
 def test_the_reported_accuracy_is_that_of_the_checkpoint(tmp_path):
     """A second evaluation, by hand: load_model and a few lines of torch on the same test images."""
     results = main(tiny(epochs=4, label_fraction=1.0, eval_examples=0, out=str(tmp_path)))
