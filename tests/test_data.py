@@ -251,6 +251,34 @@ def test_an_archive_with_the_wrong_checksum_is_refused(fake_cifar):
     assert not (tmp / "data" / "cifar-10-batches-py").exists()  # nothing was unpacked
 
 
+def test_stl10_is_read_and_resized(tmp_path, monkeypatch):
+    """Files in STL-10's own format (column-major, labels from 1), with torchvision's checksums set to match."""
+    from torchvision.datasets import STL10
+
+    rng = np.random.default_rng(0)
+    root = tmp_path / "stl10_binary"
+    root.mkdir()
+    pixels = {"train": rng.integers(0, 256, (4, 3, 96, 96), dtype=np.uint8), "test": np.full((2, 3, 96, 96), 7, np.uint8)}
+    files = {"unlabeled_X.bin": b""}
+    for split, x in pixels.items():
+        files[f"{split}_X.bin"] = x.transpose(0, 1, 3, 2).tobytes()
+        files[f"{split}_y.bin"] = bytes(range(1, len(x) + 1))
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    (root / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (root / "fold_indices.txt").write_text("")
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    names = [name for name, _ in STL10.train_list], [name for name, _ in STL10.test_list]
+    monkeypatch.setattr(STL10, "train_list", [[name, md5[name]] for name in names[0]])
+    monkeypatch.setattr(STL10, "test_list", [[name, md5[name]] for name in names[1]])
+    train, test = load_data("stl10", str(tmp_path), CPU, image_size=96)
+    assert np.array_equal(train.pixels.numpy(), pixels["train"]) and train.labels.tolist() == [0, 1, 2, 3]
+    small, _ = load_data("stl10", str(tmp_path), CPU, image_size=32)
+    assert small.pixels.shape == (4, 3, 32, 32) and small.classes == list("abcdefghij")
+    means = pixels["train"].reshape(4, 3, 32, 3, 32, 3).mean((3, 5))  # antialiased halving averages about 3x3 pixels
+    assert abs(small.pixels.numpy().astype(float) - means).mean() < 20 and (test.pixels == 7).all()
+
+
 def test_no_network_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="looked for .*cifar-100-python.*--data-dir.*--data-mirror.*--quick"):
         load_data("cifar100", str(tmp_path), CPU, data_mirror="http://127.0.0.1:9")
