@@ -103,6 +103,7 @@ def test_every_argument_is_read():
         (["--device", "gpu"], "--device gpu is unknown"),
         (["--pretrain", "l2", "--init", "x.pt"], "give one"),
         (["--norm", "l2"], "--eps 0.5"),
+        (["--norm", "l2", "--quick"], "--eps 4"),
         (["--quick", "--batch-size", "2"], "at least 2 images per process"),
         (["--device", "meta"], "not supported"),
         (["--sync-bn", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere.*--data-dir"),
