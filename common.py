@@ -299,6 +299,7 @@ class Run:
             self.write("config.json", json.dumps(config, indent=1))
 
     def say(self, text: str) -> None:
+        """Print on rank 0."""
         if world()[0] == 0:
             print(text, flush=True)
 
@@ -321,6 +322,7 @@ class Run:
         return state
 
     def write(self, name: str, text: str) -> None:
+        """Write a text file of the run atomically."""
         if world()[0] == 0:
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
 
@@ -1178,7 +1180,8 @@ def pgd(
         return x.clone()
     if step_size is None:
         step_size = 2 * eps / max(steps, 1)
-    lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)  # linf ball and [0, 1] in one box
+    if norm == "linf":
+        lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)  # ball and [0, 1] are one box
 
     def project(z: Tensor) -> Tensor:
         if norm == "linf":
