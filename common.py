@@ -229,21 +229,50 @@ def seed_step(seed: int, epoch: int, step: int) -> None:
     torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_009 + world()[0]) % 2**63)
 
 
-def distribute(model: nn.Module, sync_bn: bool = False) -> nn.Module:
+def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
     """Wrap for the weight update on several ranks (attack the bare `model`); returns `model` itself on one.
 
-    Without `sync_bn`, BatchNorm uses each rank's own statistics in the update, and rank 0's running averages wherever they
-    are used (call `sync_buffers` before each attack and evaluation): what nn.DataParallel does.
+    With `sync_bn`, BatchNorm in train mode sees the images of all ranks, so their number changes nothing. Without, each
+    rank's own in the update, and rank 0's running averages wherever they are used (call `sync_buffers` before each attack
+    and evaluation): what nn.DataParallel does.
     """
     if world()[1] == 1:
         return model
     on_gpu = next(model.parameters()).is_cuda
-    if sync_bn:
-        if not on_gpu:
-            raise UserError("--sync-bn needs GPUs: PyTorch has no synchronised BatchNorm on the CPU.")
+    if sync_bn and on_gpu:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces layers inside `model`, so it and the wrapper stay one
+    elif sync_bn:
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.__class__ = _SyncBatchNorm  # the same weights and buffers, another forward
     devices = [torch.cuda.current_device()] if on_gpu else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the images of all ranks for the CPU; PyTorch's own works on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce  # has a gradient: outputs depend on all ranks' images
+
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        z = x.float()  # (B, C, ...)
+        n = torch.full((1,), x.numel() / x.shape[1])
+        total = all_reduce(torch.cat([z.sum(dims), n]))
+        n = total[-1].detach()
+        mean = total[:-1] / n  # (C,)
+        z = z - mean.view(shape)
+        var = all_reduce((z * z).sum(dims)) / n
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / (n - 1), self.momentum)
+                self.num_batches_tracked += 1
+        z = z * ((var + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
+        return z.to(x.dtype)
 
 
 def sync_buffers(model: nn.Module) -> None:

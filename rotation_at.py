@@ -65,7 +65,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
-    sync_bn: bool = False  # BatchNorm statistics over all GPUs (default: of each GPU, as DataParallel has it)
+    sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
     workers: int = 2  # processes that decode images (folder)
     out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
