@@ -15,6 +15,7 @@ import contextlib
 import errno
 import http.client
 import inspect
+import itertools
 import json
 import math
 import os
@@ -118,7 +119,7 @@ _RANGES = [
     ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
     ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
-    ("seed", 0, 2**31),
+    ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
 ]  # fmt: skip
 
 
@@ -645,11 +646,11 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     sys.stdout.flush()
 
 
-def print_results(rows: list[dict]) -> None:
-    """Print rows of results.json as the papers print them: a line per network, a column per radius, and the
-    paper's own numbers below the line where the setting is the paper's."""
-    table, names = [], list(dict.fromkeys(row["name"] for row in rows))
-    for name in names:
+def print_results(results: dict, folder: Path) -> None:
+    """Print what results.json holds as the papers print it: a line per network, a column per radius, and the paper's own
+    numbers below the line where the setting is the paper's."""
+    args, rows, table = results["args"], results["rows"], []
+    for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
         for a, b in zip(mine, mine[1:], strict=False):
@@ -658,7 +659,16 @@ def print_results(rows: list[dict]) -> None:
                       "robustness can be: the attack fails there.")  # fmt: skip
         if any(row["paper"] is not None for row in mine):
             table.append(["  the paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
-    print_table([f"{mine[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
+    rule = "last epoch" if args["select"] == "last" else f"best validation {args['select']} accuracy"
+    epochs = ", ".join(f"{name}: epoch {epoch}" for name, epoch in {row["name"]: row["epoch"] for row in rows}.items())
+    print(
+        f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, trained with {args['norm']} eps {eps_name(args['eps'])}; accuracy "
+        f"(%) on {rows[0]['examples']:,} test images under PGD-{args['eval_steps']}, "
+        f"{'mixed precision' if args['eval_amp'] else 'float32'}.\n"
+        f"Checkpoint: {rule} ({epochs}). {results['seconds']:.0f} s of training and evaluation.\n"
+    )
+    print_table([f"{rows[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
+    print(f"\nresults.json, adversarial.png and the checkpoints are in {folder}", flush=True)
 
 
 def write_results(run: Run, rows: list[dict], seconds: float) -> dict:
@@ -906,6 +916,24 @@ def split_train(
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
 
+def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images]:
+    """(training, validation, test) images as a script's flags ask for them. Raises UserError if they cannot be had."""
+    train_set, test_set = load_data(
+        args.dataset, args.data_dir, device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
+    )
+    train_set, val_set = split_train(
+        train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
+    )
+    if len(train_set) // (count_batches(len(train_set), args.batch_size) * world()[1]) < 2:
+        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
+    if not len(val_set) and args.select != "last":
+        raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
+    if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
+        order = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))
+        test_set = test_set.subset(order[: args.eval_examples])
+    return train_set, val_set, test_set
+
+
 def batches(
     data: Images, batch_size: int, device: torch.device, *, shuffle: int | None = None, skip: int = 0, workers: int = 2
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -951,6 +979,60 @@ def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
     image = torch.arange(b, device=x.device)[:, None, None]
     padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # channels_last in memory
+
+
+# ---- self-supervised tasks: images are moved, not computed with, so that norms and the attacks' balls are kept ----
+
+
+def rotate(x: Tensor, k: Tensor) -> Tensor:
+    """Turn image i of x (B, C, S, S) by k[i] * 90 degrees counter-clockwise; k (B,) in {0, 1, 2, 3} (Gidaris et al. 2018)."""
+    turned = torch.stack([x.rot90(i, (2, 3)) for i in range(4)])  # (4, B, C, S, S)
+    return turned[k, torch.arange(len(x), device=x.device)]
+
+
+def jigsaw(x: Tensor, order: Tensor) -> Tensor:
+    """Cut each image into n x n tiles; tile j of the result is tile order[i, j] of image i (Noroozi and Favaro 2016).
+
+    x: (B, C, S, S); order: int64 (B, n * n), tiles counted row by row. jigsaw(jigsaw(x, order), order.argsort(1)) is x.
+    Raises ValueError if n does not divide S.
+    """
+    b, c, s, _ = x.shape
+    n = math.isqrt(order.shape[1])
+    if n * n != order.shape[1] or s % n:
+        raise ValueError(f"{order.shape[1]} tiles do not make a grid on images of {s} pixels")
+    tiles = x.reshape(b, c, n, s // n, n, s // n).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, n * n, C, S/n, S/n)
+    tiles = tiles[torch.arange(b, device=x.device)[:, None], order].unflatten(1, (n, n))  # the one gather
+    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(b, c, s, s)
+
+
+def jigsaw_permutations(n: int, count: int, kind: Literal["random", "hamming"] = "random", seed: int = 0) -> Tensor:
+    """The identity and `count` other permutations of n * n tiles, all different: int64 (count + 1, n * n).
+
+    'random': drawn uniformly. 'hamming': one after the other, each the one that differs in most places from those before
+    it, summed over them (Noroozi and Favaro 2016, Algorithm 1), of all permutations or of 50,000 random ones if there are
+    more. Raises UserError if there are not that many.
+    """
+    tiles = n * n
+    if count >= math.factorial(tiles):
+        raise UserError(f"a grid of {n} x {n} has {math.factorial(tiles) - 1} permutations besides the identity, not {count}.")
+    generator = torch.Generator().manual_seed(seed)
+    identity = torch.arange(tiles)
+    if math.factorial(tiles) <= 50_000:  # n = 2
+        pool = torch.tensor(list(itertools.permutations(range(tiles))))
+        pool = pool[torch.randperm(len(pool), generator=generator)]
+    else:
+        pool = torch.rand(max(50_000, 2 * count), tiles, generator=generator).argsort(1)
+    pool = torch.tensor([p for p in dict.fromkeys(map(tuple, pool.tolist())) if p != tuple(range(tiles))])  # each once
+    if kind == "random":
+        return torch.cat([identity[None], pool[:count]])
+    chosen = [identity]
+    distance = torch.zeros(len(pool), dtype=torch.int64)
+    for _ in range(count):
+        distance += (pool != chosen[-1]).sum(1)
+        best = int(distance.argmax())
+        chosen.append(pool[best])
+        distance[best] = -tiles * count  # never again
+    return torch.stack(chosen)
 
 
 # ======================================================================================================
@@ -1127,6 +1209,11 @@ def build_model(
     model = Network(build_trunk(arch, width, stem), heads, mean, std)
     model.spec = spec
     return model
+
+
+def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:
+    """Copy the trunk's weights from a checkpoint, and nothing else. Raises UserError if they do not fit."""
+    load_weights(trunk, {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")}, source)
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -1329,3 +1416,57 @@ def robust_accuracy(
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
     return 100 * counts[0].item() / max(1, counts[1].item())
+
+
+def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy: logits (B, classes), y (B,) -> (B,), as `pgd` wants it. F.cross_entropy is its mean."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def pgd_attack(
+    norm: str, eps: float, steps: int, *, step_size: float = 0.0, keep_best: bool = False, generator: torch.Generator | None = None
+) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
+    """attack(loss, x) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
+
+    linf 2/255 at every radius (so too Chen et al.); l2 2 eps / steps (they print eps^2 / steps; see rotation_at.py). Radii too
+    large to be crossed by steps of 2/255, beyond all of the papers', get 2 eps / steps too.
+    """
+    step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
+
+    def attack(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return pgd(loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=keep_best, generator=generator)
+
+    return attack
+
+
+def evaluate(run: Run, name: str, state: dict, test_set: Images, eval_eps: list[float], paper: dict[float, float]) -> list[dict]:
+    """A row of results.json per radius: accuracy of the checkpoint `state` on the test images under PGD on the class loss.
+
+    `paper`: {radius: the paper's accuracy}, to stand beside. Norm, steps and precision are those of the run's flags.
+    """
+    args = run.args
+    model = build_model(**state["network"])
+    load_weights(model, state["model"], name)
+    place_model(model, run.device, args.amp).eval()
+    generator = torch.Generator(run.device)
+
+    def attack_at(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
+        generator.manual_seed(args.seed + world()[0])
+        attack = pgd_attack(args.norm, eps, args.eval_steps, keep_best=args.keep_best, generator=generator)
+        return lambda x, y: attack(lambda z: ce_per_image(model(z, "class"), y), x)
+
+    if world()[0] == 0 and state["stage"] == "train":
+        some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
+        x, y = next(batches(some, len(some), run.device, workers=0))
+        save_attack_picture(run.folder / "adversarial.png", x, attack_at(args.eps)(x, y))
+    rows = []
+    for eps in eval_eps:
+        stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
+        stream = with_progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
+        with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+            accuracy = robust_accuracy(model, stream, attack_at(eps) if eps else None, heads=("class",))
+        rows.append({
+            "name": name, "attack": f"pgd-{args.eval_steps}" if eps else "none", "norm": args.norm, "eps": eps,
+            "examples": len(test_set), "accuracy": round(accuracy, 2), "paper": paper.get(eps), "epoch": state["epoch"],
+        })  # fmt: skip
+    return rows

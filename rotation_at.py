@@ -35,15 +35,13 @@ Differs from the paper, which released no code, or is our choice where it is sil
   (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its choice of the
   best iterate (--keep-best; Algorithm 1 returns the last);
 - X and X_SS share one forward pass in the update, so BatchNorm sees both;
-- pre-training: rotation, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
+- pre-training: the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
 - training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an l2
   perturbation of 0.1 (Figure 1): use --amp off there.
 """
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -51,10 +49,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, cli, count_batches,
-    distribute, eps_name, full_precision, load_checkpoint, load_data, load_weights, pgd, place_model, print_results,
-    radii, random_crop_flip, robust_accuracy, save_attack_picture, seed_step, split_train, start_run, sync_buffers,
-    with_progress, world, write_results,
+    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, cli, count_batches,
+    distribute, evaluate, load_checkpoint, load_splits, load_trunk, load_weights, pgd_attack, place_model, print_results,
+    radii, random_crop_flip, robust_accuracy, rotate, seed_step, start_run, sync_buffers, world, write_results,
 )  # fmt: skip
 
 
@@ -148,33 +145,16 @@ PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
 )  # fmt: skip
 
 
-# ---- the task ------------------------------------------------------------------------------------------------------
-
-TASK = "rotation"
-TASK_CLASSES = 4
-
-
-def rotate(x: Tensor, k: Tensor) -> Tensor:
-    """T of eq. 1: turn image i of x (B, C, S, S) by k[i] * 90 degrees counter-clockwise; k (B,) in {0, 1, 2, 3}.
-
-    Pixels are moved, not interpolated, so rotating keeps every norm and commutes with the attack's projections.
-    """
-    turned = torch.stack([x.rot90(i, (2, 3)) for i in range(4)])  # (4, B, C, S, S)
-    return turned[k, torch.arange(len(x), device=x.device)]
+TASK = "rotation"  # the name of F_SS among the network's heads
 
 
 # ---- the method: Algorithm 1 and eq. 7-9 -------------------------------------------------------------------------
 
 
-def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy: logits (B, classes), y (B,) -> (B,), as `pgd` wants it. F.cross_entropy is its mean."""
-    return F.cross_entropy(logits, y, reduction="none")
-
-
 def adversaries(
-    model: nn.Module, x: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args, attack: Callable
+    model: nn.Module, x: Tensor, y: Tensor, T: Callable, k: Tensor, args: Args, attack: Callable
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`, each (B, 3, S, S); X_SS = rotate(x, k) has the SS labels k.
+    """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`, each (B, 3, S, S); k (B,) are the SS labels of X_SS = T(x, k).
 
     The paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK). `attack(loss, x)` maximises a loss per image.
     Alg. 1 leaves open how X and X_SS share the attack (--ss-attack):
@@ -188,6 +168,7 @@ def adversaries(
     def class_loss(z: Tensor) -> Tensor:
         return ce_per_image(model(z, "class"), y)  # Alg. 1, line 6
 
+    x_ss = T(x, k)  # eq. 1
     if args.variant in ("T0", "T1") or not uses_ss(args):
         return attack(class_loss, x), x_ss
     if args.variant == "replace":  # eq. 7 has only X_SS
@@ -197,7 +178,7 @@ def adversaries(
     lambda2 = args.lambda2 if args.variant == "T3" else 0.0  # T2 skips line 8
 
     def shared_loss(z: Tensor) -> Tensor:  # z = X^k, (B, C, S, S)
-        logits, ss_logits = model(torch.cat([z, rotate(z, k)]), "class", TASK)
+        logits, ss_logits = model(torch.cat([z, T(z, k)]), "class", TASK)
         return ce_per_image(logits[:b], y) + lambda2 * ce_per_image(ss_logits[b:], k)  # lines 6 and 8
 
     def two_losses(z: Tensor) -> Tensor:  # z = [X^k; X_SS^k], (2B, C, S, S): two perturbations, one forward pass
@@ -210,7 +191,7 @@ def adversaries(
 
     if args.ss_attack == "shared":
         x_adv = attack(shared_loss if lambda2 > 0 else class_loss, x)
-        return x_adv, rotate(x_adv, k)
+        return x_adv, T(x_adv, k)
     x_adv, x_ss_adv = attack(two_losses, torch.cat([x, x_ss])).split(b)
     return x_adv, x_ss_adv
 
@@ -240,21 +221,6 @@ def uses_ss(args: Args) -> bool:
     return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
 
 
-def pgd_attack(
-    args: Args, norm: str, eps: float, steps: int, step_size: float = 0.0, generator: torch.Generator | None = None
-) -> Callable[[Callable, Tensor], Tensor]:
-    """attack(loss, x) -> x_adv, with a step of `step_size` or, if 0, that of section 4.2: linf 2/255 at every radius,
-    l2 2 eps / steps (see top). Radii too large for steps of 2/255, beyond all of the paper's, get 2 eps / steps too."""
-    step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
-
-    def attack(loss: Callable, x: Tensor) -> Tensor:
-        return pgd(
-            loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=args.keep_best, generator=generator
-        )
-
-    return attack
-
-
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
@@ -272,13 +238,14 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
     norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
     lr_step = args.lr_step or max(1, round(0.4 * epochs))
+    T, ss_classes = rotate, 4  # eq. 1: X_SS = T(X, y_SS), image i turned by y_SS[i] * 90 degrees
 
     torch.manual_seed(args.seed)  # every stage and variant starts from the same weights
     mean, std = STATS[args.dataset]
-    heads = {"class": len(train_set.classes), TASK: TASK_CLASSES}
+    heads = {"class": len(train_set.classes), TASK: ss_classes}
     model = build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
     if start is not None:
-        load_trunk(model.trunk, start, args.init or "pretrain.pt")
+        load_trunk(model.trunk, start, args.init or "pretrain.pt")  # the heads start afresh (the paper does not say)
     place_model(model, run.device, args.amp, args.compile)
     if stage == "pretrain":
         model.heads["class"].requires_grad_(False)
@@ -295,7 +262,8 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     history, best, began = state["history"], state["best"], time.perf_counter() - state["seconds"]
     ddp = distribute(model, args.sync_bn)  # for the update, where ranks average gradients; the attack uses the bare `model`
     steps = count_batches(len(train_set), args.batch_size)
-    attack = pgd_attack(args, norm, eps, args.attack_steps, args.step_size if stage == "train" else 0.0)
+    step_size = args.step_size if stage == "train" else 0.0
+    attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size, keep_best=args.keep_best)
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
@@ -318,18 +286,17 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
                 sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
-                k = torch.randint(0, TASK_CLASSES, y.shape, device=y.device)  # one transformation per image
-                x_ss = rotate(x, k)  # eq. 1
+                k = torch.randint(0, ss_classes, y.shape, device=y.device)  # one transformation per image
 
                 if stage == "plain":
                     loss, ss_loss = F.cross_entropy(ddp(x, "class"), y), torch.zeros((), device=x.device)
                 elif stage == "pretrain":
                     with batchnorm_mode(model, args.attack_bn):
-                        x_ss = attack(lambda z: ce_per_image(model(z, TASK), k), x_ss)
+                        x_ss = attack(lambda z: ce_per_image(model(z, TASK), k), T(x, k))
                     loss = ss_loss = F.cross_entropy(ddp(x_ss, TASK), k)
                 else:
                     with batchnorm_mode(model, args.attack_bn):
-                        x_adv, x_ss_adv = adversaries(model, x, y, x_ss, k, args, attack)
+                        x_adv, x_ss_adv = adversaries(model, x, y, T, k, args, attack)
                     loss, ss_loss = training_loss(ddp, x_adv, y, x_ss_adv, k, args)
 
                 opt.zero_grad(set_to_none=True)
@@ -343,7 +310,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
         if log.interrupted():
             raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
         seed_step(args.seed, epoch_id, log.step)
-        clean, robust = validate(stage, model, val_set, args, run, attack)
+        clean, robust = validate(stage, model, val_set, run, attack, T, ss_classes)
         run.log(
             history, stage, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
             val_clean=clean, val_robust=robust, seconds=round(time.perf_counter() - began, 1),
@@ -360,23 +327,19 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     return checkpoint
 
 
-def load_trunk(trunk: nn.Module, state: dict, source: str) -> None:
-    """Copy the trunk's weights from a checkpoint, and nothing else: the heads start afresh (the paper does not say)."""
-    load_weights(trunk, {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")}, source)
-
-
 def pretrain_eps(args: Args) -> float:
     """Radius of pre-training in pixel units (the paper does not say)."""
     return args.pretrain_eps or {"l2": 0.5, "linf": 8 / 255, "none": 0.0}[args.pretrain]
 
 
 def validate(
-    stage: str, model: nn.Module, val_set: Images, args: Args, run: Run, attack: Callable
+    stage: str, model: nn.Module, val_set: Images, run: Run, attack: Callable, T: Callable, ss_classes: int
 ) -> tuple[float, float]:
     """(clean, robust) validation accuracy in percent, of the SS head in pre-training; robust under the training attack.
 
     Robust accuracy is measured on 500 images, enough for the log, unless it selects the model.
     """
+    args = run.args
     if not len(val_set):
         return 0.0, 0.0
     head = TASK if stage == "pretrain" else "class"
@@ -384,8 +347,8 @@ def validate(
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in batches(images, args.batch_size, run.device, workers=args.workers):
             if stage == "pretrain":
-                y = torch.arange(len(y), device=y.device) % TASK_CLASSES
-                x = rotate(x, y)
+                y = torch.arange(len(y), device=y.device) % ss_classes
+                x = T(x, y)
             yield x, y
 
     def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
@@ -394,41 +357,6 @@ def validate(
     attacked = val_set if args.select == "robust" else val_set.subset(torch.arange(min(500, len(val_set))))
     clean = robust_accuracy(model, stream(val_set), heads=(head,))
     return clean, robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
-
-
-# ---- evaluation ----------------------------------------------------------------------------------------------------
-
-
-def evaluate(name: str, run: Run, args: Args, state: dict, test_set: Images, paper: dict[float, float]) -> list[dict]:
-    """A row of results.json per radius: accuracy on the test images under PGD on the class loss alone (section 4.2, end)."""
-    model = build_model(**state["network"])
-    load_weights(model, state["model"], name)
-    place_model(model, run.device, args.amp).eval()
-    generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
-    if world()[0] == 0 and state["stage"] == "train":
-        some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
-        x, y = next(batches(some, len(some), run.device, workers=0))
-        attack = pgd_attack(args, args.norm, args.eps, args.eval_steps, generator=generator)
-        x_adv = attack(lambda z: ce_per_image(model(z, "class"), y), x)
-        save_attack_picture(run.folder / "adversarial.png", x, x_adv)
-
-    rows = []
-    quarters = [round(args.eps * i / 4, 6) for i in range(5)]
-    for eps in radii(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm]):
-        attack = pgd_attack(args, args.norm, eps, args.eval_steps, generator=generator.manual_seed(args.seed + world()[0]))
-
-        def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
-            return attack(lambda z: ce_per_image(model(z, "class"), y), x)
-
-        stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
-        stream = with_progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
-        with contextlib.nullcontext() if args.eval_amp else full_precision(model):
-            accuracy = robust_accuracy(model, stream, maximise_loss if eps else None)
-        rows.append({
-            "name": name, "attack": f"pgd-{args.eval_steps}" if eps else "none", "norm": args.norm, "eps": eps,
-            "examples": len(test_set), "accuracy": round(accuracy, 2), "paper": paper.get(eps), "epoch": state["epoch"],
-        })  # fmt: skip
-    return rows
 
 
 def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
@@ -440,20 +368,6 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
         same = same and all(pretrain_args.get(k) == v for k, v in wanted.items())
     row = PAPER.get((args.norm, pretrained, args.variant)) if same else None
     return dict(zip(PAPER_EPS[args.norm], row, strict=True)) if row else {}
-
-
-def show(args: Args, results: dict, folder: Path) -> None:
-    """Print the paper's table with this run's numbers."""
-    rows = results["rows"]
-    rule = "last epoch" if args.select == "last" else f"best validation {args.select} accuracy"
-    epochs = ", ".join(f"{name}: epoch {epoch}" for name, epoch in {row["name"]: row["epoch"] for row in rows}.items())
-    print(
-        f"\n{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}; accuracy (%) on "
-        f"{rows[0]['examples']:,} test images under PGD-{args.eval_steps}, {'mixed precision' if args.eval_amp else 'float32'}.\n"
-        f"Checkpoint: {rule} ({epochs}). {results['seconds']:.0f} s of training and evaluation.\n"
-    )
-    print_results(rows)
-    print(f"\nresults.json, adversarial.png and the checkpoints are in {folder}", flush=True)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -469,7 +383,7 @@ def main(args: Args) -> dict:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
     results = run.finished() or train_and_evaluate(run, args)
     if world()[0] == 0:
-        show(args, results, run.folder)
+        print_results(results, run.folder)
     return results
 
 
@@ -479,20 +393,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     if args.init:
         start = load_checkpoint(args.init)
         load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit? Ask before the work begins
-    train_set, test_set = load_data(
-        args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
-    )
-    train_set, val_set = split_train(
-        train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
-    )
-    share = len(train_set) // (count_batches(len(train_set), args.batch_size) * world()[1])
-    if share < 2:
-        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
-    if not len(val_set) and args.select != "last":
-        raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
-    if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
-        order = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))
-        test_set = test_set.subset(order[: args.eval_examples])
+    train_set, val_set, test_set = load_splits(args, run.device)
     if 0 < args.step_size * args.attack_steps < args.eps:
         run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
     if args.variant == "T3" and args.ss_attack == "separate" and args.lambda2 not in (0, Args.lambda2):
@@ -514,9 +415,11 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     models[name] = run.load(train("train", run, args, start, train_set, val_set))
 
     began, rows = time.perf_counter(), []
+    quarters = [round(args.eps * i / 4, 6) for i in range(5)]
+    eval_eps = radii(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
-        rows += evaluate(name, run, args, state, test_set, paper)
+        rows += evaluate(run, name, state, test_set, eval_eps, paper)
     seconds = run.load("last.pt")["seconds"] + time.perf_counter() - began  # of training, in all sittings, and evaluation
     return write_results(run, rows, seconds)
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, same_state
 
+import common
 import rotation_at
-from common import UserError, build_model, l2_norm, load_checkpoint, load_model, pgd, save_checkpoint
-from rotation_at import PAPER, PAPER_EPS, TASK, Args, adversaries, main, paper_row, pgd_attack, rotate, training_loss
+from common import UserError, build_model, l2_norm, load_checkpoint, load_model, pgd, pgd_attack, rotate, save_checkpoint
+from rotation_at import PAPER, PAPER_EPS, TASK, Args, adversaries, main, paper_row, training_loss
 
 torch.set_default_dtype(torch.float32)
 
@@ -31,7 +32,8 @@ def attacked(batch, seed: int = 1, steps: int = 3, **args):
     model, x, y, x_ss, k = batch
     args = tiny(attack_steps=steps, **args)
     torch.manual_seed(seed)
-    return adversaries(model, x, y, x_ss, k, args, pgd_attack(args, args.norm, args.eps, args.attack_steps, args.step_size))
+    attack = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    return adversaries(model, x, y, rotate, k, args, attack)
 
 
 # ---- T(.) ----
@@ -120,7 +122,7 @@ def test_step_sizes():
             return z.sum((1, 2, 3))
 
         torch.manual_seed(0)
-        pgd_attack(Args(), norm, eps, steps, step_size)(loss, x)
+        pgd_attack(norm, eps, steps, step_size=step_size)(loss, x)
         moved = points[1] - points[0]
         return moved.max().item() if norm == "linf" else l2_norm(moved).item()
 
@@ -128,7 +130,7 @@ def test_step_sizes():
         assert one_step("linf", eps, steps) == pytest.approx(2 / 255)
     assert one_step("linf", 64 / 255, 20) == pytest.approx(2 * 64 / 255 / 20)  # 2/255 would not cross the ball
     assert one_step("linf", 8 / 255, 10, 0.001) == pytest.approx(0.001)
-    moved = pgd_attack(Args(), "l2", 3.0, 10)(lambda z: z.sum((1, 2, 3)), x)
+    moved = pgd_attack("l2", 3.0, 10)(lambda z: z.sum((1, 2, 3)), x)
     assert l2_norm(moved - x).item() == pytest.approx(3.0, rel=1e-3)
     assert 0.3 < one_step("l2", 3.0, 10) <= 0.6 + 1e-9  # a step of 0.6, shortened by the projection
 
@@ -235,7 +237,7 @@ def test_the_reported_accuracy_is_that_of_the_checkpoint(tmp_path):
     """A second evaluation, by hand: load_model and a few lines of torch on the same test images."""
     results = main(tiny(epochs=4, label_fraction=1.0, eval_examples=0, out=str(tmp_path)))
     model = load_model(tmp_path / "best.pt")
-    _, test = rotation_at.load_data("digits", "", torch.device("cpu"))
+    _, test = common.load_data("digits", "", torch.device("cpu"))
     with torch.no_grad():
         right = (model(test.pixels / 255).argmax(1) == test.labels).float().mean().item() * 100
     assert results["rows"][0]["accuracy"] == pytest.approx(right, abs=0.3)  # one image

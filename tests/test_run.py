@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, flags, replace, same_state
 
+import jigsaw_at
 import rotation_at
 from common import UserError, batchnorm_mode, build_model, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
 from rotation_at import Args, main
@@ -81,11 +82,13 @@ def test_help_lists_every_flag_with_its_default(command):
         assert len(line.split("(default:")[0].split()) > 3, f"no help for {f.name}"
 
 
-def test_every_argument_is_read():
-    tree = ast.parse((ROOT / "rotation_at.py").read_text())
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
-    shared = {"seed", "norm", "eps", "out", "resume", "quick", "device"}  # read by start_run
-    assert {f.name for f in fields(Args)} <= read | shared
+@pytest.mark.parametrize("script", [rotation_at, jigsaw_at])
+def test_every_argument_is_read(script):
+    """By the script or, for those that all scripts have, by common.py."""
+    trees = [ast.parse((ROOT / f"{name}.py").read_text()) for name in (script.__name__, "common")]
+    nodes = [n for tree in trees for n in ast.walk(tree)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    assert {f.name for f in fields(script.Args)} <= read | {"quick"}  # which parse_args reads
 
 
 @pytest.mark.parametrize(
@@ -333,7 +336,7 @@ def test_stages_resume_too(tmp_path):
 
 def test_interrupted_before_it_began_leaves_nothing(tmp_path):
     """During loading there is nothing to resume: no hint that would start another run, no empty folder."""
-    patch = "common.load_data = rotation_at.load_data = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)"
+    patch = "common.load_data = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)"
     stopped = disturbed(tmp_path / "run", patch)
     assert stopped.returncode == 130 and "--resume" not in stopped.stderr and "Traceback" not in stopped.stderr
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,432 @@
+"""Adversarial training with jigsaw puzzles (Kucer, Oyen, Kenyon: On visual self-supervision and its effect
+on model robustness, 2021, arXiv:2112.04367).
+
+One trunk carries two linear heads: F for the class y, F_SS for the self-supervised (SS) label y_SS. A transformed
+copy (X_SS, y_SS) = T(X) of each batch, here the tiles of every image in one of J + 1 orders, trains the second:
+
+    minimise  CE(F(X_adv), y) + lambda1 * CE(F_SS(X_SS), y_SS)                                        (eq. 8, 9)
+
+    --variant  X_SS in the loss   the attack (Algorithm 1) maximises
+    T0         none (baseline)    CE(F(X), y)
+    T1         clean              CE(F(X), y)                                       on X only
+    T2         adversarial        CE(F(X), y)                                       on X and on X_SS
+    T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)      on X and on X_SS
+    replace    adversarial        CE(F(X_SS), y): X is dropped, F too is trained on X_SS              (eq. 7)
+
+`--pretrain l2|linf` first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
+
+    python jigsaw_at.py --quick                               # digits, a minute on two CPU cores
+    python jigsaw_at.py --variant T3                          # Table 3, Jigsaw: CIFAR-10, linf 8/255, 100 epochs
+    python jigsaw_at.py --variant T3 --norm l2 --eps 0.5      # what Table 1 has for rotation
+    python jigsaw_at.py --variant T0 --pretrain l2            # what Table 4 has for rotation (P1 T0)
+    torchrun --nproc-per-node=4 jigsaw_at.py --variant T3     # the same run on four GPUs
+
+The paper: ResNet-18, clean / PGD-20 at 8/255: T0 85.46 / 44.69, T3 83.90 / 47.57.
+
+Differs from the paper, which released no code, or is our choice where it is silent:
+- the l2 step is 2 eps / steps: section 4.2 prints eps^2 / steps, but the work it cites uses 2 eps / steps, and steps that
+  add up to eps^2 cannot cross a ball of radius below 1;
+- Algorithm 1 prints the update after its loop and one uniform start for both norms; the update belongs inside, and an l2
+  start is a direction of length eps, as in the robustness library on which the paper builds;
+- the grid and the number of permutations J are not given: 4 x 4, as 3 (Carlucci et al. 2019) does not divide 32, and 30
+  besides the identity, as there, "randomly picking" them (--permutations hamming: far from each other instead);
+- lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). How X and X_SS share the attack is not given:
+  --ss-attack. T2 attacks X_SS through the class head with the label y, the only reading that changes X_SS;
+- eq. 7 (replace): the attack is not given; ours is on the class loss;
+- the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under attack
+  (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its choice of the
+  best iterate (--keep-best; Algorithm 1 returns the last);
+- X and X_SS share one forward pass in the update, so BatchNorm sees both;
+- pre-training: the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
+- training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an l2
+  perturbation of 0.1 (Figure 1): use --amp off there.
+"""
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, cli, count_batches,
+    distribute, evaluate, jigsaw, jigsaw_permutations, load_checkpoint, load_splits, load_trunk, load_weights, pgd_attack,
+    place_model, print_results, radii, random_crop_flip, robust_accuracy, seed_step, start_run, sync_buffers, world,
+    write_results,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 0  # seed of the split, the weights, the order and the attacks
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
+    compile: bool = False  # torch.compile the trunk
+    sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
+    workers: int = 2  # processes that decode images (folder)
+    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
+    # data and model
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
+    data_dir: str = "data"  # where the data are, or are downloaded to
+    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
+    image_size: int = 32  # side in pixels; other images are resized
+    label_fraction: float = 1.0  # share of the training images, less those for validation, that is used
+    flip: bool = True  # mirror images at random in training
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # trunk (paper: resnet18, resnet34)
+    width: float = 1.0  # multiplies the number of channels
+    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
+    # optimiser (section 4.2; batch size and weight decay: the robustness library)
+    epochs: int = 100  # epochs of training
+    batch_size: int = 128  # images per step over all GPUs, not counting X_SS
+    lr: float = 0.1  # initial learning rate of SGD with momentum 0.9
+    lr_step: int = 0  # epochs between divisions of the rate by 10; 0: 40% of the epochs (paper: 40 of 100)
+    weight_decay: float = 5e-4  # on all weights
+    # attack in training (section 4.2)
+    norm: Literal["linf", "l2"] = "linf"  # the ball
+    eps: float = 8 / 255  # its radius on [0, 1] pixels (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
+    attack_steps: int = 10  # PGD steps
+    step_size: float = 0.0  # of the training attack; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
+    keep_best: bool = False  # attacks return the iterate of highest loss (the library's default), not the last (Alg. 1)
+    # method (section 3)
+    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # see above
+    grid: int = 4  # tiles along each side, n
+    num_permutations: int = 30  # orders of the tiles besides the identity, J
+    permutations: Literal["random", "hamming"] = "random"  # drawn uniformly, or far from each other
+    ss_attack: Literal["separate", "shared", "both"] = "separate"  # how T2, T3 attack X_SS, see `adversaries`
+    lambda1: float = 0.5  # weight of the SS loss in training
+    lambda2: float = 0.5  # weight of the SS loss in the attack (T3)
+    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
+    pretrain_eps: float = 0.0  # its radius; 0: l2 0.5, linf 8/255
+    pretrain_epochs: int = 100  # its epochs
+    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
+    plain: bool = False  # also train a network without attack, for comparison
+    # evaluation
+    val_fraction: float = 0.15  # share of the training images held out to select the model
+    select: Literal["clean", "robust", "last"] = "clean"  # epoch to report: best validation accuracy, or the last
+    eval_steps: int = 20  # PGD steps
+    eval_eps: str = ""  # comma-separated radii; empty: those of the paper's tables (--quick: quarters of --eps)
+    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
+    eval_amp: bool = False  # evaluate in the precision of training instead of float32
+
+    # Digits are few and coarse: a wider ball, a smaller rate, and a stem that looks at 8x8 pixels, as many as they have.
+    QUICK: ClassVar[dict] = dict(
+        dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1, attack_steps=5,
+        plain=True, pretrain_epochs=4,
+    )  # fmt: skip
+
+
+# The paper's radii and accuracies (ResNet-18, CIFAR-10): Table 3. The baseline T0 is that of Table 2.
+PAPER_EPS = {
+    "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
+    "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
+}
+PAPER = {  # (norm, pretrain, variant)
+    ("linf", "none", "T0"): [85.46, 72.09, 66.98, 61.29, 55.83, 50.19, 44.69, 39.38, 34.60],
+    ("linf", "none", "T3"): [83.90, 72.39, 67.91, 63.18, 57.99, 52.89, 47.57, 42.31, 37.66],
+}
+# What makes a run the paper's: the settings it states. What it leaves open may vary.
+PAPER_DATA_AND_MODEL = dict(
+    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
+)  # fmt: skip
+PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
+    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_steps=20, eval_examples=0, eval_amp=False,
+)  # fmt: skip
+
+
+TASK = "jigsaw"  # the name of F_SS among the network's heads
+
+
+# ---- the method: Algorithm 1 and eq. 7-9 -------------------------------------------------------------------------
+
+
+def adversaries(
+    model: nn.Module, x: Tensor, y: Tensor, T: Callable, k: Tensor, args: Args, attack: Callable
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1: (X_adv, X_SS_adv) for `args.variant`, each (B, 3, S, S); k (B,) are the SS labels of X_SS = T(x, k).
+
+    The paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK). `attack(loss, x)` maximises a loss per image.
+    Alg. 1 leaves open how X and X_SS share the attack (--ss-attack):
+    - separate: two perturbations, one summed loss, as printed. CE(F(X), y) does not depend on X_SS nor the SS loss on X,
+      and a step's length does not depend on the gradient's, so (BatchNorm in eval mode) X_adv is T0's, and every
+      lambda2 > 0 gives the same attack. T2, and lambda2 = 0, attack X_SS through the class head with the label y.
+    - shared: one perturbation, X_SS^k = T(X^k) at every step; lambda2 matters.
+    - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. For T2 the same as separate.
+    """
+
+    def class_loss(z: Tensor) -> Tensor:
+        return ce_per_image(model(z, "class"), y)  # Alg. 1, line 6
+
+    x_ss = T(x, k)  # eq. 1
+    if args.variant in ("T0", "T1") or not uses_ss(args):
+        return attack(class_loss, x), x_ss
+    if args.variant == "replace":  # eq. 7 has only X_SS
+        return x, attack(class_loss, x_ss)
+
+    b = len(x)
+    lambda2 = args.lambda2 if args.variant == "T3" else 0.0  # T2 skips line 8
+
+    def shared_loss(z: Tensor) -> Tensor:  # z = X^k, (B, C, S, S)
+        logits, ss_logits = model(torch.cat([z, T(z, k)]), "class", TASK)
+        return ce_per_image(logits[:b], y) + lambda2 * ce_per_image(ss_logits[b:], k)  # lines 6 and 8
+
+    def two_losses(z: Tensor) -> Tensor:  # z = [X^k; X_SS^k], (2B, C, S, S): two perturbations, one forward pass
+        logits, ss_logits = model(z, "class", TASK)
+        on_x = ce_per_image(logits[:b], y)  # line 6
+        on_x_ss = lambda2 * ce_per_image(ss_logits[b:], k)  # line 8
+        if args.ss_attack == "both" or lambda2 == 0:
+            on_x_ss = on_x_ss + ce_per_image(logits[b:], y)
+        return torch.cat([on_x, on_x_ss])
+
+    if args.ss_attack == "shared":
+        x_adv = attack(shared_loss if lambda2 > 0 else class_loss, x)
+        return x_adv, T(x_adv, k)
+    x_adv, x_ss_adv = attack(two_losses, torch.cat([x, x_ss])).split(b)
+    return x_adv, x_ss_adv
+
+
+def training_loss(
+    ddp: nn.Module, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch (eq. 10). Weight decay is the optimiser's.
+
+    X and X_SS go through the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
+    """
+    if args.variant == "replace":
+        logits, ss_logits = ddp(x_ss, "class", TASK)
+        ss_loss = F.cross_entropy(ss_logits, k)
+        return F.cross_entropy(logits, y) + args.lambda1 * ss_loss, ss_loss  # eq. 7
+    if not uses_ss(args):
+        loss = F.cross_entropy(ddp(x_adv, "class"), y)
+        return loss, torch.zeros_like(loss)
+    b = len(x_adv)
+    logits, ss_logits = ddp(torch.cat([x_adv, x_ss]), "class", TASK)
+    ss_loss = F.cross_entropy(ss_logits[b:], k)
+    return F.cross_entropy(logits[:b], y) + args.lambda1 * ss_loss, ss_loss  # eq. 8, 9
+
+
+def uses_ss(args: Args) -> bool:
+    """lambda1 = 0 is the baseline (Figure 3): then X_SS must not even touch the BatchNorm statistics."""
+    return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Images, val_set: Images) -> str:
+    """Train one network and return the name of its checkpoint in the run's folder.
+
+    stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
+    'plain' trains without attack. The trunk of the checkpoint `start`, if given, is where training starts from.
+    """
+    stage_index = ["plain", "pretrain", "train"].index(stage)
+    checkpoint = "best.pt" if stage == "train" else f"{stage}.pt"
+    state = run.load("last.pt", "optimizer", "stage_index", "history", "permutations")
+    if state is not None and state["stage_index"] > stage_index:
+        return checkpoint  # done before the run was resumed
+    epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
+    norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
+    lr_step = args.lr_step or max(1, round(0.4 * epochs))
+    permutations = state["permutations"] if state else jigsaw_permutations(
+        args.grid, args.num_permutations, args.permutations, args.seed
+    )  # (J + 1, n * n), label 0 is the identity
+
+    def T(x: Tensor, k: Tensor) -> Tensor:  # eq. 1: X_SS = T(X, y_SS), image i with its tiles in the order number y_SS[i]
+        return jigsaw(x, permutations.to(x.device)[k])
+
+    ss_classes = len(permutations)
+
+    torch.manual_seed(args.seed)  # every stage and variant starts from the same weights
+    mean, std = STATS[args.dataset]
+    heads = {"class": len(train_set.classes), TASK: ss_classes}
+    model = build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
+    if start is not None:
+        load_trunk(model.trunk, start, args.init or "pretrain.pt")  # the heads start afresh (the paper does not say)
+    place_model(model, run.device, args.amp, args.compile)
+    if stage == "pretrain":
+        model.heads["class"].requires_grad_(False)
+    if stage == "plain" or (stage == "train" and not uses_ss(args)):
+        model.heads[TASK].requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+    if state is None or state["stage_index"] < stage_index:  # the stage begins
+        before = state or {"history": [], "seconds": 0.0}
+        state = {"epoch": 0, "step": 0, "sums": {}, "best": -1.0} | {k: before[k] for k in ("history", "seconds")}
+    else:
+        load_weights(model, state["model"], run.folder / "last.pt")
+        opt.load_state_dict(state["optimizer"])
+    history, best, began = state["history"], state["best"], time.perf_counter() - state["seconds"]
+    ddp = distribute(model, args.sync_bn)  # for the update, where ranks average gradients; the attack uses the bare `model`
+    steps = count_batches(len(train_set), args.batch_size)
+    step_size = args.step_size if stage == "train" else 0.0
+    attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size, keep_best=args.keep_best)
+
+    def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
+        run.save("last.pt", {
+            "network": model.spec, "model": model.state_dict(), "optimizer": opt.state_dict(), "args": vars(args),
+            "stage_index": stage_index, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
+            "seconds": time.perf_counter() - began, "permutations": permutations,
+        })  # fmt: skip
+
+    for epoch in range(state["epoch"], epochs):
+        for group in opt.param_groups:
+            group["lr"] = args.lr * 0.1 ** (epoch // lr_step)
+        epoch_id = stage_index * 100_000 + epoch  # for seeds: no two epochs of a run draw the same random numbers
+        skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
+        stream = batches(
+            train_set, args.batch_size, run.device, shuffle=args.seed * 1_000_003 + epoch_id, skip=skip, workers=args.workers
+        )
+        model.train()
+        with Epoch(epoch, len(train_set), steps, run.device, skip, sums) as log:
+            for x, y in stream:  # (B, 3, S, S), (B,)
+                sync_buffers(model)
+                seed_step(args.seed, epoch_id, log.step)
+                x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
+                k = torch.randint(0, ss_classes, y.shape, device=y.device)  # one transformation per image
+
+                if stage == "plain":
+                    loss, ss_loss = F.cross_entropy(ddp(x, "class"), y), torch.zeros((), device=x.device)
+                elif stage == "pretrain":
+                    with batchnorm_mode(model, args.attack_bn):
+                        x_ss = attack(lambda z: ce_per_image(model(z, TASK), k), T(x, k))
+                    loss = ss_loss = F.cross_entropy(ddp(x_ss, TASK), k)
+                else:
+                    with batchnorm_mode(model, args.attack_bn):
+                        x_adv, x_ss_adv = adversaries(model, x, y, T, k, args, attack)
+                    loss, ss_loss = training_loss(ddp, x_adv, y, x_ss_adv, k, args)
+
+                opt.zero_grad(set_to_none=True)
+                loss.backward()
+                opt.step()
+                log.update(len(y), loss=loss, ss_loss=ss_loss)
+                if log.interrupted():
+                    break
+        sync_buffers(model)
+        save(epoch, log.step, log.shared_sums())  # before validation too: it can be long
+        if log.interrupted():
+            raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
+        seed_step(args.seed, epoch_id, log.step)
+        clean, robust = validate(stage, model, val_set, run, attack, T, ss_classes)
+        run.log(
+            history, stage, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
+            val_clean=clean, val_robust=robust, seconds=round(time.perf_counter() - began, 1),
+        )  # fmt: skip
+        score = robust if args.select == "robust" and stage != "plain" else clean
+        # Best by validation accuracy (section 4.2), ties to the earlier epoch; of pre-training, the last epoch.
+        if score > best or args.select == "last" or stage == "pretrain":
+            best = max(best, score)
+            run.save(checkpoint, {
+                "network": model.spec, "model": model.state_dict(), "args": vars(args), "stage": stage, "epoch": epoch + 1,
+                "val_clean": clean, "val_robust": robust, "permutations": permutations,
+            })  # fmt: skip
+        save(epoch + 1)
+    return checkpoint
+
+
+def pretrain_eps(args: Args) -> float:
+    """Radius of pre-training in pixel units (the paper does not say)."""
+    return args.pretrain_eps or {"l2": 0.5, "linf": 8 / 255, "none": 0.0}[args.pretrain]
+
+
+def validate(
+    stage: str, model: nn.Module, val_set: Images, run: Run, attack: Callable, T: Callable, ss_classes: int
+) -> tuple[float, float]:
+    """(clean, robust) validation accuracy in percent, of the SS head in pre-training; robust under the training attack.
+
+    Robust accuracy is measured on 500 images, enough for the log, unless it selects the model.
+    """
+    args = run.args
+    if not len(val_set):
+        return 0.0, 0.0
+    head = TASK if stage == "pretrain" else "class"
+
+    def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in batches(images, args.batch_size, run.device, workers=args.workers):
+            if stage == "pretrain":
+                y = torch.arange(len(y), device=y.device) % ss_classes
+                x = T(x, y)
+            yield x, y
+
+    def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
+        return attack(lambda z: ce_per_image(model(z, head), y), x)
+
+    attacked = val_set if args.select == "robust" else val_set.subset(torch.arange(min(500, len(val_set))))
+    clean = robust_accuracy(model, stream(val_set), heads=(head,))
+    return clean, robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
+
+
+def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
+    """{radius: the paper's accuracy} if this run, and the pre-training it starts from, is one of the paper's; else {}."""
+    wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm], "lr_step": 40 if args.lr_step else 0}
+    same = all(getattr(args, k) == v for k, v in wanted.items()) and uses_ss(args) == (args.variant != "T0")
+    if pretrained != "none":
+        wanted = PAPER_DATA_AND_MODEL | dict(quick=False, lr=0.1, attack_steps=10, pretrain_epochs=100, pretrain_eps=0.0)
+        same = same and all(pretrain_args.get(k) == v for k, v in wanted.items())
+    row = PAPER.get((args.norm, pretrained, args.variant)) if same else None
+    return dict(zip(PAPER_EPS[args.norm], row, strict=True)) if row else {}
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> dict:
+    """Train (all stages), evaluate, print the table; returns what results.json holds."""
+    run = start_run(args, "jigsaw_at")
+    radii(args.eval_eps)  # raises for a list that cannot be read
+    if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
+        raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
+    if args.pretrain != "none" and args.init:
+        raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
+    if args.image_size % args.grid:
+        raise UserError(f"--grid {args.grid} does not divide images of {args.image_size} pixels.")
+    jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many
+    results = run.finished() or train_and_evaluate(run, args)
+    if world()[0] == 0:
+        print_results(results, run.folder)
+    return results
+
+
+def train_and_evaluate(run: Run, args: Args) -> dict:
+    """All stages one after the other, then the table's rows."""
+    start = None
+    if args.init:
+        start = load_checkpoint(args.init)
+        load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit? Ask before the work begins
+    train_set, val_set, test_set = load_splits(args, run.device)
+    if 0 < args.step_size * args.attack_steps < args.eps:
+        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
+    if args.variant == "T3" and args.ss_attack == "separate" and args.lambda2 not in (0, Args.lambda2):
+        run.say("note: with --ss-attack separate every --lambda2 > 0 gives the same attack.")
+    run.begin()
+
+    models = {}
+    if args.plain:
+        models["plain"] = run.load(train("plain", run, args, None, train_set, val_set))
+    if args.pretrain != "none":
+        start = run.load(train("pretrain", run, args, None, train_set, val_set))
+    pretrained, its_args = "none", {}
+    if start is not None:
+        its_args = start.get("args", {})
+        pretrained = its_args.get("pretrain", "init") if start.get("stage") == "pretrain" else "init"
+        if any(its_args.get(k) != getattr(args, k) for k in ("dataset", "seed", "val_fraction", "label_fraction")):
+            run.say("note: --init was trained on another split, so some validation images may have been seen in pre-training.")
+    name = {"none": "", "l2": "P1 ", "linf": "P2 "}.get(pretrained, "init ") + args.variant
+    models[name] = run.load(train("train", run, args, start, train_set, val_set))
+
+    began, rows = time.perf_counter(), []
+    quarters = [round(args.eps * i / 4, 6) for i in range(5)]
+    eval_eps = radii(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
+    for name, state in models.items():
+        paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
+        rows += evaluate(run, name, state, test_set, eval_eps, paper)
+    seconds = run.load("last.pt")["seconds"] + time.perf_counter() - began  # of training, in all sittings, and evaluation
+    return write_results(run, rows, seconds)
+
+
+if __name__ == "__main__":
+    cli(main, Args)
