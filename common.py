@@ -81,7 +81,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_args(cls: type, argv: list[str] | None = None) -> Any:
-    """Turn a dataclass into command-line flags: one per field, its trailing comment is the help.
+    """Turn a dataclass into command-line flags: one per field, its trailing comment is the help. A field of type
+    tuple[str, ...] takes the words without a flag.
 
     Later wins: the field's default, then `cls.QUICK` if --quick is given, then the flags. With
     `--resume --out DIR` the arguments of the run in DIR take the place of defaults and QUICK, so that flags
@@ -99,13 +100,16 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
         kw: dict[str, Any] = {"default": argparse.SUPPRESS, "help": note}
         if f.type is bool:
             kw["action"] = argparse.BooleanOptionalAction
+        elif get_origin(f.type) is tuple:  # what stands on the command line without a flag
+            parser.add_argument(f.name, nargs="*", metavar=f.name.upper(), default=argparse.SUPPRESS, help=notes.get(f.name, ""))
+            continue
         elif get_origin(f.type) is Literal:
             kw["choices"] = get_args(f.type)
         else:
             kw["type"] = number if f.type is float else f.type
             kw["metavar"] = {float: "X", int: "N"}.get(f.type, "S")
         parser.add_argument("--" + f.name.replace("_", "-"), **kw)
-    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
     if given.get("resume") and given.get("out"):
         values |= {k: v for k, v in _saved_args(Path(given["out"])).items() if k in values}
@@ -119,7 +123,7 @@ _RANGES = [
     ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
     ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
-    ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
+    ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
 ]  # fmt: skip
 
 
@@ -297,10 +301,11 @@ _FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "worker
 def _saved_args(folder: Path) -> dict:
     """The arguments of the run in `folder`; {} if it holds none."""
     try:
-        return json.loads((folder / "config.json").read_text())["args"]
+        saved = json.loads((folder / "config.json").read_text())["args"]
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'config.json'} is not readable as a run's config; choose another --out.") from None
 
 
@@ -377,10 +382,10 @@ class Run:
         return results[0]
 
 
-def start_run(args: Any, script: str) -> Run:
+def start_run(args: Any, script: str, name: str = "") -> Run:
     """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
 
-    The folder is --out, or runs/<script>-<norm>-<eps>-s<seed> with -2, -3, ... appended when the name is taken.
+    The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is <script>-<norm>-<eps>-s<seed>.
     An existing run is continued with --resume and refused without. With --resume and no --out it is the newest
     run of the default name with the same arguments; if there is none, a new one starts.
     Raises UserError for all that can be wrong.
@@ -395,7 +400,8 @@ def start_run(args: Any, script: str) -> Run:
     answer: list = [None, None]  # folder, error: decided on rank 0, told to all
     if world()[0] == 0:
         try:
-            answer[0] = _run_folder(args, script)
+            quick = "-quick" if args.quick else ""
+            answer[0] = _run_folder(args, name or f"{script}{quick}-{args.norm}-{eps_name(args.eps).replace('/', '_')}-s{args.seed}")
         except UserError as e:
             answer[1] = str(e)
         except OSError as e:
@@ -415,9 +421,7 @@ def start_run(args: Any, script: str) -> Run:
     return run
 
 
-def _run_folder(args: Any, script: str) -> str:
-    quick = "-quick" if getattr(args, "quick", False) else ""
-    name = f"{script}{quick}-{args.norm}-{eps_name(args.eps).replace('/', '_')}-s{args.seed}"
+def _run_folder(args: Any, name: str) -> str:
     default = Path("runs") / name
     if args.out:
         folder = Path(args.out)
@@ -616,15 +620,15 @@ class Epoch:
         return {k: v / count for k, v in named.items()} | {"images_per_s": round(rate, 1)}
 
 
-def progress_bar(total: int, label: str) -> Any:
-    """A tqdm bar counting images, or None without tqdm, off a terminal, or on ranks other than 0."""
+def progress_bar(total: int, label: str, unit: str = "img") -> Any:
+    """A tqdm bar counting images (or bytes: unit "B"), or None without tqdm, off a terminal, or on ranks other than 0."""
     if world()[0] or not sys.stderr.isatty():
         return None
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, desc=label, unit="img", leave=False, dynamic_ncols=True)
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True)
 
 
 def with_progress(stream: Iterable[tuple[Tensor, Tensor]], total: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -857,19 +861,21 @@ class _Folder(torch.utils.data.Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, problem
 
 
+def open_folder(root: Path, size: int) -> Images:
+    """The images root/<class>/*.jpg|png, not yet read. Raises UserError if there are none."""
+    try:
+        files = _Folder(root, size)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(
+            f"no images in {root} ({' '.join(str(e).split())[:120]}); expected <class>/*.jpg|png there: see --data-dir, or try --quick."
+        ) from None
+    labels = torch.tensor(files.files.targets)
+    return Images(files, labels, files.files.classes, torch.arange(len(labels)))
+
+
 def _load_folder(root: Path, device: torch.device, size: int, workers: int) -> tuple[Images, Images]:
     names = ["train", "test" if (root / "test").is_dir() else "val"]
-    sets = []
-    for name in names:
-        try:
-            files = _Folder(root / name, size)
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise UserError(
-                f"no images in {root / name} ({' '.join(str(e).split())[:120]}); expected "
-                "<class>/*.jpg|png there: name the folder above train/ and test/ with --data-dir, or try --quick."
-            ) from None
-        labels = torch.tensor(files.files.targets)
-        sets.append(Images(files, labels, files.files.classes, torch.arange(len(labels))))
+    sets = [open_folder(root / name, size) for name in names]
     if sets[0].classes != sets[1].classes:
         odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UserError(f"{root}: train/ and {names[1]}/ have different class folders (such as '{odd[0]}').")

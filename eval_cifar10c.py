@@ -1,0 +1,653 @@
+"""Accuracy on common corruptions, clean and attacked (CIFAR-10-C: Hendrycks and Dietterich 2019, arXiv:1903.12261; attacked as in
+Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints of any script.
+
+15 benchmark types of corruption (and 4 extra ones) in 5 severities. For each of these cells
+
+    TA  accuracy on the corrupted test images                                                 (Figure 4, top)
+    RA  accuracy when PGD-20 also moves each corrupted image within the eps-ball around it    (Figure 4, bottom)
+
+    python eval_cifar10c.py --quick                                           # digits, a minute on two CPU cores
+    python eval_cifar10c.py runs/a/best.pt runs/b/best.pt --download          # CIFAR-10-C (2.9 GB), side by side
+    python eval_cifar10c.py runs/a/best.pt --examples 1000                    # attack 1,000 images of each cell
+    python eval_cifar10c.py runs/a/best.pt --dataset folder --data-dir ImageNet-C --image-size 224
+    python eval_cifar10c.py runs/a/best.pt --generate --dataset cifar10       # without CIFAR-10-C at hand
+
+The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23, T2 79.15, T3 76.52, RA T0 35.83, T3 38.33;
+linf 8/255, RA T0 32.20, T3 36.22. It does not say the radius of the attack (ours: each checkpoint's own) nor whether all 19
+types count (we print both means).
+
+--generate makes those corruptions that need no photographs, after the definitions and with the constants of the official
+make_cifar_c.py. Other random numbers and libraries make other pixels: every row says "generated", do not compare it with
+published figures.
+"""
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    Images, Run, UserError, batches, ce_per_image, cli, eps_name, full_precision, load_checkpoint, load_data, load_model,
+    open_folder, pgd_attack, place_model, print_table, progress_bar, robust_accuracy, start_run, with_progress, world,
+    write_atomically, write_results,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    checkpoints: tuple[str, ...] = ()  # checkpoints of any script
+    # run
+    seed: int = 0  # seed of the attacks, of the images they are tried on and of --generate
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    workers: int = 2  # processes that decode images (folder)
+    batch_size: int = 500  # images per step over all GPUs
+    out: str = ""  # folder of the run; empty: runs/eval_cifar10c-<network>
+    resume: bool = False  # go on with the run in --out, cell by cell, or start it
+    quick: bool = False  # a miniature: digits, generated corruptions; two small networks are trained if none is given
+    # data
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # cifar10: CIFAR-10-C, cifar100: CIFAR-100-C, folder: --data-dir is <corruption>/<severity>/<class>/*, as ImageNet-C
+    data_dir: str = "data"  # where CIFAR-10-C/ is, or is downloaded to (with --generate: where the clean data are)
+    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the official host
+    download: bool = False  # fetch the official archive first, if it is not there
+    generate: bool = False  # make the corruptions from the test images of --dataset instead of reading them
+    image_size: int = 32  # side in pixels of --dataset folder and of what --generate starts from
+    corruptions: str = ""  # comma-separated types; empty: all there are
+    severities: str = "1,2,3,4,5"  # comma-separated
+    # attack
+    attack: bool = True  # robust accuracy too; off: clean accuracy only
+    norm: Literal["own", "linf", "l2"] = "own"  # the ball; own: that of the checkpoint's training
+    eps: float = 0.0  # its radius on [0, 1] pixels, such as 8/255; 0: that of the checkpoint's training
+    eval_steps: int = 20  # PGD steps
+    examples: int = 0  # images per cell that are attacked, drawn once and for all; 0: all
+    eval_amp: bool = False  # mixed precision instead of float32
+
+    QUICK: ClassVar[dict] = dict(dataset="digits", generate=True, severities="1,3,5", eval_steps=10, examples=60)
+
+
+# The 15 types of the benchmark, in its order, and the 4 extra ones.
+BENCHMARK = [
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
+    "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+]  # fmt: skip
+EXTRA = ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
+
+ARCHIVES = {  # name, Zenodo record, MD5
+    "cifar10": ("CIFAR-10-C", 2535967, "56bf5dcef84df0e2308c6dcbcbbd8499"),
+    "cifar100": ("CIFAR-100-C", 3555552, "11f0ed0f1191edbf9fa23466ae6021d3"),
+}
+
+# Kucer et al., section 4.4: (mean TA, mean RA) over corruptions of networks trained with (norm, eps, variant).
+PAPER = {
+    ("l2", 1.0, "T0"): (78.36, 35.83), ("l2", 1.0, "T1"): (80.23, None), ("l2", 1.0, "T2"): (79.15, None),
+    ("l2", 1.0, "T3"): (76.52, 38.33), ("linf", 8 / 255, "T0"): (None, 32.20), ("linf", 8 / 255, "T3"): (None, 36.22),
+}  # fmt: skip
+PAPER_RUN = dict(dataset="cifar10", arch="resnet18", width=1.0, epochs=100, pretrain="none", init="", select="clean", quick=False)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+# Each reader gives the types of corruption it has and a function cell(corruption, severity) -> Images.
+
+Cell = Callable[[str, int], Images]
+
+
+def open_arrays(folder: Path, device: torch.device) -> tuple[list[str], Cell]:
+    """CIFAR-10-C's format: <corruption>.npy uint8 (5 n, H, W, 3), rows (s - 1) n ... s n - 1 have severity s; labels.npy (5 n,).
+
+    Files are memory-mapped: only the cell that is asked for is read. Raises UserError for a missing or ill-formed file.
+    """
+
+    def load(name: str) -> np.ndarray:
+        try:
+            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no {name}.npy; get the whole set with --download, or make one with --generate.") from None
+        except (OSError, ValueError, EOFError):
+            raise UserError(f"{folder / name}.npy is damaged or not an array; remove it and use --download.") from None
+
+    labels = load("labels")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) % 5 or not len(labels):
+        raise UserError(f"{folder}/labels.npy holds {labels.dtype} {labels.shape}; expected integers for 5 severities of equal size.")
+    n = len(labels) // 5
+    names = [name for name in BENCHMARK + EXTRA if (folder / f"{name}.npy").exists()]
+
+    def cell(corruption: str, severity: int) -> Images:
+        pixels = load(corruption)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] != pixels.shape[2]:
+            raise UserError(f"{folder}/{corruption}.npy holds {pixels.dtype} {pixels.shape}; expected uint8 (rows, size, size, 3).")
+        if len(pixels) != len(labels):
+            raise UserError(f"{folder}/{corruption}.npy has {len(pixels)} rows, labels.npy {len(labels)}; get the set again.")
+        rows = slice((severity - 1) * n, severity * n)
+        block = torch.from_numpy(np.array(pixels[rows])).to(device).permute(0, 3, 1, 2)  # (n, 3, H, W)
+        return _images(block, torch.from_numpy(labels[rows].astype(np.int64)))
+
+    return names, cell
+
+
+def _images(pixels: Tensor, labels: Tensor) -> Images:
+    return Images(pixels, labels, [str(i) for i in range(int(labels.max()) + 1)], torch.arange(len(labels)))
+
+
+def open_folders(root: Path, size: int) -> tuple[list[str], Cell]:
+    """ImageNet-C's format: root/<corruption>/<severity>/<class>/*.jpg|png, streamed. Raises UserError if there is none."""
+    names = {p.parent.name for p in root.glob("*/[1-5]") if p.is_dir()}
+    known = [name for name in BENCHMARK + EXTRA if name in names]
+    return known + sorted(names - set(known)), lambda corruption, severity: open_folder(root / corruption / str(severity), size)
+
+
+def download(dataset: str, root: Path, mirror: str = "") -> None:
+    """Fetch the official archive into `root`, check its MD5 and unpack it; what an interrupted call has fetched is kept and
+    continued. Raises UserError if it cannot be had or is not the official one."""
+    name, record, md5 = ARCHIVES[dataset]
+    if (root / name / "labels.npy").exists():
+        return
+    archive = root / f"{name}.tar"
+    url = f"{mirror.rstrip('/')}/{name}.tar" if mirror else f"https://zenodo.org/records/{record}/files/{name}.tar?download=1"
+    root.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        fetch(url, archive)
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(archive, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != md5:
+        archive.unlink()
+        raise UserError(f"{url} is not the official {name}.tar (MD5 {digest.hexdigest()}, not {md5}); it was removed, try again.")
+    (root / name).mkdir(exist_ok=True)
+    with tarfile.open(archive) as tar:
+        # Files of these names only, wherever in the archive they are, go to one folder: nothing can be written elsewhere.
+        wanted = {f"{c}.npy" for c in [*BENCHMARK, *EXTRA, "labels"]}
+        members = {Path(m.name).name: m for m in tar if m.isfile() and Path(m.name).name in wanted}
+        for file in sorted(members, key=lambda file: file == "labels.npy"):  # labels last: their presence says it is complete
+            source = tar.extractfile(members[file])
+            write_atomically(root / name / file, lambda f, source=source: [f.write(b) for b in iter(lambda: source.read(2**20), b"")])
+    archive.unlink()
+
+
+def fetch(url: str, target: Path) -> None:
+    """Download to `target` through `target`.part, which is continued if it is there. Raises UserError when it breaks off."""
+    part = target.with_name(target.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            have = have if answer.status == 206 else 0  # 200: this host starts again from the beginning
+            total = have + int(answer.headers.get("Content-Length", 0))
+            bar = progress_bar(total, target.name, unit="B")
+            with open(part, "ab" if have else "wb") as f:
+                while block := answer.read(2**20):
+                    f.write(block)
+                    have += len(block)
+                    if bar is not None:
+                        bar.update(len(block))
+        if have < total:
+            raise http.client.IncompleteRead(b"", total - have)
+    except (OSError, http.client.HTTPException) as e:
+        if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):  # 416: nothing is left to fetch
+            raise UserError(
+                f"could not fetch {url} ({' '.join(str(e).split()) or type(e).__name__}); {have / 2**20:.1f} MB are kept in {part}: "
+                "run again to go on, name another host with --data-mirror, or use --generate."
+            ) from None
+    os.replace(part, target)
+
+
+# ---- generating: definitions and constants of make_cifar_c.py (Hendrycks and Dietterich 2019), severities 1 to 5 -----
+# Each takes x float (B, 3, H, W) in [0, 1] on the CPU, a severity s in 0 ... 4 and a generator of random numbers.
+
+
+def gaussian_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    return x + [0.04, 0.06, 0.08, 0.09, 0.10][s] * torch.randn(x.shape, generator=g)
+
+
+def shot_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    photons = [500, 250, 100, 75, 50][s]
+    return torch.poisson(x * photons, generator=g) / photons
+
+
+def impulse_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    hit = torch.rand(x.shape, generator=g) < [0.01, 0.02, 0.03, 0.05, 0.07][s]
+    return torch.where(hit, (torch.rand(x.shape, generator=g) < 0.5).float(), x)  # salt and pepper in equal parts
+
+
+def speckle_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    return x + x * [0.06, 0.1, 0.12, 0.16, 0.2][s] * torch.randn(x.shape, generator=g)
+
+
+def filter2d(x: Tensor, kernel: Tensor, border: str) -> Tensor:
+    """Correlate every channel of x (B, C, H, W) with kernel (h, w), h and w odd; border 'replicate' or 'reflect'."""
+    h, w = kernel.shape
+    b, c, *size = x.shape
+    x = F.pad(x, (w // 2, w // 2, h // 2, h // 2), mode=border).flatten(0, 1)[:, None]
+    return F.conv2d(x, kernel[None, None].to(x)).view(b, c, *size)
+
+
+def smooth(x: Tensor, sigma: float, border: str = "replicate", truncate: float = 4.0) -> Tensor:
+    """Gaussian filter with a kernel that ends after truncate * sigma pixels."""
+    radius = int(truncate * sigma + 0.5)
+    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    line = line / line.sum()
+    return filter2d(filter2d(x, line[None], border), line[:, None], border)
+
+
+def gaussian_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    return smooth(x, [0.4, 0.6, 0.7, 0.8, 1][s])
+
+
+def defocus_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    radius, alias = [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)][s]
+    line = torch.arange(-3, 4)
+    disk = (line[:, None] ** 2 + line**2 <= radius**2).float()
+    soft = torch.exp(-0.5 * (torch.arange(-1, 2) / alias) ** 2)
+    soft = soft[:, None] * soft / soft.sum() ** 2  # 3 x 3
+    return filter2d(x, F.conv2d((disk / disk.sum())[None, None], soft[None, None], padding=1)[0, 0], "reflect")
+
+
+def glass_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    sigma, shift, times = [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)][s]
+    x = (smooth(x, sigma) * 255).floor() / 255
+    b, _, h, w = x.shape
+    image = torch.arange(b)[:, None, None]
+    for _ in range(times):
+        # Each pixel becomes a copy of itself or of a neighbour above or to the left (make_cifar_c.py means to swap the two, but
+        # its "swap" copies; it goes from the last pixel to the first, so that it always copies one not yet changed).
+        dx, dy = torch.randint(-shift, shift, (2, b, h, w), generator=g)
+        inside = torch.zeros(h, w, dtype=torch.bool)
+        inside[shift + 1 : h - shift + 1, shift + 1 : w - shift + 1] = True
+        rows = torch.arange(h)[:, None] + dy * inside  # (B, H, W)
+        cols = torch.arange(w) + dx * inside
+        x = x.permute(0, 2, 3, 1)[image, rows, cols].permute(0, 3, 1, 2)
+    return smooth(x, sigma)
+
+
+def motion_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """ImageMagick's: the mean of 2 * radius + 1 pixels in one direction, weighted by half a Gaussian."""
+    radius, sigma = [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)][s]
+    b, _, h, w = x.shape
+    angle = (torch.rand(b, generator=g) * 90 - 45).deg2rad()
+    weight = torch.exp(-0.5 * (torch.arange(2 * radius + 1) / sigma) ** 2)
+    image, pixels, out = torch.arange(b)[:, None, None], x.permute(0, 2, 3, 1), 0
+    for i, share in enumerate(weight / weight.sum()):
+        rows = (torch.arange(h) + (i * angle.sin() - 0.5).ceil().long()[:, None]).clamp(0, h - 1)  # (B, H)
+        cols = (torch.arange(w) + (i * angle.cos() - 0.5).ceil().long()[:, None]).clamp(0, w - 1)
+        out = out + share * pixels[image, rows[:, :, None], cols[:, None, :]]
+    return out.permute(0, 3, 1, 2)
+
+
+def zoom_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    factors = np.arange(1, [1.06, 1.11, 1.16, 1.21, 1.26][s], 0.01)
+    h, total = x.shape[-1], x
+    for factor in factors.tolist():
+        crop = math.ceil(h / factor)
+        top = (h - crop) // 2
+        part = x[:, :, top : top + crop, top : top + crop]
+        part = F.interpolate(part, size=round(crop * factor), mode="bilinear", align_corners=True)
+        trim = (part.shape[-1] - h) // 2
+        total = total + part[:, :, trim : trim + h, trim : trim + h]
+    return total / (len(factors) + 1)
+
+
+def fog(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    thickness, decay = [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)][s]
+    b, _, h, w = x.shape
+    brightest = x.amax((1, 2, 3), keepdim=True)
+    cloud = plasma(b, 2 ** math.ceil(math.log2(max(h, w))), decay, g)[:, None, :h, :w]
+    return (x + thickness * cloud) * brightest / (brightest + thickness)
+
+
+def plasma(b: int, size: int, decay: float, g: torch.Generator) -> Tensor:
+    """Random clouds in [0, 1], (B, size, size), by the diamond-square algorithm on a torus; size a power of two."""
+    cloud = torch.zeros(b, size, size)
+    step, wibble = size, 100.0
+    while step >= 2:
+        half = step // 2
+
+        def around(total: Tensor, wibble: float = wibble) -> Tensor:
+            return total / 4 + wibble * (2 * torch.rand(total.shape, generator=g) - 1) * wibble
+
+        corners = cloud[:, ::step, ::step]
+        across = corners + corners.roll(-1, 1)
+        cloud[:, half::step, half::step] = around(across + across.roll(-1, 2))  # centres of the squares
+        centres = cloud[:, half::step, half::step]
+        cloud[:, ::step, half::step] = around(centres + centres.roll(1, 1) + corners + corners.roll(-1, 2))  # edges
+        cloud[:, half::step, ::step] = around(centres + centres.roll(1, 2) + corners + corners.roll(-1, 1))
+        step, wibble = half, wibble / decay
+    cloud = cloud - cloud.amin((1, 2), keepdim=True)
+    return cloud / cloud.amax((1, 2), keepdim=True)
+
+
+def brightness(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    value = x.amax(1, keepdim=True)  # V of HSV; hue and saturation stay, so R, G and B keep their ratios
+    brighter = (value + [0.05, 0.1, 0.15, 0.2, 0.3][s]).clamp(max=1)
+    return torch.where(value > 0, x * brighter / value.clamp(min=1e-9), brighter)
+
+
+def saturate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    scale, shift = [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)][s]
+    value = x.amax(1, keepdim=True)
+    depth = value - x.amin(1, keepdim=True)  # V * S of HSV
+    saturation = (depth / value.clamp(min=1e-9) * scale + shift).clamp(0, 1)
+    red = torch.tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1)  # grey has hue 0, which is red
+    return value - value * saturation * torch.where(depth > 0, (value - x) / depth.clamp(min=1e-9), red)
+
+
+def contrast(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    mean = x.mean((2, 3), keepdim=True)
+    return (x - mean) * [0.75, 0.5, 0.4, 0.3, 0.15][s] + mean
+
+
+def elastic_transform(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """A random affine map, then a smooth random shift of every pixel. The constants are 32 times these, in pixels."""
+    alpha, sigma, affine = [(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)][s]
+    b, _, h, w = x.shape
+    middle, third = h // 2, h // 3
+    points = torch.tensor([[middle + third, middle + third], [middle + third, middle - third], [middle - third, middle - third]]).float()
+    moved = points + (torch.rand(b, 3, 2, generator=g) * 2 - 1) * 32 * affine  # three points (x, y) and where they go
+    ones = torch.ones(b, 3, 1)
+    back = torch.linalg.solve(torch.cat([moved, ones], 2), points.expand(b, 3, 2))  # (B, 3, 2): from (x, y, 1) to the source
+    ys, xs = torch.meshgrid(torch.arange(h).float(), torch.arange(w).float(), indexing="ij")
+    where = torch.stack([xs, ys, torch.ones_like(xs)], -1).view(1, h * w, 3) @ back
+    x = sample(x, where.view(b, h, w, 2))
+    shift = torch.zeros(b, 2, h, w)
+    if alpha:
+        shift = smooth(torch.rand(b, 2, h, w, generator=g) * 2 - 1, 32 * sigma, "reflect", truncate=3) * 32 * alpha
+    return sample(x, torch.stack([xs, ys], -1) + shift.permute(0, 2, 3, 1))
+
+
+def sample(x: Tensor, where: Tensor) -> Tensor:
+    """Bilinear interpolation of x (B, C, H, W) at `where` (B, H, W, 2), in pixels, (x, y); mirrored at the borders."""
+    h, w = x.shape[2:]
+    return F.grid_sample(x, where / torch.tensor([(w - 1) / 2, (h - 1) / 2]) - 1, padding_mode="reflection", align_corners=True)
+
+
+def through_pillow(x: Tensor, change: Callable) -> Tensor:
+    """change(image) -> image for each image of x as a Pillow image."""
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+    return torch.stack([pil_to_tensor(change(to_pil_image(image))) for image in (x * 255).round().byte()]) / 255
+
+
+def pixelate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    from PIL import Image
+
+    size = x.shape[-1]
+    small = int(size * [0.95, 0.9, 0.85, 0.75, 0.65][s])
+    return through_pillow(x, lambda im: im.resize((small, small), Image.BOX).resize((size, size), Image.BOX))
+
+
+def jpeg_compression(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    from PIL import Image
+
+    def compress(im: Image.Image) -> Image.Image:
+        file = io.BytesIO()
+        im.save(file, "JPEG", quality=[80, 65, 58, 50, 40][s])
+        return Image.open(file).convert("RGB")
+
+    return through_pillow(x, compress)
+
+
+GENERATORS = [
+    gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, fog, brightness, contrast,
+    elastic_transform, pixelate, jpeg_compression, speckle_noise, gaussian_blur, saturate,
+]  # fmt: skip  # not snow, frost (photographs) and spatter
+
+
+def corrupt(pixels: Tensor, corruption: str, severity: int, seed: int = 0) -> Tensor:
+    """uint8 (N, 3, H, W) -> uint8: the corruption of that name in severity 1 ... 5. The same seed, the same pixels."""
+    function = {f.__name__: f for f in GENERATORS}[corruption]
+    number_of_cell = 10 * (BENCHMARK + EXTRA).index(corruption) + severity
+    g = torch.Generator().manual_seed(seed * 1_000 + number_of_cell)
+    parts = [function(part.cpu().float() / 255, severity - 1, g) for part in pixels.split(1000)]
+    # Rounded down, as there; the 1e-3 keeps unchanged values from falling to the one below.
+    return torch.cat([(part.clamp(0, 1) * 255 + 1e-3).byte() for part in parts])
+
+
+def generated(test_set: Images, device: torch.device, seed: int) -> tuple[list[str], Cell]:
+    """The corruptions of GENERATORS, made from `test_set` when asked for. Raises UserError if it is not held in memory."""
+    if not isinstance(test_set.pixels, Tensor):
+        raise UserError("--generate needs a test set that fits in memory; this folder is too large: take a part of it.")
+    pixels, labels = test_set.pixels[test_set.index.to(test_set.pixels.device)], test_set.labels[test_set.index]
+    if pixels.shape[-1] < 32:
+        raise UserError("--generate needs --image-size 32 or more: the corruptions' constants are in pixels.")
+    names = [name for name in BENCHMARK + EXTRA if name in [f.__name__ for f in GENERATORS]]
+    return names, lambda corruption, severity: _images(corrupt(pixels, corruption, severity, seed).to(device), labels)
+
+
+# ---- evaluating ----------------------------------------------------------------------------------------------------
+
+
+def load_networks(args: Args, device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
+    """{name: (network in eval mode, the arguments it was trained with and its norm and radius)} of the checkpoints."""
+    paths = [Path(p) for p in args.checkpoints]
+    for names in ([p.parent.name for p in paths], [p.stem for p in paths], [str(p) for p in paths]):
+        if len(set(names)) == len(paths) and all(names):
+            break
+    networks = {}
+    for name, path in zip(names, paths, strict=True):
+        trained = load_checkpoint(path).get("args", {})
+        norm = trained.get("norm") if args.norm == "own" else args.norm
+        eps = args.eps or trained.get("eps")
+        if args.attack and (norm not in ("linf", "l2") or not isinstance(eps, float | int) or not 0 <= eps < math.inf):
+            raise UserError(f"{path} does not say with which norm and radius it was trained; give --norm and --eps, or --no-attack.")
+        if args.attack and args.norm not in ("own", trained.get("norm")) and not args.eps:
+            raise UserError(f"{path} was trained in another norm than --norm {args.norm}: give --eps, too.")
+        model = place_model(load_model(path), device, "auto" if args.eval_amp else "off").eval()
+        networks[name] = model, trained | {"attack_norm": norm, "attack_eps": eps}
+    return networks
+
+
+def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, run: Run, label: str) -> list[dict]:
+    """Rows of results.json: clean accuracy on all images and, with --attack, robust accuracy on --examples of them."""
+    size = trained.get("image_size", 0)
+
+    def stream(some: Images):
+        for x, y in with_progress(batches(some, args.batch_size, run.device, workers=args.workers), len(some), label):
+            if size and x.shape[-1] != size:  # to what the network was trained on
+                x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
+            yield x, y
+
+    rows = [{"attack": "none", "norm": trained["attack_norm"], "eps": 0, "examples": len(images)}]
+    with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+        rows[0]["accuracy"] = round(robust_accuracy(model, stream(images)), 2)
+        if args.attack:
+            if 0 < args.examples < len(images):
+                order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+                images = images.subset(order[: args.examples])
+            generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
+            attack = pgd_attack(trained["attack_norm"], trained["attack_eps"], args.eval_steps, generator=generator)
+            accuracy = robust_accuracy(
+                model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x)
+            )
+            rows.append({
+                "attack": f"pgd-{args.eval_steps}", "norm": trained["attack_norm"], "eps": trained["attack_eps"],
+                "examples": len(images), "accuracy": round(accuracy, 2),
+            })  # fmt: skip
+    return rows
+
+
+def summarise(rows: list[dict], networks: dict, official: bool) -> list[dict]:
+    """Rows with the plain means over types and severities: of the 15 benchmark types and of all, as far as they are there."""
+    means = []
+    for name, (_, trained) in networks.items():
+        for clean in (True, False):
+            mine = [r for r in rows if r["name"] == name and (r["attack"] == "none") == clean]
+            found = [c for c in BENCHMARK + EXTRA if any(r["corruption"] == c for r in mine)]
+            sets = {"benchmark": [c for c in found if c in BENCHMARK], "all": sorted({r["corruption"] for r in mine})}
+            for which, types in sets.items():
+                cells = [r for r in mine if r["corruption"] in types]
+                if not cells or (which == "all" and sets["all"] == sorted(sets["benchmark"])):
+                    continue
+                of = " of 15" if which == "benchmark" and len(types) < 15 else ""
+                ours = all(trained.get(k) == v for k, v in PAPER_RUN.items()) and official and len(types) in (15, 19)
+                own = trained["attack_eps"] == trained.get("eps") and trained["attack_norm"] == trained.get("norm")
+                known = PAPER.get((trained.get("norm"), trained.get("eps"), trained.get("variant")), (None, None))
+                means.append({
+                    **cells[0], "corruption": f"mean of {len(types)}{of}", "severity": "all",
+                    "accuracy": round(sum(r["accuracy"] for r in cells) / len(cells), 2),
+                    "paper": known[0 if clean else 1] if ours and (clean or own) else None,
+                })  # fmt: skip
+    return means
+
+
+def show(results: dict, folder: Path) -> None:
+    """Print accuracy per corruption (mean over severities), per severity (mean over types) and the means."""
+    args, rows = results["args"], results["rows"]
+    columns = list(dict.fromkeys((r["name"], r["attack"]) for r in rows))
+    cells = [r for r in rows if r["severity"] != "all"]
+
+    def mean(name: str, attack: str, **where: object) -> str:
+        found = [r["accuracy"] for r in cells if (r["name"], r["attack"]) == (name, attack) and where.items() <= r.items()]
+        return f"{sum(found) / len(found):.2f}" if found else ""
+
+    kinds = list(dict.fromkeys(r["corruption"] for r in cells))
+    table = [[kind] + [mean(*column, corruption=kind) for column in columns] for kind in kinds]
+    for s in sorted({r["severity"] for r in cells}):
+        table.append([f"severity {s}"] + [mean(*column, severity=s) for column in columns])
+    for i, kind in enumerate(dict.fromkeys(r["corruption"] for r in rows if r["severity"] == "all")):
+        summary = {(r["name"], r["attack"]): r for r in rows if r["corruption"] == kind}
+        table.append([kind] + [f"{summary[c]['accuracy']:.2f}" for c in columns])
+        if any(summary[c]["paper"] is not None for c in columns):
+            table.append(["  the paper"] + ["" if summary[c]["paper"] is None else f"{summary[c]['paper']:.2f}" for c in columns])
+        if i == 0:  # over the benchmark types
+            table.append(["  mCE (100 - mean)"] + [f"{100 - summary[c]['accuracy']:.2f}" for c in columns])
+    made = "corruptions GENERATED here, not the official ones" if args["generate"] else f"corruptions read from {args['data_dir']}"
+    attacked = {r["name"]: r for r in rows if r["attack"] != "none"}
+    print(f"\n{args['dataset']}, {made}; accuracy (%) on {cells[0]['examples']:,} images per type and severity.")
+    for name, r in attacked.items():
+        print(f"{name}: {r['attack']} in the {r['norm']} ball of radius {eps_name(r['eps'])} around {r['examples']:,} corrupted images.")
+    print()
+    print_table(["corruption"] + [f"{name} {'clean' if attack == 'none' else attack}" for name, attack in columns], table)
+    print(f"\nresults.json is in {folder}", flush=True)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def train_digits(run: Run) -> tuple[str, str]:
+    """For --quick: a plainly and an adversarially trained network, by rotation_at.py in a process of its own."""
+    folder = run.folder / "digits"
+    if world()[0] == 0 and not (folder / "results.json").exists():
+        run.say("training two small networks on digits (rotation_at.py --quick --variant T0) ...")
+        script = Path(__file__).resolve().parent / "rotation_at.py"
+        command = [sys.executable, str(script), "--quick", "--variant", "T0", "--resume", "--out", str(folder), "--device", run.args.device]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"training on digits failed ({done.stderr.strip()[-300:]}); give a checkpoint instead.")
+    if world()[1] > 1:
+        dist.barrier()
+    return str(folder / "plain.pt"), str(folder / "best.pt")
+
+
+def main(args: Args) -> dict:
+    """Evaluate the checkpoints on every cell, print the table; returns what results.json holds."""
+    if not args.checkpoints and not args.quick:
+        raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
+    network = Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "digits"
+    run = start_run(args, "eval_cifar10c", name=f"eval_cifar10c{'-quick' if args.quick else ''}-{network}")
+    results = run.finished() or evaluate_all(run, args)
+    if world()[0] == 0:
+        show(results, run.folder)
+        draw(results, run)
+    return results
+
+
+def evaluate_all(run: Run, args: Args) -> dict:
+    """Every cell for every network, written down as it is done."""
+    begin = time.perf_counter()
+    try:
+        severities = [int(s) for s in args.severities.split(",")]
+        assert severities and set(severities) <= {1, 2, 3, 4, 5}
+    except (ValueError, AssertionError):
+        raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.") from None
+    names, cell = open_data(args, run.device)
+    chosen = [c for c in args.corruptions.split(",") if c] or names
+    if not args.corruptions and not args.generate and args.dataset != "folder":
+        chosen = BENCHMARK + [c for c in EXTRA if c in names]  # a missing benchmark type is an error, not a smaller mean
+    if unknown := [c for c in chosen if c not in names]:
+        raise UserError(f"there is no '{unknown[0]}' here ({', '.join(names) or 'nothing at all'}); see --corruptions and --download.")
+    run.begin()
+    if not args.checkpoints:
+        args.checkpoints = train_digits(run)
+    networks = load_networks(args, run.device)
+
+    done = run.folder / "cells.jsonl"
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if args.resume and done.exists() else []
+    finished = {(r["name"], r["corruption"], r["severity"]) for r in rows}
+    for corruption in chosen:
+        for severity in severities:
+            todo = [name for name in networks if (name, corruption, severity) not in finished]
+            images = cell(corruption, severity) if todo else None
+            for name in todo:
+                model, trained = networks[name]
+                if (has := model.spec["heads"][next(iter(model.spec["heads"]))]) < len(images.classes):
+                    raise UserError(f"{name} knows {has} classes, {corruption} has {len(images.classes)}: is it the right --dataset?")
+                label = f"{corruption} {severity}, {name}"
+                rows += [
+                    {"name": name} | row | {"paper": None, "corruption": corruption, "severity": severity, "generated": args.generate}
+                    for row in evaluate_cell(model, trained, images, args, run, label)
+                ]
+            run.write("cells.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        run.say(f"{corruption}: " + ", ".join(
+            f"{name} {np.mean([r['accuracy'] for r in rows if (r['name'], r['corruption'], r['attack']) == (name, corruption, 'none')]):.1f}"
+            for name in networks
+        ))  # fmt: skip
+    official = not args.generate and args.dataset == "cifar10"
+    return write_results(run, rows + summarise(rows, networks, official), time.perf_counter() - begin)
+
+
+def open_data(args: Args, device: torch.device) -> tuple[list[str], Cell]:
+    """The reader that the flags ask for. Raises UserError if the data are not there."""
+    root = Path(args.data_dir)
+    if args.generate:
+        _, test_set = load_data(
+            args.dataset, args.data_dir, device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
+        )
+        return generated(test_set, device, args.seed)
+    if args.dataset in ARCHIVES:
+        name = ARCHIVES[args.dataset][0]
+        if args.download and world()[0] == 0:
+            download(args.dataset, root, args.data_mirror)
+        if world()[1] > 1:
+            dist.barrier()
+        folder = root if (root / "labels.npy").exists() else root / name
+        if not folder.is_dir():
+            raise UserError(f"no {name} in {root}: name the folder that holds it with --data-dir, fetch it with --download, or make one with --generate.")
+        return open_arrays(folder, device)
+    if args.dataset == "folder":
+        names, cell = open_folders(root, args.image_size)
+        if not names:
+            raise UserError(f"no corruptions in {root}: expected <corruption>/<severity>/<class>/*.jpg|png there; see --data-dir.")
+        return names, cell
+    raise UserError(f"there is no corrupted version of {args.dataset} to read: add --generate.")
+
+
+def draw(results: dict, run: Run) -> None:
+    """The two panels of Figure 4, by report.py if it and matplotlib are there."""
+    try:
+        import report
+    except ImportError as e:
+        run.say(f"(no picture: {e})")
+        return
+    report.figure4([results], run.folder / "corruptions.png")
+    run.say(f"the bars of Figure 4: {run.folder / 'corruptions.png'}")
+
+
+if __name__ == "__main__":
+    cli(main, Args)
