@@ -65,7 +65,7 @@ class Args:
     # data
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # cifar10: CIFAR-10-C, cifar100: CIFAR-100-C, folder: --data-dir is <corruption>/<severity>/<class>/*, as ImageNet-C
     data_dir: str = "data"  # where CIFAR-10-C/ is, or is downloaded to (with --generate: where the clean data are)
-    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the official host
+    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     download: bool = False  # fetch the official archive first, if it is not there
     generate: bool = False  # make the corruptions from the test images of --dataset instead of reading them
     image_size: int = 32  # side in pixels of --dataset folder and of what --generate starts from
@@ -77,7 +77,7 @@ class Args:
     eps: float = 0.0  # its radius on [0, 1] pixels, such as 8/255; 0: that of the checkpoint's training
     eval_steps: int = 20  # PGD steps
     examples: int = 0  # images per cell that are attacked, drawn once and for all; 0: all
-    eval_amp: bool = False  # mixed precision instead of float32
+    eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
     QUICK: ClassVar[dict] = dict(dataset="digits", generate=True, severities="1,3,5", eval_steps=10, examples=60)
 
@@ -435,12 +435,16 @@ def generated(test_set: Images, device: torch.device, seed: int) -> tuple[list[s
 def load_networks(args: Args, device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
     """{name: (network in eval mode, the arguments it was trained with and its norm and radius)} of the checkpoints."""
     paths = [Path(p) for p in args.checkpoints]
-    for names in ([p.parent.name for p in paths], [p.stem for p in paths], [str(p) for p in paths]):
+    states = [load_checkpoint(p) for p in paths]
+    variants = ["plain" if s.get("stage") == "plain" else s.get("args", {}).get("variant", "") for s in states]
+    for names in ([p.resolve().parent.name for p in paths], variants, [str(p) for p in paths]):  # the first that tells them apart
         if len(set(names)) == len(paths) and all(names):
             break
+    else:
+        raise UserError("the same checkpoint is named twice.")
     networks = {}
-    for name, path in zip(names, paths, strict=True):
-        trained = load_checkpoint(path).get("args", {})
+    for name, path, state in zip(names, paths, states, strict=True):
+        trained = state.get("args", {})
         norm = trained.get("norm") if args.norm == "own" else args.norm
         eps = args.eps or trained.get("eps")
         if args.attack and (norm not in ("linf", "l2") or not isinstance(eps, float | int) or not 0 <= eps < math.inf):

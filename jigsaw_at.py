@@ -112,7 +112,7 @@ class Args:
     eval_steps: int = 20  # PGD steps
     eval_eps: str = ""  # comma-separated radii; empty: those of the paper's tables (--quick: quarters of --eps)
     eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
-    eval_amp: bool = False  # evaluate in the precision of training instead of float32
+    eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
     # Digits are few and coarse: a wider ball, a smaller rate, and a stem that looks at 8x8 pixels, as many as they have.
     QUICK: ClassVar[dict] = dict(

@@ -1,0 +1,332 @@
+"""The papers' tables (Markdown) and figures (PNG) from the results.json files of any runs.
+
+    python report.py runs/*                      # every run in runs/; writes report/
+    python report.py results/*.json --out report
+
+Kucer et al. 2021 (rotation_at.py, jigsaw_at.py, eval_cifar10c.py):
+
+    kucer-tables.md     Tables 1-4, the paper's rows above ours; runs that differ in nothing but the seed are averaged
+    kucer-lambda-*.png  Figures 1 and 3: T1 for several lambda1 (0: T0), one picture per norm, radius and setting
+    kucer-variants-*.png  the same for T0 ... T3 and both tasks; dashed: the paper's Tables 1-3
+    kucer-corruptions-*.png  Figure 4: accuracy per type of corruption, clean above, attacked below
+
+This is the only file that needs matplotlib; without it only the tables are written.
+"""
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError, cli, eps_name
+from jigsaw_at import PAPER as JIGSAW_PAPER
+from rotation_at import PAPER, PAPER_EPS
+
+
+@dataclass
+class Args:
+    results: tuple[str, ...] = ()  # results.json files, or folders of runs
+    out: str = "report"  # folder to write to; files in it are replaced
+
+
+# What may differ between two runs that are averaged or drawn as one line: the seed, and where and how they were computed.
+NOT_THE_SETTING = {
+    "seed", "out", "resume", "device", "workers", "data_dir", "data_mirror", "compile", "sync_bn", "plain", "quick", "init",
+    "eval_eps", "pretrain", "pretrain_eps", "pretrain_epochs",
+}  # fmt: skip
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read(paths: tuple[str, ...]) -> list[dict]:
+    """The results of all runs named. Raises UserError for a file that is none."""
+    files = []
+    for path in map(Path, paths):
+        files += [path / "results.json"] if path.is_dir() and (path / "results.json").exists() else [path] if path.is_file() else []
+        if not path.exists():
+            raise UserError(f"there is no {path}; name results.json files or folders of runs.")
+    results = []
+    for file in files:
+        try:
+            result = json.loads(file.read_text())
+            assert {"script", "args", "rows"} <= result.keys()
+            assert all({"name", "attack", "norm", "eps", "examples", "accuracy", "paper"} <= row.keys() for row in result["rows"])
+        except (OSError, ValueError, AssertionError, AttributeError, TypeError):
+            raise UserError(f"{file} is not a results.json of these scripts.") from None
+        results.append(result)
+    if not results:
+        raise UserError("no results.json found; name the files or the folders of finished runs, such as runs/*.")
+    return results
+
+
+def dataset_name(result: dict) -> str:
+    """What was trained on; a file's own `dataset_name` (such as 'CIFAR-10 (JPEG copy)') wins."""
+    return result.get("dataset_name", result["args"]["dataset"])
+
+
+def describe(result: dict) -> str:
+    """The setting of a run in a few words, for tables and legends."""
+    a = result["args"]
+    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['epochs']} epochs"]
+    parts += [f"--{k.replace('_', '-')} {a[k]}" for k, usual in USUAL.items() if k in a and a[k] != usual]
+    return ", ".join(parts)
+
+
+USUAL = {"select": "clean", "ss_attack": "separate", "lambda1": 0.5, "lambda2": 0.5, "attack_steps": 10, "eval_examples": 0, "label_fraction": 1.0}
+
+
+@dataclass
+class Curve:
+    """Accuracy over the radius of the attack, of all runs that differ in the seed only."""
+
+    script: str
+    name: str  # of the row: T0, P1 T3, plain, ...
+    args: dict
+    setting: str
+    accuracy: dict[float, list[float]]  # radius: one accuracy per seed
+
+    def mean(self, eps: float) -> float:
+        return sum(self.accuracy[eps]) / len(self.accuracy[eps])
+
+    def show(self, eps: float) -> str:
+        """'47.57', or '47.57 ± 0.31' (standard deviation over seeds)."""
+        values = self.accuracy.get(eps, [])
+        if len(values) < 2:
+            return f"{values[0]:.2f}" if values else ""
+        spread = math.sqrt(sum((v - self.mean(eps)) ** 2 for v in values) / (len(values) - 1))
+        return f"{self.mean(eps):.2f} ± {spread:.2f}"
+
+
+def curves(results: list[dict]) -> list[Curve]:
+    """All accuracy curves of the training scripts, seeds gathered."""
+    found: dict[str, Curve] = {}
+    for result in results:
+        if result["script"] not in ("rotation_at", "jigsaw_at"):
+            continue
+        args = result["args"]
+        for name in dict.fromkeys(row["name"] for row in result["rows"]):
+            rows = [row for row in result["rows"] if row["name"] == name]
+            same = {k: v for k, v in args.items() if k not in NOT_THE_SETTING} | {"task": result["script"], "name": name}
+            key = json.dumps([same, dataset_name(result)], sort_keys=True)
+            curve = found.setdefault(key, Curve(result["script"], name, args, describe(result), defaultdict(list)))
+            for row in rows:
+                curve.accuracy[row["eps"]].append(row["accuracy"])
+    return list(found.values())
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+TRAINED_AT = {"l2": 0.5, "linf": 8 / 255}
+# Table 4 gives P0 T0 another time, from another run than Table 2.
+TABLE4_P0T0 = [85.29, 71.90, 66.63, 60.96, 55.42, 49.52, 44.01, 39.28, 34.41]
+ROTATION, JIGSAW, EITHER = ("rotation_at",), ("jigsaw_at",), ("rotation_at", "jigsaw_at")
+# Table: (norm, caption, [(row, scripts, name in results.json, the paper's numbers)])
+TABLES = {
+    "Table 1": ("l2", "Rotation, l2, trained at 0.5", [
+        (f"{v}", EITHER if v == "T0" else ROTATION, v, PAPER["l2", "none", v]) for v in ("T0", "T1", "T2", "T3")
+    ]),
+    "Table 2": ("linf", "Rotation, linf, trained at 8/255", [
+        (f"{v}", EITHER if v == "T0" else ROTATION, v, PAPER["linf", "none", v]) for v in ("T0", "T1", "T2", "T3", "replace")
+    ]),
+    "Table 3": ("linf", "Tasks (T3), linf, trained at 8/255", [
+        ("Baseline", EITHER, "T0", JIGSAW_PAPER["linf", "none", "T0"]),
+        ("Rotations", ROTATION, "T3", PAPER["linf", "none", "T3"]),
+        ("Jigsaw", JIGSAW, "T3", JIGSAW_PAPER["linf", "none", "T3"]),
+    ]),
+    "Table 4": ("linf", "Pre-training with rotation, linf, trained at 8/255", [
+        ("P0 T0", ROTATION, "T0", TABLE4_P0T0),
+        ("P1 T0", ROTATION, "P1 T0", PAPER["linf", "l2", "T0"]),
+        ("P2 T0", ROTATION, "P2 T0", PAPER["linf", "linf", "T0"]),
+        ("P0 T3", ROTATION, "T3", PAPER["linf", "none", "T3"]),
+        ("P1 T3", ROTATION, "P1 T3", PAPER["linf", "l2", "T3"]),
+        ("P2 T3", ROTATION, "P2 T3", PAPER["linf", "linf", "T3"]),
+    ]),
+}  # fmt: skip
+
+
+def tables(found: list[Curve]) -> str:
+    """Tables 1-4 in Markdown: the paper's row, then ours, one per setting."""
+    text = ["# Kucer et al. 2021, Tables 1-4\n", "Accuracy in percent over the radius of the attack; ± is the standard deviation over seeds."]
+    for table, (norm, caption, rows) in TABLES.items():
+        eps, radius = PAPER_EPS[norm], TRAINED_AT[norm]
+        text.append(f"\n## {table}: {caption}\n\n| | setting | " + " | ".join(map(eps_name, eps)) + " |")
+        text.append("|" + "---|" * (len(eps) + 2))
+        for label, scripts, name, paper in rows:
+            text.append(f"| {label} | the paper | " + " | ".join("" if v is None else f"{v:.2f}" for v in paper) + " |")
+            for curve in found:
+                if curve.script in scripts and curve.name == name and (curve.args["norm"], curve.args["eps"]) == (norm, radius):
+                    runs = len(next(iter(curve.accuracy.values())))
+                    setting = f"{curve.setting}, {runs} run{'s' if runs > 1 else ''}"
+                    text.append(f"| {label} | ours: {setting} | " + " | ".join(curve.show(e) for e in eps) + " |")
+    return "\n".join(text) + "\n"
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_eps: float, norm: str, title: str, path: Path) -> None:
+    """Figure 3: all curves above; below, the difference to the first line up to the radius of training, the curves around it,
+    and the curves beyond. lines: {label: (radii, accuracies, matplotlib style)}; the first is the baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scale, unit = (255, " (in 255ths)") if norm == "linf" else (1, "")
+    figure = plt.figure(figsize=(9, 7), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=[3, 2])
+    top = figure.add_subplot(grid[0, :])
+    base = dict(zip(*next(iter(lines.values()))[:2], strict=True))
+    last = max(max(e) for e, _, _ in lines.values())
+    ranges = [(0, train_eps), (0.5 * train_eps, 1.5 * train_eps), (train_eps, last)]
+    below = [figure.add_subplot(grid[1, i]) for i in range(3)]
+    for i, (label, (eps, accuracy, style)) in enumerate(lines.items()):
+        look = dict(color=f"C{i % 10}") if style == "-" else dict(color=f"C{(i - 1) % 10}", alpha=0.7)
+        top.plot([e * scale for e in eps], accuracy, style, marker="o", markersize=3, label=label, **look)
+        for j, (ax, (low, high)) in enumerate(zip(below, ranges, strict=True)):
+            part = [(e, a) for e, a in zip(eps, accuracy, strict=True) if low - 1e-9 <= e <= high + 1e-9 and (j or e in base)]
+            if part and (style == "-" or j):
+                ax.plot([e * scale for e, _ in part], [a - base[e] * (j == 0) for e, a in part], style, marker="o", markersize=3, **look)
+    for ax in below:
+        if all(len(line.get_xdata()) < 2 for line in ax.lines):
+            ax.set_visible(False)  # nothing there: the attack went no farther than in training
+    for ax in [top, *below]:
+        ax.axvline(train_eps * scale, color="grey", linewidth=0.8, linestyle=":")
+        ax.set_xlabel(f"radius of the attack, {norm}{unit}")
+        ax.grid(alpha=0.3)
+    top.set(ylabel="accuracy (%)", title=title)
+    top.legend(fontsize=8, ncols=2)
+    below[0].set(ylabel=f"accuracy minus that of\n{next(iter(lines))} (points)", title="difference, up to training radius")
+    below[1].set(ylabel="accuracy (%)", title="around it (dotted)")
+    below[2].set(ylabel="accuracy (%)", title="beyond")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def points(curve: Curve) -> tuple[list[float], list[float]]:
+    eps = sorted(curve.accuracy)
+    return eps, [curve.mean(e) for e in eps]
+
+
+def same_but(curve: Curve, *free: str) -> str:
+    """A key that is equal for curves whose arguments differ in `free` only."""
+    args = {k: v for k, v in curve.args.items() if k not in NOT_THE_SETTING | set(free) | {"grid", "num_permutations", "permutations"}}
+    return json.dumps([args, curve.setting.split(",")[0]], sort_keys=True)
+
+
+def curve_figures(found: list[Curve], out: Path) -> list[Path]:
+    """Figures 1 and 3 (lambda1 varied in T1), and the like for the variants. Returns what was written."""
+    written = []
+    groups = defaultdict(list)
+    for curve in found:
+        if curve.name in ("T0", "T1", "T2", "T3"):
+            groups["variants", same_but(curve, "variant", "lambda2", "ss_attack")].append(curve)
+        if curve.name in ("T0", "T1"):
+            groups["lambda", same_but(curve, "variant", "lambda1", "lambda2", "ss_attack")].append(curve)
+    for (kind, _), group in groups.items():
+        group.sort(key=lambda c: (c.name, c.script != "rotation_at", c.args["lambda1"]))
+        norm, eps = group[0].args["norm"], group[0].args["eps"]
+        lines = {}
+        for curve in group:
+            zero = curve.name == "T0" or curve.args["lambda1"] == 0
+            if kind == "lambda":
+                label = "λ1 = 0 (T0)" if zero else f"λ1 = {curve.args['lambda1']:g}"
+            else:
+                label = curve.name if zero else f"{curve.name} {'jigsaw' if curve.script == 'jigsaw_at' else 'rotation'}"
+            if label not in lines:
+                lines[label] = (*points(curve), "-")
+            table = PAPER if curve.script == "rotation_at" else JIGSAW_PAPER
+            paper = table.get((norm, "none", curve.name)) if eps == TRAINED_AT[norm] else None
+            if kind == "variants" and paper and (curve.args["dataset"] == "cifar10" or "CIFAR-10" in curve.setting):
+                lines[f"{label}, the paper"] = (PAPER_EPS[norm], paper, "--")
+        if len(lines) < 2:
+            continue
+        name = re.sub(r"[^\w.-]+", "_", f"kucer-{kind}-{norm}-{eps_name(eps)}-{group[0].setting}".replace("--", ""))
+        path = unused(out / f"{name}.png", written)
+        plot_curves(lines, eps, norm, f"{group[0].setting}, trained with {norm} eps {eps_name(eps)}", path)
+        written.append(path)
+    return written
+
+
+def unused(path: Path, taken: list[Path]) -> Path:
+    k = 2
+    while path in taken:
+        path, k = path.with_stem(f"{path.stem}-{k}"), k + 1
+    return path
+
+
+def figure4(results: list[dict], path: Path) -> None:
+    """Bars per type of corruption (mean over severities), one colour per network: clean above, attacked below.
+
+    results: those of eval_cifar10c.py. Dashed lines are the means the paper gives, where the setting is its own.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for result in results for row in result["rows"]]
+    cells = [row for row in rows if row["severity"] != "all"]
+    names = list(dict.fromkeys(row["name"] for row in cells))
+    types = list(dict.fromkeys(row["corruption"] for row in cells))
+    panels = [clean for clean in (True, False) if any((row["attack"] == "none") == clean for row in cells)]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(max(6, 0.55 * len(types) + 1), 3 * len(panels) + 1), sharex=True, squeeze=False, layout="constrained")
+    for ax, clean in zip(axes[:, 0], panels, strict=True):
+        mine = [row for row in cells if (row["attack"] == "none") == clean]
+        for i, name in enumerate(names):
+            heights = []
+            for kind in types:
+                values = [row["accuracy"] for row in mine if (row["name"], row["corruption"]) == (name, kind)]
+                heights.append(sum(values) / len(values) if values else 0)
+            width = 0.8 / len(names)
+            ax.bar([j + (i - (len(names) - 1) / 2) * width for j in range(len(types))], heights, width, label=name, color=f"C{i % 10}")
+            for row in rows:
+                if row["severity"] == "all" and row["paper"] is not None and row["name"] == name and (row["attack"] == "none") == clean:
+                    ax.axhline(row["paper"], color=f"C{i % 10}", linestyle="--", linewidth=1, label=f"{name}, the paper's mean")
+                    break
+        attack = next(row for row in mine)
+        what = "clean" if clean else f"under {attack['attack'].upper()}"
+        ax.set_ylabel(f"accuracy {what} (%)")
+        ax.grid(axis="y", alpha=0.3)
+    args = results[0]["args"]
+    made = "generated corruptions, not the official ones" if args["generate"] else {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(args["dataset"], "")
+    axes[0, 0].set_title(f"{dataset_name(results[0])}, {made}; mean over severities {args['severities']}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, ncols=4, loc="outside lower center")
+    axes[-1, 0].set_xticks(range(len(types)), [kind.replace("_", " ") for kind in types], rotation=45, ha="right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> list[Path]:
+    """Write all that the given results are enough for; returns the files."""
+    results = read(args.results)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    found = curves(results)
+    if found:
+        (out / "kucer-tables.md").write_text(tables(found))
+        written.append(out / "kucer-tables.md")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("matplotlib is not installed: no figures")
+    else:
+        written += curve_figures(found, out)
+        for result in results:
+            if result["script"] == "eval_cifar10c":
+                name = "-".join(dict.fromkeys(row["name"] for row in result["rows"]))
+                path = unused(out / re.sub(r"[^\w.-]+", "_", f"kucer-corruptions-{name}.png"), written)
+                figure4([result], path)
+                written.append(path)
+    for path in written:
+        print(path)
+    return written
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,176 @@
+"""jigsaw_at.py: the task. All else is the text of rotation_at.py, which a test here asserts; see test_rotation_at.py."""
+import difflib
+import inspect
+import itertools
+import json
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, same_state
+
+import eval_cifar10c
+import jigsaw_at
+import rotation_at
+from common import UserError, jigsaw, jigsaw_permutations, l2_norm, load_checkpoint, load_model, pgd
+from jigsaw_at import Args, main
+
+TINY = TINY | {"num_permutations": 5}
+
+
+def tiny(**changes) -> Args:
+    return Args(**(TINY | changes))
+
+
+# ---- permutations ----
+
+
+@pytest.mark.parametrize("kind", ["random", "hamming"])
+@pytest.mark.parametrize(("n", "count"), [(4, 30), (2, 23), (3, 100), (2, 1)])
+def test_permutation_sets(n, count, kind):
+    orders = jigsaw_permutations(n, count, kind, seed=3)
+    assert orders.shape == (count + 1, n * n)
+    assert orders[0].tolist() == list(range(n * n))  # label 0 is the unshuffled image
+    assert len({tuple(order) for order in orders.tolist()}) == count + 1
+    assert all(sorted(order) == list(range(n * n)) for order in orders.tolist())
+    assert torch.equal(orders, jigsaw_permutations(n, count, kind, seed=3))
+    if count < 23:
+        assert not torch.equal(orders, jigsaw_permutations(n, count, kind, seed=4)) or count == 1
+
+
+def test_random_permutations_are_uniform():
+    """Every tile lands in every place about equally often: 3,000 permutations of 16, expected 187.5 each."""
+    orders = jigsaw_permutations(4, 3000)[1:]
+    counts = torch.stack([(orders == tile).sum(0) for tile in range(16)]).float()
+    chi2 = ((counts - 187.5) ** 2 / 187.5).sum().item()
+    assert 150 < chi2 < 310  # 225 degrees of freedom: mean 225, standard deviation 21
+
+
+def test_hamming_permutations_against_a_brute_force_count():
+    """Each is as far from those before it, in all, as any of the 24 permutations of 4 tiles that are left."""
+
+    def distance(p, q):
+        return sum(a != b for a, b in zip(p, q, strict=True))
+
+    orders = [tuple(order) for order in jigsaw_permutations(2, 10, "hamming", seed=1).tolist()]
+    for i in range(1, len(orders)):
+        left = set(itertools.permutations(range(4))) - set(orders[:i])
+        total = {p: sum(distance(p, q) for q in orders[:i]) for p in left}
+        assert total[orders[i]] == max(total.values())
+
+
+def test_hamming_permutations_are_farther_apart_than_random_ones():
+    def mean_distance(orders):
+        return (orders[:, None] != orders).sum(2).float().mean().item()
+
+    assert mean_distance(jigsaw_permutations(4, 30, "hamming")) > mean_distance(jigsaw_permutations(4, 30, "random")) + 0.3
+
+
+# ---- T(.) ----
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_jigsaw_against_a_loop(n):
+    x = torch.rand(6, 3, 32, 32)
+    order = torch.stack([torch.randperm(n * n) for _ in range(6)])
+    t = 32 // n
+    want = torch.empty_like(x)
+    for i in range(6):
+        for j in range(n * n):
+            (r, c), (rr, cc) = divmod(j, n), divmod(order[i, j].item(), n)
+            want[i, :, r * t : r * t + t, c * t : c * t + t] = x[i, :, rr * t : rr * t + t, cc * t : cc * t + t]
+    assert torch.equal(jigsaw(x, order), want)
+    assert torch.equal(jigsaw(want, order.argsort(1)), x)  # the inverse restores the image
+    assert torch.equal(jigsaw(x, torch.arange(n * n).expand(6, -1)), x)
+    with pytest.raises(ValueError, match="grid"):
+        jigsaw(torch.rand(1, 3, 30, 30), torch.arange(16)[None])
+
+
+def test_jigsaw_keeps_norms_and_commutes_with_projections():
+    x, delta, order = torch.rand(5, 3, 32, 32), torch.randn(5, 3, 32, 32), torch.stack([torch.randperm(16) for _ in range(5)])
+    assert torch.allclose(l2_norm(jigsaw(delta, order)), l2_norm(delta))
+    assert torch.equal(jigsaw(delta, order).abs().amax((1, 2, 3)), delta.abs().amax((1, 2, 3)))
+    assert torch.equal(jigsaw((x + delta.clamp(-0.1, 0.1)).clamp(0, 1), order), (jigsaw(x, order) + jigsaw(delta, order).clamp(-0.1, 0.1)).clamp(0, 1))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacking_through_the_puzzle_is_attacking_the_solved_image(norm):
+    """For a linear loss, the adversarial image of the shuffled image is the shuffled adversarial image."""
+    x, w = torch.rand(4, 3, 32, 32), torch.randn(1, 3, 32, 32)
+    order = torch.stack([torch.randperm(16) for _ in range(4)])
+    kw = dict(eps=0.1, norm=norm, steps=5, random_start=False)
+    plain = pgd(lambda z: (z * w).sum((1, 2, 3)), x, **kw)
+    through = pgd(lambda z: (jigsaw(z, order.argsort(1)) * w).sum((1, 2, 3)), jigsaw(x, order), **kw)
+    assert torch.allclose(through, jigsaw(plain, order), atol=1e-6)
+
+
+# ---- the script ----
+
+
+def test_the_diff_to_rotation_at_is_the_task_and_nothing_else():
+    """Every changed line speaks of the task or is a row of the paper's tables."""
+    a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("rotation_at", "jigsaw_at"))
+    allowed = r"rotat|jigsaw|permut|grid|tile|order|Table|ss_classes|PAPER|^[+-]\s*(\(\"l|\}|\)|STATS|distribute|place_model|radii|write_results|#|$)|84\.61|83\.90|\"seconds\"|val_clean|last\.pt|besides"
+    changed = [line for line in difflib.unified_diff(a, b, n=0, lineterm="") if re.match(r"[+-](?![+-])", line)]
+    odd = [line for line in changed if not re.search(allowed, line)]
+    assert not odd and len(changed) < 90
+
+
+def test_flags_mean_the_same_in_every_script():
+    """The same flag has the same type, default and explanation, except where a script's own task or data differ."""
+    shared = {}
+    may_differ = {"quick", "dataset", "data_dir", "batch_size", "out", "resume", "seed", "norm", "eps", "image_size", "download"}
+    for script in (rotation_at, jigsaw_at, eval_cifar10c):
+        notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(script.Args), re.M))
+        for f in fields(script.Args):
+            new = (f.type, f.default, notes[f.name])
+            if f.name not in may_differ:
+                assert shared.setdefault(f.name, new) == new, f"--{f.name} of {script.__name__}"
+            else:
+                assert script is not jigsaw_at or new == (f.type, f.default, shared.get(f.name, new)[2])
+
+
+def test_the_permutations_are_in_the_checkpoints_and_survive_a_resume(tmp_path):
+    main(tiny(pretrain="linf", pretrain_epochs=1, epochs=1, seed=2, permutations="hamming", out=str(tmp_path)))
+    want = jigsaw_permutations(4, 5, "hamming", seed=2)
+    for name in ("best.pt", "pretrain.pt", "last.pt"):
+        state = load_checkpoint(tmp_path / name)
+        assert torch.equal(state["permutations"], want)
+        assert state["model"]["heads.jigsaw.weight"].shape[0] == 6
+    assert load_model(tmp_path / "best.pt")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_pretraining_solves_puzzles(tmp_path):
+    """P2 with jigsaw: 3 orders of 4 tiles are told apart far better than by chance (25%), clean."""
+    args = dict(grid=2, num_permutations=3, pretrain="linf", pretrain_eps=0.02, pretrain_epochs=8, epochs=1, label_fraction=1.0, variant="T0")
+    main(tiny(out=str(tmp_path), **args))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[7]["stage"] == "pretrain" and lines[7]["val_clean"] > 60
+
+
+def test_t0_is_that_of_rotation_at(tmp_path):
+    """The baseline has no task: the same weights but for the head that is not used."""
+    main(tiny(variant="T0", out=str(tmp_path / "jigsaw")))
+    rotation_at.main(rotation_at.Args(**{k: v for k, v in TINY.items() if k != "num_permutations"}, variant="T0", out=str(tmp_path / "rotation")))
+    a, b = (load_checkpoint(tmp_path / name / "best.pt")["model"] for name in ("jigsaw", "rotation"))
+    assert same_state({k: v for k, v in a.items() if "jigsaw" not in k}, {k: v for k, v in b.items() if "rotation" not in k})
+
+
+@pytest.mark.parametrize("changes", [dict(variant="T1"), dict(variant="T2", ss_attack="shared"), dict(variant="T3", ss_attack="both", norm="l2"), dict(variant="replace")])
+def test_variants_train_both_heads(tmp_path, changes):
+    main(tiny(epochs=1, out=str(tmp_path), **changes))
+    torch.manual_seed(0)
+    state = load_checkpoint(tmp_path / "best.pt")
+    fresh = jigsaw_at.build_model(**state["network"]).state_dict()
+    assert not torch.equal(fresh["heads.jigsaw.weight"], state["model"]["heads.jigsaw.weight"])
+
+
+def test_wrong_grids(one_sentence, tmp_path):
+    for more, match in (
+        ({"grid": 3}, "--grid 3 does not divide"), ({"grid": 2, "num_permutations": 24}, "23 permutations besides the identity"),
+        ({"grid": 1}, "--grid 1 must be between 2"), ({"num_permutations": 0}, "between 1"),
+    ):  # fmt: skip
+        assert match in one_sentence(jigsaw_at, *flags(TINY | more | {"out": tmp_path / "run"}))
+    with pytest.raises(UserError):
+        jigsaw_permutations(2, 24)

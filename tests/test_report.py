@@ -1,0 +1,120 @@
+"""report.py: what it reads, the numbers in its tables, and that its pictures show what they should."""
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, flags
+
+import report
+from jigsaw_at import Args as JigsawArgs
+from rotation_at import PAPER, PAPER_EPS
+from rotation_at import Args as RotationArgs
+
+
+def result(script="rotation_at", name=None, accuracy=None, **changes) -> dict:
+    args = vars((RotationArgs if script == "rotation_at" else JigsawArgs)(**changes))
+    eps = PAPER_EPS[args["norm"]]
+    accuracy = accuracy or [80.0 - 5 * i for i in range(len(eps))]
+    rows = [{"name": name or args["variant"], "attack": "pgd-20" if e else "none", "norm": args["norm"], "eps": e, "examples": 10_000,
+             "accuracy": a, "paper": None, "epoch": 1} for e, a in zip(eps, accuracy, strict=True)]  # fmt: skip
+    return {"script": script, "args": args, "device": "", "torch": torch.__version__, "seconds": 1.0, "rows": rows}
+
+
+def write(folder, *results):
+    files = []
+    for i, r in enumerate(results):
+        (folder / f"{i}").mkdir()
+        (folder / f"{i}" / "results.json").write_text(json.dumps(r))
+        files.append(folder / f"{i}")
+    return files
+
+
+def line(text: str, table: str, row: str) -> list[str]:
+    """The numbers of our row in a table."""
+    part = text.split(f"## {table}")[1].split("\n## ")[0]
+    (found,) = [x for x in part.splitlines() if x.startswith(f"| {row} | ours")]
+    return [cell.strip() for cell in found.split("|")[3:-1]]
+
+
+def test_tables_hold_the_papers_numbers_and_ours():
+    found = report.curves([
+        result(variant="T3"), result(variant="T0"), result("jigsaw_at", variant="T3", accuracy=[70.0 - i for i in range(9)]),
+        result(variant="T0", name="P1 T0", accuracy=[60.0 - i for i in range(9)], pretrain="l2"),
+        result(variant="T1", norm="l2", eps=0.5, accuracy=[50.0 - i for i in range(12)]),
+    ])  # fmt: skip
+    text = report.tables(found)
+    for (norm, _, _), row in PAPER.items():
+        assert " | ".join("" if v is None else f"{v:.2f}" for v in row) in text, norm
+    assert "| Jigsaw | the paper | 83.90 | 72.39 | 67.91 | 63.18 | 57.99 | 52.89 | 47.57 | 42.31 | 37.66 |" in text
+    assert line(text, "Table 1", "T1")[:3] == ["50.00", "49.00", "48.00"]
+    assert line(text, "Table 2", "T3")[-1] == line(text, "Table 3", "Rotations")[-1] == line(text, "Table 4", "P0 T3")[-1] == "40.00"
+    assert line(text, "Table 3", "Jigsaw")[0] == "70.00" and line(text, "Table 4", "P1 T0")[0] == "60.00"
+    for table in ("Table 1", "Table 2", "Table 3", "Table 4"):  # a well-formed Markdown table
+        rows = [x for x in text.split(f"## {table}")[1].split("\n## ")[0].splitlines() if x.startswith("|")]
+        assert len({row.count("|") for row in rows}) == 1 and set(rows[1]) == {"|", "-"}
+
+
+def test_seeds_are_averaged_and_settings_are_not():
+    found = report.curves([
+        result(seed=0, accuracy=[80.0] * 9), result(seed=1, accuracy=[84.0] * 9), result(seed=2, accuracy=[82.0] * 9, out="x"),
+        result(seed=0, accuracy=[10.0] * 9, epochs=8), result("jigsaw_at", accuracy=[20.0] * 9),
+    ])  # fmt: skip
+    assert sorted((c.setting.split(", ")[2], c.mean(0)) for c in found) == [("100 epochs", 20.0), ("100 epochs", 82.0), ("8 epochs", 10.0)]
+    text = report.tables(found)
+    assert "82.00 ± 2.00" in text and "3 runs" in text and "84.00" not in text
+
+
+def test_other_radii_of_training_are_not_in_the_tables():
+    assert "ours" not in report.tables(report.curves([result(eps=4 / 255), result(norm="l2", eps=1.0)]))
+
+
+def test_figures_draw_what_was_measured(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "plot_curves", lambda lines, *a: drawn.append((lines, *a)))
+    runs = [result(variant="T0"), result("jigsaw_at", variant="T3")]
+    runs += [result(variant="T1", lambda1=v, accuracy=[80 - 4 * v - 5 * i for i in range(9)]) for v in (0.25, 1.0)]
+    report.curve_figures(report.curves(runs), tmp_path)
+    (sweep,) = [lines for lines, *_ in drawn if "λ1 = 1" in lines]
+    assert list(sweep) == ["λ1 = 0 (T0)", "λ1 = 0.25", "λ1 = 1"]
+    assert sweep["λ1 = 1"][1][:2] == [76, 71]
+    (variants,) = [lines for lines, *_ in drawn if "T3 jigsaw" in lines]
+    assert {"T0", "T0, the paper", "T3 jigsaw", "T3 jigsaw, the paper"} <= set(variants)
+    assert variants["T3 jigsaw, the paper"][1][6] == 47.57 and variants["T3 jigsaw, the paper"][2] == "--"
+
+
+def corrupted() -> dict:
+    rows = [{"name": n, "attack": k, "norm": "linf", "eps": 0.1, "examples": 9, "paper": None, "corruption": c, "severity": s,
+             "accuracy": a - s, "generated": True}
+            for n, a in (("plain", 60.0), ("T0", 80.0)) for k in ("none", "pgd-20") for c in ("fog", "snow") for s in (1, 5)]  # fmt: skip
+    return {"script": "eval_cifar10c", "args": {"dataset": "digits", "generate": True, "severities": "1,5"}, "rows": rows}
+
+
+def test_the_command_writes_what_the_runs_are_enough_for(tmp_path, command):
+    pytest.importorskip("matplotlib")
+    folders = write(tmp_path, result(variant="T0"), result(variant="T3"), corrupted())
+    code, out, _ = command(report, *folders, "--out", tmp_path / "report")
+    names = sorted(p.name for p in (tmp_path / "report").iterdir())
+    assert code == 0 and len(names) == 3 and all(str(tmp_path / "report" / name) in out for name in names)
+    assert names[0] == "kucer-corruptions-plain-T0.png" and names[1] == "kucer-tables.md" and "variants" in names[2]
+    from PIL import Image
+
+    for name in (names[0], names[2]):
+        picture = Image.open(tmp_path / "report" / name).convert("RGB")
+        assert picture.width > 500 and len(picture.getcolors(10**6)) > 50
+
+
+def test_mistakes_are_one_sentence(tmp_path, one_sentence):
+    assert "there is no" in one_sentence(report, tmp_path / "nowhere")
+    assert "no results.json found" in one_sentence(report)
+    (tmp_path / "bad.json").write_text("[1]")
+    assert "is not a results.json" in one_sentence(report, tmp_path / "bad.json")
+    assert "unrecognized" in one_sentence(report, *flags({"epochs": 1}))
+
+
+def test_the_results_in_the_repository_are_results():
+    files = sorted((ROOT / "results").glob("*.json"))
+    for r in report.read(tuple(map(str, files))):
+        assert r["args"]["out"] == "" and not re.search(r"/(tmp|work|home|root)/", json.dumps(r))
+        if r["args"]["dataset"] == "folder":
+            assert "JPEG copy" in r["dataset_name"]
