@@ -213,20 +213,24 @@ def fetch(url: str, target: Path) -> None:
 
 
 def gaussian_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Add normal noise."""
     return x + [0.04, 0.06, 0.08, 0.09, 0.10][s] * torch.randn(x.shape, generator=g)
 
 
 def shot_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Count photons: Poisson noise."""
     photons = [500, 250, 100, 75, 50][s]
     return torch.poisson(x * photons, generator=g) / photons
 
 
 def impulse_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Salt and pepper on single values."""
     hit = torch.rand(x.shape, generator=g) < [0.01, 0.02, 0.03, 0.05, 0.07][s]
     return torch.where(hit, (torch.rand(x.shape, generator=g) < 0.5).float(), x)  # salt and pepper in equal parts
 
 
 def speckle_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Multiply by normal noise around 1."""
     return x + x * [0.06, 0.1, 0.12, 0.16, 0.2][s] * torch.randn(x.shape, generator=g)
 
 
@@ -247,10 +251,12 @@ def smooth(x: Tensor, sigma: float, border: str = "replicate", truncate: float =
 
 
 def gaussian_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Smooth with a Gaussian."""
     return smooth(x, [0.4, 0.6, 0.7, 0.8, 1][s])
 
 
 def defocus_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Smooth with a disk with soft edges."""
     radius, alias = [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)][s]
     line = torch.arange(-3, 4)
     disk = (line[:, None] ** 2 + line**2 <= radius**2).float()
@@ -260,6 +266,7 @@ def defocus_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def glass_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Smooth, exchange neighbouring pixels, smooth again."""
     sigma, shift, times = [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)][s]
     x = (smooth(x, sigma) * 255).floor() / 255
     b, _, h, w = x.shape
@@ -291,6 +298,7 @@ def motion_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def zoom_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """The mean of the image and of enlarged versions of its middle."""
     factors = np.arange(1, [1.06, 1.11, 1.16, 1.21, 1.26][s], 0.01)
     h, total = x.shape[-1], x
     for factor in factors.tolist():
@@ -304,6 +312,7 @@ def zoom_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def fog(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Add a random cloud, then restore the range."""
     thickness, decay = [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)][s]
     b, _, h, w = x.shape
     brightest = x.amax((1, 2, 3), keepdim=True)
@@ -333,12 +342,14 @@ def plasma(b: int, size: int, decay: float, g: torch.Generator) -> Tensor:
 
 
 def brightness(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Raise V of HSV."""
     value = x.amax(1, keepdim=True)  # V of HSV; hue and saturation stay, so R, G and B keep their ratios
     brighter = (value + [0.05, 0.1, 0.15, 0.2, 0.3][s]).clamp(max=1)
     return torch.where(value > 0, x * brighter / value.clamp(min=1e-9), brighter)
 
 
 def saturate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Scale and shift S of HSV."""
     scale, shift = [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)][s]
     value = x.amax(1, keepdim=True)
     depth = value - x.amin(1, keepdim=True)  # V * S of HSV
@@ -348,6 +359,7 @@ def saturate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def contrast(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Move every channel towards its mean."""
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * [0.75, 0.5, 0.4, 0.3, 0.15][s] + mean
 
@@ -384,6 +396,7 @@ def through_pillow(x: Tensor, change: Callable) -> Tensor:
 
 
 def pixelate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Make smaller and larger again by box filters."""
     from PIL import Image
 
     size = x.shape[-1]
@@ -392,6 +405,7 @@ def pixelate(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def jpeg_compression(x: Tensor, s: int, g: torch.Generator) -> Tensor:
+    """Compress as JPEG."""
     from PIL import Image
 
     def compress(im: Image.Image) -> Image.Image:

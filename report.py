@@ -188,9 +188,9 @@ def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_ep
             part = [(e, a) for e, a in zip(eps, accuracy, strict=True) if low - 1e-9 <= e <= high + 1e-9 and (j or e in base)]
             if part and (style == "-" or j):
                 ax.plot([e * scale for e, _ in part], [a - base[e] * (j == 0) for e, a in part], style, marker="o", markersize=3, **look)
-    for ax in below:
-        if all(len(line.get_xdata()) < 2 for line in ax.lines):
-            ax.set_visible(False)  # nothing there: the attack went no farther than in training
+    for ax in below:  # nothing to see if the attack went no farther than in training, or there is only the baseline
+        if all(len(line.get_xdata()) < 2 for line in ax.lines) or (ax is below[0] and len(ax.lines) < 2):
+            ax.set_visible(False)
     for ax in [top, *below]:
         ax.axvline(train_eps * scale, color="grey", linewidth=0.8, linestyle=":")
         ax.set_xlabel(f"radius of the attack, {norm}{unit}")
@@ -205,6 +205,7 @@ def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_ep
 
 
 def points(curve: Curve) -> tuple[list[float], list[float]]:
+    """Radii and mean accuracies."""
     eps = sorted(curve.accuracy)
     return eps, [curve.mean(e) for e in eps]
 
@@ -250,6 +251,7 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
 
 
 def unused(path: Path, taken: list[Path]) -> Path:
+    """`path`, or with -2, -3, ... if it is taken."""
     k = 2
     while path in taken:
         path, k = path.with_stem(f"{path.stem}-{k}"), k + 1
