@@ -96,7 +96,7 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
     )
     for f in fields(cls):
         default = eps_name(f.default) if f.type is float else f.default
-        note = f"{notes.get(f.name, '')} (default: {default!s})".replace("%", "%%")
+        note = (notes.get(f.name, "") + (f" (default: {default})" if default != "" else "")).replace("%", "%%")
         kw: dict[str, Any] = {"default": argparse.SUPPRESS, "help": note}
         if f.type is bool:
             kw["action"] = argparse.BooleanOptionalAction
@@ -1476,3 +1476,298 @@ def evaluate(run: Run, name: str, state: dict, test_set: Images, eval_eps: list[
             "examples": len(test_set), "accuracy": round(accuracy, 2), "paper": paper.get(eps), "epoch": state["epoch"],
         })  # fmt: skip
     return rows
+
+
+# ---- stronger attacks ----------------------------------------------------------------------------------------------
+# Their loss(x) gives (B,), as for `pgd`, or a pair ((B,), fooled (B,) bool): then an image for which `fooled` was once true
+# comes back as it was when it was last true, else as it was when its loss was highest.
+
+
+class _Best:
+    """For each image, the point of highest loss so far and the last one that fooled the network."""
+
+    def __init__(self, x: Tensor, values: Tensor, fooled: Tensor):
+        self.x, self.values, self.fooled = x, values, fooled
+        self.fooling = x
+
+    def add(self, x: Tensor, values: Tensor, fooled: Tensor) -> Tensor:
+        """Take the points into account; returns where the loss is higher than ever before, (B,)."""
+        better = values > self.values
+        self.x = torch.where(_per_image(better, x), x, self.x)
+        self.values = torch.where(better, values, self.values)
+        self.fooling = torch.where(_per_image(fooled, x), x, self.fooling)
+        self.fooled = self.fooled | fooled
+        return better
+
+    def result(self) -> Tensor:
+        return torch.where(_per_image(self.fooled, self.x), self.fooling, self.x)
+
+
+def _per_image(v: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) with as many dimensions as x."""
+    return v.view(-1, *[1] * (x.dim() - 1))
+
+
+def _project(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """The point of the eps-ball around x next to z, then of [0, 1] (which only shortens the perturbation)."""
+    if norm == "linf":
+        return torch.clamp(z, (x - eps).clamp(min=0), (x + eps).clamp(max=1))
+    delta = z - x
+    return (x + delta * (eps / l2_norm(delta).clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
+
+
+def _direction(grad: Tensor, norm: str) -> Tensor:
+    return grad.sign() if norm == "linf" else grad / (l2_norm(grad) + 1e-12)
+
+
+def _surface(x: Tensor, eps: float, norm: str, generator: torch.Generator | None) -> Tensor:
+    """A random point on the surface of the ball around each image, clamped to [0, 1]: where AutoPGD starts."""
+    if norm == "linf":
+        u = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
+        u = u / _per_image(u.flatten(1).abs().amax(1), x)
+    else:
+        u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        u = u / l2_norm(u)
+    return (x + eps * u).clamp(0, 1)
+
+
+def _values(loss: Callable, z: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss (B,), fooled (B,), gradient for the images or None)."""
+    z = z.detach()
+    with torch.set_grad_enabled(need_grad):
+        out = loss(z.requires_grad_() if need_grad else z)
+        values, fooled = out if isinstance(out, tuple) else (out, torch.zeros(len(z), dtype=torch.bool, device=z.device))
+        if values.shape != (len(z),):
+            raise ValueError(f"loss must give one value per image, shape ({len(z)},), not {tuple(values.shape)}")
+        grad = torch.autograd.grad(values.sum(), z)[0] if need_grad else None
+    return values.detach(), fooled.detach(), grad
+
+
+def apgd_checkpoints(steps: int, kind: Literal["paper", "code"] = "paper") -> list[int]:
+    """The iterations after which AutoPGD thinks about halving its step (Croce and Hein 2020, section 3.1; or as in their code).
+
+    100 steps: 22 41 57 70 80 87 93 99 in both.
+    """
+    if kind == "paper":  # p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), w_j = ceil(p_j * steps); in hundredths, to be exact
+        p, last = 22, 0
+        points = []
+        while p <= 100:
+            points.append(-(-p * steps // 100))
+            p, last = p + max(p - last - 3, 6), p
+    else:
+        interval, shrink, shortest = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
+        points, at = [], interval
+        while at <= steps:
+            points.append(at)
+            interval = max(interval - shrink, shortest)
+            at += interval
+    return sorted(set(points))
+
+
+def apgd(
+    loss: Callable,
+    x: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 100,
+    restarts: int = 1,
+    checkpoints: Literal["paper", "code"] = "paper",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """AutoPGD (Croce and Hein 2020, Algorithm 1): ascent with momentum whose step, 2 eps at first, is halved for each image by itself.
+
+        x_adv = apgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=8 / 255)
+
+    loss, x, eps, norm: as for `pgd`; loss may give (values, fooled) instead, see above. restarts: number of random starts.
+    generator: source of the random starts; None draws from a generator of its own with seed 0, never from torch's global one.
+    Returns, detached, the images of highest loss, or that fooled the network. Needs steps + 1 passes per start.
+    """
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if len(x) and (x.amin() < 0 or x.amax() > 1):
+        raise ValueError("images must be in [0, 1]; normalise inside the network")
+    x = x.detach()
+    if eps == 0 or not len(x):
+        return x.clone()
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    points = apgd_checkpoints(steps, checkpoints)
+    overall = None
+    for _ in range(restarts):
+        z = before = _surface(x, eps, norm, generator)
+        values, fooled, grad = _values(loss, z, need_grad=steps > 0)
+        best, best_grad = _Best(z, values, fooled), grad
+        step = torch.full((len(x),), 2.0 * eps, device=x.device, dtype=x.dtype)
+        rises = torch.zeros_like(step)  # since the last checkpoint
+        halved = torch.zeros_like(fooled)  # at the last checkpoint
+        best_then, then = best.values, 0  # at the last checkpoint
+        for k in range(1, steps + 1):
+            a = 0.75 if k > 1 else 1.0  # momentum
+            ahead = _project(z + _per_image(step, x) * _direction(grad, norm), x, eps, norm)
+            z, before = _project(z + a * (ahead - z) + (1 - a) * (z - before), x, eps, norm), z
+            previous = values
+            values, fooled, grad = _values(loss, z, need_grad=k < steps)
+            rises += values > previous
+            better = best.add(z, values, fooled)
+            if k == steps:
+                break
+            best_grad = torch.where(_per_image(better, x), grad, best_grad)
+            if k in points:
+                halve = rises < 0.75 * (k - then)  # condition 1: too few steps went up
+                halve |= ~halved & (best.values <= best_then)  # condition 2: no progress at this step length
+                step = torch.where(halve, step / 2, step)
+                # Go on from the best point, for which the gradient is known.
+                z = torch.where(_per_image(halve, x), best.x, z)
+                grad = torch.where(_per_image(halve, x), best_grad, grad)
+                values = torch.where(halve, best.values, values)
+                rises, halved, best_then, then = torch.zeros_like(rises), halve, best.values, k
+        if overall is None:
+            overall = best
+        else:
+            overall.add(best.x, best.values, torch.zeros_like(best.fooled))
+            overall.fooling = torch.where(_per_image(best.fooled, x), best.fooling, overall.fooling)
+            overall.fooled = overall.fooled | best.fooled
+    return overall.result()
+
+
+def adam_attack(
+    loss: Callable, x: Tensor, *, eps: float, norm: str = "linf", steps: int = 200, generator: torch.Generator | None = None
+) -> Tensor:
+    """Projected ascent with Adam, rate 0.1, from half of the steps on 0.01, from three quarters on 0.001: the optimiser of
+    MultiTargeted (Gowal et al. 2019). Arguments as for `apgd`; the start is uniform in the ball's box, then projected."""
+    x = x.detach()
+    if eps == 0 or not len(x):
+        return x.clone()
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    z = _project(x + eps * (2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1), x, eps, norm)
+    first, second, best = torch.zeros_like(x), torch.zeros_like(x), None
+    for k in range(steps + 1):
+        values, fooled, grad = _values(loss, z, need_grad=k < steps)
+        if best is None:
+            best = _Best(z, values, fooled)
+        else:
+            best.add(z, values, fooled)
+        if k == steps or best.fooled.all():
+            return best.result()
+        grad = grad if norm == "linf" else _direction(grad, norm)
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        rate = 0.1 if k < steps / 2 else 0.01 if k < 3 * steps / 4 else 0.001
+        move = first / (1 - 0.9 ** (k + 1)) / ((second / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+        z = _project(z + rate * move, x, eps, norm)
+    raise AssertionError("unreachable")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """z_y - max of the others, (B,): negative if and only if the image is misclassified (0 is a tie)."""
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    return own - logits.scatter(1, y[:, None], -math.inf).amax(1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce and Hein 2020, eq. 6), (B,), to be maximised; needs 3 classes. Positive if and only if
+    misclassified; the same for a * logits + b, so that large logits cannot hide the gradient."""
+    top = logits.topk(3, 1).values
+    return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def multi_targeted(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", steps: int = 200,
+    restart: int = 0, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """One start of MultiTargeted (Gowal et al. 2019): `adam_attack` on z_t - z_y, with a target t of its own for each start.
+
+    restart: number of the start; the targets are taken in turn, so 20 starts in all try each of 9 targets twice or more.
+    """
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    target = (y + 1 + restart % (classes - 1)) % classes
+
+    def loss(z: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(z)
+        gap = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        return gap, logits.argmax(1) != y
+
+    return adam_attack(loss, x, eps=eps, norm=norm, steps=steps, generator=generator)
+
+
+def square(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", queries: int = 5000,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Square attack (Andriushchenko et al. 2020): random search for the smallest `margin`, without gradients.
+
+    p = 0.8 at first, and its schedule is that for 10,000 queries whatever `queries` is, as in AutoAttack. Only images not yet
+    fooled are queried. Positions and signs are the same for all images, so that none depends on the others of its batch.
+    Other arguments as for `apgd`.
+    """
+    x = x.detach()
+    if eps == 0 or not len(x):
+        return x.clone()
+    generator = generator or torch.Generator(x.device).manual_seed(0)
+    _, c, h, w = x.shape
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    def signs(*shape: int) -> Tensor:
+        return torch.where(uniform(*shape) < 0.5, -1.0, 1.0).to(x.dtype)
+
+    def window(side: int) -> tuple[slice, slice]:
+        top, left = (int(uniform().item() * max(size - side, 1)) for size in (h, w))  # the last place is never used, as there
+        return slice(top, top + side), slice(left, left + side)
+
+    def bump(side: int) -> Tensor:
+        """A hill beside a valley, (1, C, side, side), of norm 1 per channel, turned at random and with random signs."""
+        both = torch.cat([_hill(side // 2, side), -_hill(side - side // 2, side)]).to(x)
+        both = both.T if uniform().item() > 0.5 else both
+        return both / both.norm() * signs(1, c, 1, 1)
+
+    if norm == "linf":
+        start = x + eps * signs(1, c, 1, w)  # vertical stripes
+    else:
+        delta, side = torch.zeros_like(x[:1]), h // 5
+        for top in range((h - 5 * side) // 2, h - side + 1, side):
+            for left in range((w - 5 * side) // 2, w - side + 1, side):
+                delta[:, :, top : top + side, left : left + side] = bump(side)
+        start = x + eps * delta / l2_norm(delta)
+    best = start.clamp(0, 1)
+    with torch.no_grad():
+        lowest = margin(model(best), y)  # (B,)
+        for query in range(1, queries):
+            rows = (lowest > 0).nonzero().squeeze(1)  # not yet fooled
+            if not len(rows):
+                break
+            share = 0.8 / 2 ** sum(query > limit for limit in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+            side = max(round(math.sqrt(share * h * w)), 1)
+            if norm == "linf":
+                rs, cs = window(side)
+                z = best[rows]
+                z[:, :, rs, cs] += 2 * eps * signs(1, c, 1, 1)
+                z = _project(z, x[rows], eps, norm)
+            else:
+                side = max(side, 3) + (max(side, 3) % 2 == 0)  # odd
+                (rs, cs), (rs2, cs2) = window(side), window(side)
+                delta = best[rows] - x[rows]
+                in_windows = torch.zeros_like(delta[:1])
+                in_windows[:, :, rs, cs] = in_windows[:, :, rs2, cs2] = 1
+                # What the second window holds, and what is missing to the radius, goes to the first.
+                budget = (eps**2 - l2_norm(delta) ** 2).clamp(min=0) / c + l2_norm(delta * in_windows) ** 2
+                old = delta[:, :, rs, cs]
+                new = bump(side) + old / (1e-12 + old.flatten(2).norm(dim=2)[:, :, None, None])
+                new = new / (1e-12 + new.flatten(2).norm(dim=2)[:, :, None, None]) * budget.sqrt()
+                delta[:, :, rs2, cs2] = 0
+                delta[:, :, rs, cs] = new
+                z = (x[rows] + eps * delta / l2_norm(delta).clamp(min=1e-12)).clamp(0, 1)
+            found = margin(model(z), y[rows])
+            better = found < lowest[rows]
+            best[rows[better]], lowest[rows[better]] = z[better], found[better]
+    return best
+
+
+def _hill(height: int, width: int) -> Tensor:
+    """(height, width): 1 / 1 + 1 / 4 + 1 / 9 + ... from the centre outwards, every term on a rectangle smaller than the last."""
+    hill = torch.zeros(height, width)
+    row, col = height // 2, width // 2
+    for k in range(max(height // 2 + 1, width // 2 + 1)):
+        hill[max(row - k, 0) : row + k + 1, max(col - k, 0) : col + k + 1] += 1 / (k + 1) ** 2
+    return hill / hill.norm()

@@ -13,11 +13,11 @@ Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints of any script.
     python eval_cifar10c.py runs/a/best.pt --generate --dataset cifar10       # without CIFAR-10-C at hand
 
 The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23, T2 79.15, T3 76.52, RA T0 35.83, T3 38.33;
-linf 8/255, RA T0 32.20, T3 36.22. It does not say the radius of the attack (ours: each checkpoint's own) nor whether all 19
-types count (we print both means).
+linf 8/255, RA T0 32.20, T3 36.22. It does not say the radius and steps of this attack (ours: each checkpoint's own, PGD-20), nor
+which severities and types count (ours: all 5; we print the means over 15 and over 19 types).
 
---generate makes those corruptions that need no photographs, after the definitions and with the constants of the official
-make_cifar_c.py. Other random numbers and libraries make other pixels: every row says "generated", do not compare it with
+--generate makes all corruptions but frost (which needs photographs), snow and spatter, after the definitions and with the
+constants of the official make_cifar_c.py. Other random numbers and libraries make other pixels: every row says "generated", do not compare it with
 published figures.
 """
 import contextlib
@@ -27,6 +27,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -53,7 +54,7 @@ from common import (
 
 @dataclass
 class Args:
-    checkpoints: tuple[str, ...] = ()  # checkpoints of any script
+    checkpoints: tuple[str, ...] = ()  # best.pt, plain.pt, ... of any runs; columns are named after their folders, or variants if the folder is the same
     # run
     seed: int = 0  # seed of the attacks, of the images they are tried on and of --generate
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -68,13 +69,13 @@ class Args:
     data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     download: bool = False  # fetch the official archive first, if it is not there
     generate: bool = False  # make the corruptions from the test images of --dataset instead of reading them
-    image_size: int = 32  # side in pixels of --dataset folder and of what --generate starts from
+    image_size: int = 32  # side in pixels to which --dataset folder or --generate resizes (each network then gets the size it was trained on)
     corruptions: str = ""  # comma-separated types; empty: all there are
     severities: str = "1,2,3,4,5"  # comma-separated
     # attack
     attack: bool = True  # robust accuracy too; off: clean accuracy only
-    norm: Literal["own", "linf", "l2"] = "own"  # the ball; own: that of the checkpoint's training
-    eps: float = 0.0  # its radius on [0, 1] pixels, such as 8/255; 0: that of the checkpoint's training
+    norm: Literal["own", "linf", "l2"] = "own"  # norm of the ball that the attack stays in; own: that of the checkpoint's training
+    eps: float = 0.0  # radius of that ball, in [0, 1] pixel units, such as 8/255; 0: that of the checkpoint's training
     eval_steps: int = 20  # PGD steps
     examples: int = 0  # images per cell that are attacked, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
@@ -99,7 +100,10 @@ PAPER = {
     ("l2", 1.0, "T0"): (78.36, 35.83), ("l2", 1.0, "T1"): (80.23, None), ("l2", 1.0, "T2"): (79.15, None),
     ("l2", 1.0, "T3"): (76.52, 38.33), ("linf", 8 / 255, "T0"): (None, 32.20), ("linf", 8 / 255, "T3"): (None, 36.22),
 }  # fmt: skip
-PAPER_RUN = dict(dataset="cifar10", arch="resnet18", width=1.0, epochs=100, pretrain="none", init="", select="clean", quick=False)
+PAPER_RUN = dict(
+    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15, epochs=100,
+    lr=0.1, attack_steps=10, step_size=0.0, pretrain="none", init="", select="clean", quick=False, stage="train", task="rotation",
+)  # fmt: skip
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -176,8 +180,7 @@ def download(dataset: str, root: Path, mirror: str = "") -> None:
         wanted = {f"{c}.npy" for c in [*BENCHMARK, *EXTRA, "labels"]}
         members = {Path(m.name).name: m for m in tar if m.isfile() and Path(m.name).name in wanted}
         for file in sorted(members, key=lambda file: file == "labels.npy"):  # labels last: their presence says it is complete
-            source = tar.extractfile(members[file])
-            write_atomically(root / name / file, lambda f, source=source: [f.write(b) for b in iter(lambda: source.read(2**20), b"")])
+            write_atomically(root / name / file, lambda f: shutil.copyfileobj(tar.extractfile(members[file]), f))
     archive.unlink()
 
 
@@ -235,10 +238,19 @@ def speckle_noise(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 
 
 def filter2d(x: Tensor, kernel: Tensor, border: str) -> Tensor:
-    """Correlate every channel of x (B, C, H, W) with kernel (h, w), h and w odd; border 'replicate' or 'reflect'."""
+    """Correlate every channel of x (B, C, H, W) with kernel (h, w), h and w odd.
+
+    Beyond the border: 'replicate' a a|a b c, 'reflect' c b|a b c, 'symmetric' b a|a b c.
+    """
     h, w = kernel.shape
     b, c, *size = x.shape
-    x = F.pad(x, (w // 2, w // 2, h // 2, h // 2), mode=border).flatten(0, 1)[:, None]
+    if border == "symmetric":
+        rows, cols = (torch.arange(-(k // 2), n + k // 2) for k, n in zip((h, w), size, strict=True))
+        rows, cols = (torch.where(i < 0, -1 - i, torch.where(i < n, i, 2 * n - 1 - i)) for i, n in ((rows, size[0]), (cols, size[1])))
+        x = x[:, :, rows][:, :, :, cols]
+    else:
+        x = F.pad(x, (w // 2, w // 2, h // 2, h // 2), mode=border)
+    x = x.flatten(0, 1)[:, None]  # (B * C, 1, ., .): channels as a batch
     return F.conv2d(x, kernel[None, None].to(x)).view(b, c, *size)
 
 
@@ -258,7 +270,7 @@ def gaussian_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 def defocus_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
     """Smooth with a disk with soft edges."""
     radius, alias = [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)][s]
-    line = torch.arange(-3, 4)
+    line = torch.arange(-3, 4)  # 7 x 7 holds the largest radius and the soft edge
     disk = (line[:, None] ** 2 + line**2 <= radius**2).float()
     soft = torch.exp(-0.5 * (torch.arange(-1, 2) / alias) ** 2)
     soft = soft[:, None] * soft / soft.sum() ** 2  # 3 x 3
@@ -274,7 +286,7 @@ def glass_blur(x: Tensor, s: int, g: torch.Generator) -> Tensor:
     for _ in range(times):
         # Each pixel becomes a copy of itself or of a neighbour above or to the left (make_cifar_c.py means to swap the two, but
         # its "swap" copies; it goes from the last pixel to the first, so that it always copies one not yet changed).
-        dx, dy = torch.randint(-shift, shift, (2, b, h, w), generator=g)
+        dx, dy = torch.randint(-shift, shift, (2, b, h, w), generator=g)  # each (B, H, W), -shift ... shift - 1
         inside = torch.zeros(h, w, dtype=torch.bool)
         inside[shift + 1 : h - shift + 1, shift + 1 : w - shift + 1] = True
         rows = torch.arange(h)[:, None] + dy * inside  # (B, H, W)
@@ -323,12 +335,12 @@ def fog(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 def plasma(b: int, size: int, decay: float, g: torch.Generator) -> Tensor:
     """Random clouds in [0, 1], (B, size, size), by the diamond-square algorithm on a torus; size a power of two."""
     cloud = torch.zeros(b, size, size)
-    step, wibble = size, 100.0
+    step, wibble = size, 100.0  # of the noise; every halving of the step divides it by `decay`
     while step >= 2:
         half = step // 2
 
-        def around(total: Tensor, wibble: float = wibble) -> Tensor:
-            return total / 4 + wibble * (2 * torch.rand(total.shape, generator=g) - 1) * wibble
+        def around(total: Tensor) -> Tensor:
+            return total / 4 + wibble**2 * (2 * torch.rand(total.shape, generator=g) - 1)  # squared, as in make_cifar_c.py
 
         corners = cloud[:, ::step, ::step]
         across = corners + corners.roll(-1, 1)
@@ -372,20 +384,21 @@ def elastic_transform(x: Tensor, s: int, g: torch.Generator) -> Tensor:
     points = torch.tensor([[middle + third, middle + third], [middle + third, middle - third], [middle - third, middle - third]]).float()
     moved = points + (torch.rand(b, 3, 2, generator=g) * 2 - 1) * 32 * affine  # three points (x, y) and where they go
     ones = torch.ones(b, 3, 1)
-    back = torch.linalg.solve(torch.cat([moved, ones], 2), points.expand(b, 3, 2))  # (B, 3, 2): from (x, y, 1) to the source
+    to_source = torch.linalg.solve(torch.cat([moved, ones], 2), points.expand(b, 3, 2))  # (B, 3, 2): from (x, y, 1) to the source
     ys, xs = torch.meshgrid(torch.arange(h).float(), torch.arange(w).float(), indexing="ij")
-    where = torch.stack([xs, ys, torch.ones_like(xs)], -1).view(1, h * w, 3) @ back
+    where = torch.stack([xs, ys, torch.ones_like(xs)], -1).view(1, h * w, 3) @ to_source
     x = sample(x, where.view(b, h, w, 2))
     shift = torch.zeros(b, 2, h, w)
     if alpha:
-        shift = smooth(torch.rand(b, 2, h, w, generator=g) * 2 - 1, 32 * sigma, "reflect", truncate=3) * 32 * alpha
-    return sample(x, torch.stack([xs, ys], -1) + shift.permute(0, 2, 3, 1))
+        shift = smooth(torch.rand(b, 2, h, w, generator=g) * 2 - 1, 32 * sigma, "symmetric", truncate=3) * 32 * alpha
+    return sample(x, torch.stack([xs, ys], -1) + shift.permute(0, 2, 3, 1), "symmetric")
 
 
-def sample(x: Tensor, where: Tensor) -> Tensor:
-    """Bilinear interpolation of x (B, C, H, W) at `where` (B, H, W, 2), in pixels, (x, y); mirrored at the borders."""
-    h, w = x.shape[2:]
-    return F.grid_sample(x, where / torch.tensor([(w - 1) / 2, (h - 1) / 2]) - 1, padding_mode="reflection", align_corners=True)
+def sample(x: Tensor, where: Tensor, border: str = "reflect") -> Tensor:
+    """Bilinear interpolation of x (B, C, H, W) at `where` (B, H, W, 2), in pixels, (x, y); borders as in `filter2d`."""
+    size = torch.tensor([x.shape[3], x.shape[2]])
+    where = 2 * where / (size - 1) - 1 if border == "reflect" else (2 * where + 1) / size - 1
+    return F.grid_sample(x, where, padding_mode="reflection", align_corners=border == "reflect")
 
 
 def through_pillow(x: Tensor, change: Callable) -> Tensor:
@@ -419,7 +432,7 @@ def jpeg_compression(x: Tensor, s: int, g: torch.Generator) -> Tensor:
 GENERATORS = [
     gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, fog, brightness, contrast,
     elastic_transform, pixelate, jpeg_compression, speckle_noise, gaussian_blur, saturate,
-]  # fmt: skip  # not snow, frost (photographs) and spatter
+]  # fmt: skip  # not frost, which needs photographs, snow and spatter
 
 
 def corrupt(pixels: Tensor, corruption: str, severity: int, seed: int = 0) -> Tensor:
@@ -466,7 +479,8 @@ def load_networks(args: Args, device: torch.device) -> dict[str, tuple[nn.Module
         if args.attack and args.norm not in ("own", trained.get("norm")) and not args.eps:
             raise UserError(f"{path} was trained in another norm than --norm {args.norm}: give --eps, too.")
         model = place_model(load_model(path), device, "auto" if args.eval_amp else "off").eval()
-        networks[name] = model, trained | {"attack_norm": norm, "attack_eps": eps}
+        task = "rotation" if "rotation" in state["network"]["heads"] else ""
+        networks[name] = model, trained | {"attack_norm": norm, "attack_eps": eps, "stage": state.get("stage"), "task": task}
     return networks
 
 
@@ -488,7 +502,10 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
                 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
                 images = images.subset(order[: args.examples])
             generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
-            attack = pgd_attack(trained["attack_norm"], trained["attack_eps"], args.eval_steps, generator=generator)
+            keep_best = trained.get("keep_best", False)
+            attack = pgd_attack(
+                trained["attack_norm"], trained["attack_eps"], args.eval_steps, keep_best=keep_best, generator=generator
+            )
             accuracy = robust_accuracy(
                 model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x)
             )
@@ -499,8 +516,11 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
     return rows
 
 
-def summarise(rows: list[dict], networks: dict, official: bool) -> list[dict]:
-    """Rows with the plain means over types and severities: of the 15 benchmark types and of all, as far as they are there."""
+def summarise(rows: list[dict], networks: dict, as_paper: bool) -> list[dict]:
+    """Rows with the plain means over types and severities: of the 15 benchmark types and of all, as far as they are there.
+
+    as_paper: the data and the attack are the paper's; then its means stand beside those of networks trained as its own.
+    """
     means = []
     for name, (_, trained) in networks.items():
         for clean in (True, False):
@@ -512,13 +532,14 @@ def summarise(rows: list[dict], networks: dict, official: bool) -> list[dict]:
                 if not cells or (which == "all" and sets["all"] == sorted(sets["benchmark"])):
                     continue
                 of = " of 15" if which == "benchmark" and len(types) < 15 else ""
-                ours = all(trained.get(k) == v for k, v in PAPER_RUN.items()) and official and len(types) in (15, 19)
+                is_paper = as_paper and len(types) in (15, 19) and all(trained.get(k) == v for k, v in PAPER_RUN.items())
+                is_paper = is_paper and (trained["variant"] == "T0" or trained["lambda1"] * trained["lambda2"] > 0)
                 own = trained["attack_eps"] == trained.get("eps") and trained["attack_norm"] == trained.get("norm")
                 known = PAPER.get((trained.get("norm"), trained.get("eps"), trained.get("variant")), (None, None))
                 means.append({
                     **cells[0], "corruption": f"mean of {len(types)}{of}", "severity": "all",
                     "accuracy": round(sum(r["accuracy"] for r in cells) / len(cells), 2),
-                    "paper": known[0 if clean else 1] if ours and (clean or own) else None,
+                    "paper": known[0 if clean else 1] if is_paper and (clean or own) else None,
                 })  # fmt: skip
     return means
 
@@ -537,13 +558,12 @@ def show(results: dict, folder: Path) -> None:
     table = [[kind] + [mean(*column, corruption=kind) for column in columns] for kind in kinds]
     for s in sorted({r["severity"] for r in cells}):
         table.append([f"severity {s}"] + [mean(*column, severity=s) for column in columns])
-    for i, kind in enumerate(dict.fromkeys(r["corruption"] for r in rows if r["severity"] == "all")):
+    for kind in dict.fromkeys(r["corruption"] for r in rows if r["severity"] == "all"):
         summary = {(r["name"], r["attack"]): r for r in rows if r["corruption"] == kind}
         table.append([kind] + [f"{summary[c]['accuracy']:.2f}" for c in columns])
         if any(summary[c]["paper"] is not None for c in columns):
             table.append(["  the paper"] + ["" if summary[c]["paper"] is None else f"{summary[c]['paper']:.2f}" for c in columns])
-        if i == 0:  # over the benchmark types
-            table.append(["  mCE (100 - mean)"] + [f"{100 - summary[c]['accuracy']:.2f}" for c in columns])
+        table.append(["  error (100 - mean)"] + [f"{100 - summary[c]['accuracy']:.2f}" for c in columns])
     made = "corruptions GENERATED here, not the official ones" if args["generate"] else f"corruptions read from {args['data_dir']}"
     attacked = {r["name"]: r for r in rows if r["attack"] != "none"}
     print(f"\n{args['dataset']}, {made}; accuracy (%) on {cells[0]['examples']:,} images per type and severity.")
@@ -614,7 +634,8 @@ def evaluate_all(run: Run, args: Args) -> dict:
             images = cell(corruption, severity) if todo else None
             for name in todo:
                 model, trained = networks[name]
-                if (has := model.spec["heads"][next(iter(model.spec["heads"]))]) < len(images.classes):
+                has = next(iter(model.spec["heads"].values()))  # classes of the first head
+                if has < len(images.classes):
                     raise UserError(f"{name} knows {has} classes, {corruption} has {len(images.classes)}: is it the right --dataset?")
                 label = f"{corruption} {severity}, {name}"
                 rows += [
@@ -626,8 +647,9 @@ def evaluate_all(run: Run, args: Args) -> dict:
             f"{name} {np.mean([r['accuracy'] for r in rows if (r['name'], r['corruption'], r['attack']) == (name, corruption, 'none')]):.1f}"
             for name in networks
         ))  # fmt: skip
-    official = not args.generate and args.dataset == "cifar10"
-    return write_results(run, rows + summarise(rows, networks, official), time.perf_counter() - begin)
+    as_paper = args.dataset == "cifar10" and not args.generate and set(severities) == {1, 2, 3, 4, 5}
+    as_paper = as_paper and args.eval_steps == 20 and not args.examples and not args.eval_amp
+    return write_results(run, rows + summarise(rows, networks, as_paper), time.perf_counter() - begin)
 
 
 def open_data(args: Args, device: torch.device) -> tuple[list[str], Cell]:
@@ -658,13 +680,15 @@ def open_data(args: Args, device: torch.device) -> tuple[list[str], Cell]:
 
 def draw(results: dict, run: Run) -> None:
     """The two panels of Figure 4, by report.py if it and matplotlib are there."""
+    path = run.folder / "corruptions.png"
     try:
         import report
+
+        report.figure4([results], path)
     except ImportError as e:
         run.say(f"(no picture: {e})")
-        return
-    report.figure4([results], run.folder / "corruptions.png")
-    run.say(f"the bars of Figure 4: {run.folder / 'corruptions.png'}")
+    else:
+        run.say(f"the bars of Figure 4: {path}")
 
 
 if __name__ == "__main__":

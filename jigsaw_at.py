@@ -8,10 +8,12 @@ copy (X_SS, y_SS) = T(X) of each batch, here the tiles of every image in one of 
 
     --variant  X_SS in the loss   the attack (Algorithm 1) maximises
     T0         none (baseline)    CE(F(X), y)
-    T1         clean              CE(F(X), y)                                       on X only
-    T2         adversarial        CE(F(X), y)                                       on X and on X_SS
-    T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)      on X and on X_SS
+    T1         clean              CE(F(X), y)
+    T2         adversarial        CE(F(X), y) + CE(F(X_SS), y)
+    T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)
     replace    adversarial        CE(F(X_SS), y): X is dropped, F too is trained on X_SS              (eq. 7)
+
+X and X_SS are perturbed separately; --ss-attack has two other readings of T2 and T3.
 
 `--pretrain l2|linf` first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
 
@@ -28,16 +30,18 @@ Differs from the paper, which released no code, or is our choice where it is sil
   add up to eps^2 cannot cross a ball of radius below 1;
 - Algorithm 1 prints the update after its loop and one uniform start for both norms; the update belongs inside, and an l2
   start is a direction of length eps, as in the robustness library on which the paper builds;
-- the grid and the number of permutations J are not given: 4 x 4, as 3 (Carlucci et al. 2019) does not divide 32, and 30
-  besides the identity, as there, "randomly picking" them (--permutations hamming: far from each other instead);
+- the grid and the number of permutations J are not given. Grid: 4 x 4; the 3 x 3 of Carlucci et al. (2019), whom the paper
+  cites, does not divide 32. J: 30, their number, besides the identity. How drawn: at random (the paper: "randomly picking");
+  --permutations hamming takes orders far from each other (Noroozi and Favaro 2016);
 - lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). How X and X_SS share the attack is not given:
-  --ss-attack. T2 attacks X_SS through the class head with the label y, the only reading that changes X_SS;
+  --ss-attack. T2 attacks X_SS through the class head with the label y: with perturbations of their own, the only reading
+  that changes X_SS. The attack sums losses over images where eq. 10 averages: the steps are the same;
 - eq. 7 (replace): the attack is not given; ours is on the class loss;
 - the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under attack
   (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its choice of the
   best iterate (--keep-best; Algorithm 1 returns the last);
 - X and X_SS share one forward pass in the update, so BatchNorm sees both;
-- pre-training: the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
+- pre-training (the paper does not say): the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
 - training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an l2
   perturbation of 0.1 (Figure 1): use --amp off there.
 """
@@ -61,7 +65,7 @@ from common import (
 @dataclass
 class Args:
     # run
-    seed: int = 0  # seed of the split, the weights, the order and the attacks
+    seed: int = 0  # seed of the split, the weights, the order of images, the permutations and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
@@ -87,8 +91,8 @@ class Args:
     lr_step: int = 0  # epochs between divisions of the rate by 10; 0: 40% of the epochs (paper: 40 of 100)
     weight_decay: float = 5e-4  # on all weights
     # attack in training (section 4.2)
-    norm: Literal["linf", "l2"] = "linf"  # the ball
-    eps: float = 8 / 255  # its radius on [0, 1] pixels (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
+    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
     attack_steps: int = 10  # PGD steps
     step_size: float = 0.0  # of the training attack; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
@@ -98,12 +102,12 @@ class Args:
     grid: int = 4  # tiles along each side, n
     num_permutations: int = 30  # orders of the tiles besides the identity, J
     permutations: Literal["random", "hamming"] = "random"  # drawn uniformly, or far from each other
-    ss_attack: Literal["separate", "shared", "both"] = "separate"  # how T2, T3 attack X_SS, see `adversaries`
+    ss_attack: Literal["separate", "shared", "both"] = "separate"  # T2, T3: X_SS gets a perturbation of its own (separate), that of X before T (shared), or its own against both losses (both)
     lambda1: float = 0.5  # weight of the SS loss in training
     lambda2: float = 0.5  # weight of the SS loss in the attack (T3)
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
-    pretrain_eps: float = 0.0  # its radius; 0: l2 0.5, linf 8/255
-    pretrain_epochs: int = 100  # its epochs
+    pretrain_eps: float = 0.0  # radius of the pre-training attack; 0: l2 0.5, linf 8/255
+    pretrain_epochs: int = 100  # epochs of pre-training
     init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
     plain: bool = False  # also train a network without attack, for comparison
     # evaluation
@@ -193,7 +197,8 @@ def adversaries(
 def training_loss(
     ddp: nn.Module, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch (eq. 10). Weight decay is the optimiser's.
+    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch. Weight decay is the optimiser's.
+    `ddp` is the network, wrapped in DistributedDataParallel if there are several ranks.
 
     X and X_SS go through the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
     """
@@ -226,20 +231,18 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     """
     stage_index = ["plain", "pretrain", "train"].index(stage)
     checkpoint = "best.pt" if stage == "train" else f"{stage}.pt"
-    state = run.load("last.pt", "optimizer", "stage_index", "history", "permutations")
+    state = run.load("last.pt", "optimizer", "stage_index", "history")
     if state is not None and state["stage_index"] > stage_index:
         return checkpoint  # done before the run was resumed
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
     norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
     lr_step = args.lr_step or max(1, round(0.4 * epochs))
-    permutations = state["permutations"] if state else jigsaw_permutations(
-        args.grid, args.num_permutations, args.permutations, args.seed
-    )  # (J + 1, n * n), label 0 is the identity
-
-    def T(x: Tensor, k: Tensor) -> Tensor:  # eq. 1: X_SS = T(X, y_SS), image i with its tiles in the order number y_SS[i]
-        return jigsaw(x, permutations.to(x.device)[k])
-
+    # (J + 1, n * n), label 0 is the identity
+    permutations = jigsaw_permutations(args.grid, args.num_permutations, args.permutations, args.seed).to(run.device)
     ss_classes = len(permutations)
+
+    def T(x: Tensor, k: Tensor) -> Tensor:  # eq. 1: X_SS = T(X, y_SS), the tiles of image i in order number y_SS[i]
+        return jigsaw(x, permutations[k])
 
     torch.manual_seed(args.seed)  # every stage and variant starts from the same weights
     mean, std = STATS[args.dataset]
@@ -270,7 +273,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
         run.save("last.pt", {
             "network": model.spec, "model": model.state_dict(), "optimizer": opt.state_dict(), "args": vars(args),
             "stage_index": stage_index, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
-            "seconds": time.perf_counter() - began, "permutations": permutations,
+            "seconds": time.perf_counter() - began,
         })  # fmt: skip
 
     for epoch in range(state["epoch"], epochs):
@@ -322,7 +325,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
             best = max(best, score)
             run.save(checkpoint, {
                 "network": model.spec, "model": model.state_dict(), "args": vars(args), "stage": stage, "epoch": epoch + 1,
-                "val_clean": clean, "val_robust": robust, "permutations": permutations,
+                "val_clean": clean, "val_robust": robust, "permutations": permutations.cpu(),  # without which the SS head means nothing
             })  # fmt: skip
         save(epoch + 1)
     return checkpoint
@@ -348,7 +351,7 @@ def validate(
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in batches(images, args.batch_size, run.device, workers=args.workers):
             if stage == "pretrain":
-                y = torch.arange(len(y), device=y.device) % ss_classes
+                y = torch.randint(0, ss_classes, y.shape, device=y.device)
                 x = T(x, y)
             yield x, y
 
@@ -362,8 +365,10 @@ def validate(
 
 def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
     """{radius: the paper's accuracy} if this run, and the pre-training it starts from, is one of the paper's; else {}."""
-    wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm], "lr_step": 40 if args.lr_step else 0}
-    same = all(getattr(args, k) == v for k, v in wanted.items()) and uses_ss(args) == (args.variant != "T0")
+    wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm]}
+    same = all(getattr(args, k) == v for k, v in wanted.items()) and args.lr_step in (0, 40)
+    needed = {"T0": 1.0, "T3": args.lambda1 * args.lambda2}.get(args.variant, args.lambda1)
+    same = same and needed > 0  # else it is another variant: T0 (lambda1 = 0), T2 (lambda2 = 0), or T(X) as mere augmentation (replace)
     if pretrained != "none":
         wanted = PAPER_DATA_AND_MODEL | dict(quick=False, lr=0.1, attack_steps=10, pretrain_epochs=100, pretrain_eps=0.0)
         same = same and all(pretrain_args.get(k) == v for k, v in wanted.items())
@@ -384,7 +389,7 @@ def main(args: Args) -> dict:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
     if args.image_size % args.grid:
         raise UserError(f"--grid {args.grid} does not divide images of {args.image_size} pixels.")
-    jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many
+    jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many: ask before the work begins
     results = run.finished() or train_and_evaluate(run, args)
     if world()[0] == 0:
         print_results(results, run.folder)
@@ -412,14 +417,15 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     pretrained, its_args = "none", {}
     if start is not None:
         its_args = start.get("args", {})
-        pretrained = its_args.get("pretrain", "init") if start.get("stage") == "pretrain" else "init"
+        ours = start.get("stage") == "pretrain" and TASK in start["network"]["heads"]
+        pretrained = its_args.get("pretrain", "init") if ours else "init"
         if any(its_args.get(k) != getattr(args, k) for k in ("dataset", "seed", "val_fraction", "label_fraction")):
             run.say("note: --init was trained on another split, so some validation images may have been seen in pre-training.")
     name = {"none": "", "l2": "P1 ", "linf": "P2 "}.get(pretrained, "init ") + args.variant
     models[name] = run.load(train("train", run, args, start, train_set, val_set))
 
     began, rows = time.perf_counter(), []
-    quarters = [round(args.eps * i / 4, 6) for i in range(5)]
+    quarters = [args.eps * i / 4 for i in range(5)]
     eval_eps = radii(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}

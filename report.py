@@ -6,8 +6,8 @@
 Kucer et al. 2021 (rotation_at.py, jigsaw_at.py, eval_cifar10c.py):
 
     kucer-tables.md     Tables 1-4, the paper's rows above ours; runs that differ in nothing but the seed are averaged
-    kucer-lambda-*.png  Figures 1 and 3: T1 for several lambda1 (0: T0), one picture per norm, radius and setting
-    kucer-variants-*.png  the same for T0 ... T3 and both tasks; dashed: the paper's Tables 1-3
+    kucer-lambda-*.png       Figures 1 and 3: T1 for several lambda1 (0: T0), one picture per task, norm, radius and setting
+    kucer-variants-*.png     the same for T0 ... T3 and both tasks; dashed: the paper's Tables 1-3
     kucer-corruptions-*.png  Figure 4: accuracy per type of corruption, clean above, attacked below
 
 This is the only file that needs matplotlib; without it only the tables are written.
@@ -19,6 +19,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import jigsaw_at
+import rotation_at
 from common import UserError, cli, eps_name
 from jigsaw_at import PAPER as JIGSAW_PAPER
 from rotation_at import PAPER, PAPER_EPS
@@ -32,9 +34,14 @@ class Args:
 
 # What may differ between two runs that are averaged or drawn as one line: the seed, and where and how they were computed.
 NOT_THE_SETTING = {
-    "seed", "out", "resume", "device", "workers", "data_dir", "data_mirror", "compile", "sync_bn", "plain", "quick", "init",
+    "seed", "out", "resume", "device", "workers", "data_dir", "data_mirror", "compile", "plain", "quick", "init",
     "eval_eps", "pretrain", "pretrain_eps", "pretrain_epochs",
 }  # fmt: skip
+
+# What names a run by itself, so that a setting's description need not.
+NAMED = {"dataset", "arch", "width", "epochs", "norm", "eps", "variant", "eval_steps"}
+JIGSAW_ONLY = {"grid", "num_permutations", "permutations"}
+
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
@@ -68,12 +75,15 @@ def dataset_name(result: dict) -> str:
 def describe(result: dict) -> str:
     """The setting of a run in a few words, for tables and legends."""
     a = result["args"]
-    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['epochs']} epochs"]
-    parts += [f"--{k.replace('_', '-')} {a[k]}" for k, usual in USUAL.items() if k in a and a[k] != usual]
+    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at}[result["script"]]
+    usual = vars(script.Args()) | (script.Args.QUICK if a["quick"] else {})
+    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['epochs']} epochs", f"PGD-{a['eval_steps']}"]
+    parts += ["--quick"] if a["quick"] else []
+    for k, v in a.items():
+        if k not in NOT_THE_SETTING | NAMED and v != usual.get(k, v):
+            flag = k.replace("_", "-")
+            parts.append((f"--{flag}" if v else f"--no-{flag}") if isinstance(v, bool) else f"--{flag} {v:g}" if isinstance(v, float) else f"--{flag} {v}")
     return ", ".join(parts)
-
-
-USUAL = {"select": "clean", "ss_attack": "separate", "lambda1": 0.5, "lambda2": 0.5, "attack_steps": 10, "eval_examples": 0, "label_fraction": 1.0}
 
 
 @dataclass
@@ -85,6 +95,7 @@ class Curve:
     args: dict
     setting: str
     accuracy: dict[float, list[float]]  # radius: one accuracy per seed
+    seeds: set[int]
 
     def mean(self, eps: float) -> float:
         return sum(self.accuracy[eps]) / len(self.accuracy[eps])
@@ -106,12 +117,19 @@ def curves(results: list[dict]) -> list[Curve]:
             continue
         args = result["args"]
         for name in dict.fromkeys(row["name"] for row in result["rows"]):
-            rows = [row for row in result["rows"] if row["name"] == name]
-            same = {k: v for k, v in args.items() if k not in NOT_THE_SETTING} | {"task": result["script"], "name": name}
+            ignored = NOT_THE_SETTING - ({"init"} if name.startswith("init ") else set())
+            if args["pretrain"] != "none":
+                ignored = ignored - {"pretrain_eps", "pretrain_epochs"}
+            same = {k: v for k, v in args.items() if k not in ignored} | {"task": result["script"], "name": name}
             key = json.dumps([same, dataset_name(result)], sort_keys=True)
-            curve = found.setdefault(key, Curve(result["script"], name, args, describe(result), defaultdict(list)))
-            for row in rows:
-                curve.accuracy[row["eps"]].append(row["accuracy"])
+            curve = found.setdefault(key, Curve(result["script"], name, args, describe(result), defaultdict(list), set()))
+            if args["seed"] in curve.seeds:
+                print(f"left out: another run of {name} with the same arguments and seed ({curve.setting}, seed {args['seed']}).")
+                continue
+            curve.seeds.add(args["seed"])
+            for row in result["rows"]:
+                if row["name"] == name:
+                    curve.accuracy[row["eps"]].append(row["accuracy"])
     return list(found.values())
 
 
@@ -124,17 +142,20 @@ ROTATION, JIGSAW, EITHER = ("rotation_at",), ("jigsaw_at",), ("rotation_at", "ji
 # Table: (norm, caption, [(row, scripts, name in results.json, the paper's numbers)])
 TABLES = {
     "Table 1": ("l2", "Rotation, l2, trained at 0.5", [
-        (f"{v}", EITHER if v == "T0" else ROTATION, v, PAPER["l2", "none", v]) for v in ("T0", "T1", "T2", "T3")
+        (v, EITHER if v == "T0" else ROTATION, v, PAPER["l2", "none", v]) for v in ("T0", "T1", "T2", "T3")
     ]),
     "Table 2": ("linf", "Rotation, linf, trained at 8/255", [
-        (f"{v}", EITHER if v == "T0" else ROTATION, v, PAPER["linf", "none", v]) for v in ("T0", "T1", "T2", "T3", "replace")
+        (v, EITHER if v == "T0" else ROTATION, v, PAPER["linf", "none", v]) for v in ("T0", "T1", "T2", "T3")
+    ]),
+    "Section 3.2": ("linf", "Rotated images in place of the upright ones (eq. 7), linf, trained at 8/255", [
+        ("replace", ROTATION, "replace", PAPER["linf", "none", "replace"]),
     ]),
     "Table 3": ("linf", "Tasks (T3), linf, trained at 8/255", [
         ("Baseline", EITHER, "T0", JIGSAW_PAPER["linf", "none", "T0"]),
         ("Rotations", ROTATION, "T3", PAPER["linf", "none", "T3"]),
         ("Jigsaw", JIGSAW, "T3", JIGSAW_PAPER["linf", "none", "T3"]),
     ]),
-    "Table 4": ("linf", "Pre-training with rotation, linf, trained at 8/255", [
+    "Table 4": ("linf", "Pre-training (ours: with rotation), linf, trained at 8/255", [
         ("P0 T0", ROTATION, "T0", TABLE4_P0T0),
         ("P1 T0", ROTATION, "P1 T0", PAPER["linf", "l2", "T0"]),
         ("P2 T0", ROTATION, "P2 T0", PAPER["linf", "linf", "T0"]),
@@ -156,8 +177,7 @@ def tables(found: list[Curve]) -> str:
             text.append(f"| {label} | the paper | " + " | ".join("" if v is None else f"{v:.2f}" for v in paper) + " |")
             for curve in found:
                 if curve.script in scripts and curve.name == name and (curve.args["norm"], curve.args["eps"]) == (norm, radius):
-                    runs = len(next(iter(curve.accuracy.values())))
-                    setting = f"{curve.setting}, {runs} run{'s' if runs > 1 else ''}"
+                    setting = f"{curve.setting}, {len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''}"
                     text.append(f"| {label} | ours: {setting} | " + " | ".join(curve.show(e) for e in eps) + " |")
     return "\n".join(text) + "\n"
 
@@ -177,17 +197,21 @@ def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_ep
     figure = plt.figure(figsize=(9, 7), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[3, 2])
     top = figure.add_subplot(grid[0, :])
-    base = dict(zip(*next(iter(lines.values()))[:2], strict=True))
-    last = max(max(e) for e, _, _ in lines.values())
-    ranges = [(0, train_eps), (0.5 * train_eps, 1.5 * train_eps), (train_eps, last)]
     below = [figure.add_subplot(grid[1, i]) for i in range(3)]
-    for i, (label, (eps, accuracy, style)) in enumerate(lines.items()):
-        look = dict(color=f"C{i % 10}") if style == "-" else dict(color=f"C{(i - 1) % 10}", alpha=0.7)
-        top.plot([e * scale for e in eps], accuracy, style, marker="o", markersize=3, label=label, **look)
-        for j, (ax, (low, high)) in enumerate(zip(below, ranges, strict=True)):
-            part = [(e, a) for e, a in zip(eps, accuracy, strict=True) if low - 1e-9 <= e <= high + 1e-9 and (j or e in base)]
-            if part and (style == "-" or j):
-                ax.plot([e * scale for e, _ in part], [a - base[e] * (j == 0) for e, a in part], style, marker="o", markersize=3, **look)
+    baseline = dict(zip(*next(iter(lines.values()))[:2], strict=True))
+    color = {}
+    for label, (eps, accuracy, style) in lines.items():
+        own = label.removesuffix(", the paper")  # the paper's line has the colour of ours
+        look = dict(color=color.setdefault(own, f"C{len(color) % 10}"), linestyle=style, marker="o", markersize=3)
+        curve = list(zip(eps, accuracy, strict=True))
+        top.plot([e * scale for e in eps], accuracy, label=label, **look)
+        if style == "-":
+            near = [(e * scale, a - baseline[e]) for e, a in curve if e in baseline and e <= train_eps + 1e-9]
+            below[0].plot(*zip(*near, strict=True), **look)
+        for ax, low, high in ((below[1], 0.5 * train_eps, 1.5 * train_eps), (below[2], train_eps, math.inf)):
+            part = [(e * scale, a) for e, a in curve if low - 1e-9 <= e <= high + 1e-9]
+            if part:
+                ax.plot(*zip(*part, strict=True), **look)
     for ax in below:  # nothing to see if the attack went no farther than in training, or there is only the baseline
         if all(len(line.get_xdata()) < 2 for line in ax.lines) or (ax is below[0] and len(ax.lines) < 2):
             ax.set_visible(False)
@@ -212,8 +236,11 @@ def points(curve: Curve) -> tuple[list[float], list[float]]:
 
 def same_but(curve: Curve, *free: str) -> str:
     """A key that is equal for curves whose arguments differ in `free` only."""
-    args = {k: v for k, v in curve.args.items() if k not in NOT_THE_SETTING | set(free) | {"grid", "num_permutations", "permutations"}}
+    args = {k: v for k, v in curve.args.items() if k not in NOT_THE_SETTING | set(free) | JIGSAW_ONLY}
     return json.dumps([args, curve.setting.split(",")[0]], sort_keys=True)
+
+
+VARIED = ("--lambda", "--ss-attack", "--grid", "--num-perm", "--perm")  # flags that differ within a figure
 
 
 def curve_figures(found: list[Curve], out: Path) -> list[Path]:
@@ -223,39 +250,49 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
     for curve in found:
         if curve.name in ("T0", "T1", "T2", "T3"):
             groups["variants", same_but(curve, "variant", "lambda2", "ss_attack")].append(curve)
-        if curve.name in ("T0", "T1"):
-            groups["lambda", same_but(curve, "variant", "lambda1", "lambda2", "ss_attack")].append(curve)
+        if curve.name in ("T0", "T1"):  # T0 has no task
+            for task in (curve.script,) if curve.name == "T1" else EITHER:
+                groups[f"lambda-{task}", same_but(curve, "variant", "lambda1", "lambda2", "ss_attack")].append(curve)
     for (kind, _), group in groups.items():
+        if kind != "variants" and not any(curve.name == "T1" for curve in group):
+            continue
         group.sort(key=lambda c: (c.name, c.script != "rotation_at", c.args["lambda1"]))
         norm, eps = group[0].args["norm"], group[0].args["eps"]
         lines = {}
         for curve in group:
             zero = curve.name == "T0" or curve.args["lambda1"] == 0
-            if kind == "lambda":
+            if kind != "variants":
                 label = "λ1 = 0 (T0)" if zero else f"λ1 = {curve.args['lambda1']:g}"
             else:
-                label = curve.name if zero else f"{curve.name} {'jigsaw' if curve.script == 'jigsaw_at' else 'rotation'}"
-            if label not in lines:
-                lines[label] = (*points(curve), "-")
+                own = [part for part in curve.setting.split(", ") if part.startswith(VARIED)]
+                label = " ".join([curve.name, curve.script.removesuffix("_at"), *own]) if not zero else "T0"
+            if label in lines:
+                print(f"not drawn, as {label} is there already: {curve.setting}")
+                continue
+            lines[label] = (*points(curve), "-")
             table = PAPER if curve.script == "rotation_at" else JIGSAW_PAPER
             paper = table.get((norm, "none", curve.name)) if eps == TRAINED_AT[norm] else None
             if kind == "variants" and paper and (curve.args["dataset"] == "cifar10" or "CIFAR-10" in curve.setting):
                 lines[f"{label}, the paper"] = (PAPER_EPS[norm], paper, "--")
         if len(lines) < 2:
             continue
-        name = re.sub(r"[^\w.-]+", "_", f"kucer-{kind}-{norm}-{eps_name(eps)}-{group[0].setting}".replace("--", ""))
+        setting = ", ".join(part for part in group[0].setting.split(", ") if not part.startswith(VARIED))
+        name = re.sub(r"[^\w.-]+", "_", f"kucer-{kind}-{norm}-{eps_name(eps)}-{setting}".replace("--", ""))
         path = unused(out / f"{name}.png", written)
-        plot_curves(lines, eps, norm, f"{group[0].setting}, trained with {norm} eps {eps_name(eps)}", path)
+        plot_curves(lines, eps, norm, f"{setting}, trained with {norm} eps {eps_name(eps)}", path)
         written.append(path)
     return written
 
 
 def unused(path: Path, taken: list[Path]) -> Path:
     """`path`, or with -2, -3, ... if it is taken."""
-    k = 2
+    first, k = path, 2
     while path in taken:
-        path, k = path.with_stem(f"{path.stem}-{k}"), k + 1
+        path, k = first.with_stem(f"{first.stem}-{k}"), k + 1
     return path
+
+
+SAME_CORRUPTIONS = ["dataset", "generate", "seed", "image_size", "corruptions", "severities", "norm", "eps", "eval_steps", "examples"]
 
 
 def figure4(results: list[dict], path: Path) -> None:
@@ -287,9 +324,9 @@ def figure4(results: list[dict], path: Path) -> None:
                 if row["severity"] == "all" and row["paper"] is not None and row["name"] == name and (row["attack"] == "none") == clean:
                     ax.axhline(row["paper"], color=f"C{i % 10}", linestyle="--", linewidth=1, label=f"{name}, the paper's mean")
                     break
-        attack = next(row for row in mine)
-        what = "clean" if clean else f"under {attack['attack'].upper()}"
-        ax.set_ylabel(f"accuracy {what} (%)")
+        balls = dict.fromkeys(f"{row['norm']} {eps_name(row['eps'])}" for row in mine)
+        what = "clean" if clean else f"under {mine[0]['attack'].upper()}\n{', '.join(balls)}; {mine[0]['examples']:,} images"
+        ax.set_ylabel(f"accuracy (%) {what}")
         ax.grid(axis="y", alpha=0.3)
     args = results[0]["args"]
     made = "generated corruptions, not the official ones" if args["generate"] else {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(args["dataset"], "")
@@ -319,12 +356,15 @@ def main(args: Args) -> list[Path]:
         print("matplotlib is not installed: no figures")
     else:
         written += curve_figures(found, out)
+        groups = defaultdict(list)  # runs on the same data with the same attack go into one picture
         for result in results:
             if result["script"] == "eval_cifar10c":
-                name = "-".join(dict.fromkeys(row["name"] for row in result["rows"]))
-                path = unused(out / re.sub(r"[^\w.-]+", "_", f"kucer-corruptions-{name}.png"), written)
-                figure4([result], path)
-                written.append(path)
+                groups[tuple(result["args"].get(k) for k in SAME_CORRUPTIONS)].append(result)
+        for group in groups.values():
+            name = "-".join(dict.fromkeys(row["name"] for result in group for row in result["rows"]))
+            path = unused(out / re.sub(r"[^\w.-]+", "_", f"kucer-corruptions-{name}.png"), written)
+            figure4(group, path)
+            written.append(path)
     for path in written:
         print(path)
     return written

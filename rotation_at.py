@@ -8,10 +8,12 @@ copy (X_SS, y_SS) = T(X) of each batch, here every image rotated by 0, 90, 180 o
 
     --variant  X_SS in the loss   the attack (Algorithm 1) maximises
     T0         none (baseline)    CE(F(X), y)
-    T1         clean              CE(F(X), y)                                       on X only
-    T2         adversarial        CE(F(X), y)                                       on X and on X_SS
-    T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)      on X and on X_SS
+    T1         clean              CE(F(X), y)
+    T2         adversarial        CE(F(X), y) + CE(F(X_SS), y)
+    T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)
     replace    adversarial        CE(F(X_SS), y): X is dropped, F too is trained on X_SS              (eq. 7)
+
+X and X_SS are perturbed separately; --ss-attack has two other readings of T2 and T3.
 
 `--pretrain l2|linf` first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
 
@@ -29,13 +31,14 @@ Differs from the paper, which released no code, or is our choice where it is sil
 - Algorithm 1 prints the update after its loop and one uniform start for both norms; the update belongs inside, and an l2
   start is a direction of length eps, as in the robustness library on which the paper builds;
 - lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). How X and X_SS share the attack is not given:
-  --ss-attack. T2 attacks X_SS through the class head with the label y, the only reading that changes X_SS;
+  --ss-attack. T2 attacks X_SS through the class head with the label y: with perturbations of their own, the only reading
+  that changes X_SS. The attack sums losses over images where eq. 10 averages: the steps are the same;
 - eq. 7 (replace): the attack is not given; ours is on the class loss;
 - the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under attack
   (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its choice of the
   best iterate (--keep-best; Algorithm 1 returns the last);
 - X and X_SS share one forward pass in the update, so BatchNorm sees both;
-- pre-training: the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
+- pre-training (the paper does not say): the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
 - training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an l2
   perturbation of 0.1 (Figure 1): use --amp off there.
 """
@@ -58,7 +61,7 @@ from common import (
 @dataclass
 class Args:
     # run
-    seed: int = 0  # seed of the split, the weights, the order and the attacks
+    seed: int = 0  # seed of the split, the weights, the order of images and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
@@ -84,20 +87,20 @@ class Args:
     lr_step: int = 0  # epochs between divisions of the rate by 10; 0: 40% of the epochs (paper: 40 of 100)
     weight_decay: float = 5e-4  # on all weights
     # attack in training (section 4.2)
-    norm: Literal["linf", "l2"] = "linf"  # the ball
-    eps: float = 8 / 255  # its radius on [0, 1] pixels (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
+    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
     attack_steps: int = 10  # PGD steps
     step_size: float = 0.0  # of the training attack; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
     keep_best: bool = False  # attacks return the iterate of highest loss (the library's default), not the last (Alg. 1)
     # method (section 3)
     variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # see above
-    ss_attack: Literal["separate", "shared", "both"] = "separate"  # how T2, T3 attack X_SS, see `adversaries`
+    ss_attack: Literal["separate", "shared", "both"] = "separate"  # T2, T3: X_SS gets a perturbation of its own (separate), that of X before T (shared), or its own against both losses (both)
     lambda1: float = 0.5  # weight of the SS loss in training
     lambda2: float = 0.5  # weight of the SS loss in the attack (T3)
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
-    pretrain_eps: float = 0.0  # its radius; 0: l2 0.5, linf 8/255
-    pretrain_epochs: int = 100  # its epochs
+    pretrain_eps: float = 0.0  # radius of the pre-training attack; 0: l2 0.5, linf 8/255
+    pretrain_epochs: int = 100  # epochs of pre-training
     init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
     plain: bool = False  # also train a network without attack, for comparison
     # evaluation
@@ -199,7 +202,8 @@ def adversaries(
 def training_loss(
     ddp: nn.Module, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch (eq. 10). Weight decay is the optimiser's.
+    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch. Weight decay is the optimiser's.
+    `ddp` is the network, wrapped in DistributedDataParallel if there are several ranks.
 
     X and X_SS go through the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
     """
@@ -347,7 +351,7 @@ def validate(
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in batches(images, args.batch_size, run.device, workers=args.workers):
             if stage == "pretrain":
-                y = torch.arange(len(y), device=y.device) % ss_classes
+                y = torch.randint(0, ss_classes, y.shape, device=y.device)
                 x = T(x, y)
             yield x, y
 
@@ -361,8 +365,10 @@ def validate(
 
 def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
     """{radius: the paper's accuracy} if this run, and the pre-training it starts from, is one of the paper's; else {}."""
-    wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm], "lr_step": 40 if args.lr_step else 0}
-    same = all(getattr(args, k) == v for k, v in wanted.items()) and uses_ss(args) == (args.variant != "T0")
+    wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm]}
+    same = all(getattr(args, k) == v for k, v in wanted.items()) and args.lr_step in (0, 40)
+    needed = {"T0": 1.0, "T3": args.lambda1 * args.lambda2}.get(args.variant, args.lambda1)
+    same = same and needed > 0  # else it is another variant: T0 (lambda1 = 0), T2 (lambda2 = 0), or T(X) as mere augmentation (replace)
     if pretrained != "none":
         wanted = PAPER_DATA_AND_MODEL | dict(quick=False, lr=0.1, attack_steps=10, pretrain_epochs=100, pretrain_eps=0.0)
         same = same and all(pretrain_args.get(k) == v for k, v in wanted.items())
@@ -408,14 +414,15 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     pretrained, its_args = "none", {}
     if start is not None:
         its_args = start.get("args", {})
-        pretrained = its_args.get("pretrain", "init") if start.get("stage") == "pretrain" else "init"
+        ours = start.get("stage") == "pretrain" and TASK in start["network"]["heads"]
+        pretrained = its_args.get("pretrain", "init") if ours else "init"
         if any(its_args.get(k) != getattr(args, k) for k in ("dataset", "seed", "val_fraction", "label_fraction")):
             run.say("note: --init was trained on another split, so some validation images may have been seen in pre-training.")
     name = {"none": "", "l2": "P1 ", "linf": "P2 "}.get(pretrained, "init ") + args.variant
     models[name] = run.load(train("train", run, args, start, train_set, val_set))
 
     began, rows = time.perf_counter(), []
-    quarters = [round(args.eps * i / 4, 6) for i in range(5)]
+    quarters = [args.eps * i / 4 for i in range(5)]
     eval_eps = radii(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}

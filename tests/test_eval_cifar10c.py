@@ -382,18 +382,19 @@ def test_the_attack_is_centred_on_the_corrupted_image(tmp_path, checkpoint, monk
 
 
 def test_the_paper_stands_beside_its_own_setting_only():
-    own = {"dataset": "cifar10", "arch": "resnet18", "width": 1.0, "epochs": 100, "pretrain": "none", "init": "", "select": "clean",
-           "quick": False, "norm": "l2", "eps": 1.0, "variant": "T3", "attack_norm": "l2", "attack_eps": 1.0}  # fmt: skip
+    own = vars(rotation_at.Args(norm="l2", eps=1.0, variant="T3"))
+    own |= {"stage": "train", "task": "rotation", "attack_norm": "l2", "attack_eps": 1.0}
     rows = [{"name": "a", "attack": k, "corruption": c, "severity": s, "accuracy": 50.0, "paper": None}
             for k in ("none", "pgd-20") for c in BENCHMARK + EXTRA for s in range(1, 6)]  # fmt: skip
 
-    def papers(trained, official=True, rows=rows):
-        return [(r["corruption"], r["paper"]) for r in script.summarise(rows, {"a": (None, trained)}, official)]
+    def papers(trained, as_paper=True, rows=rows):
+        return [(r["corruption"], r["paper"]) for r in script.summarise(rows, {"a": (None, trained)}, as_paper)]
 
     assert papers(own) == [("mean of 15", 76.52), ("mean of 19", 76.52), ("mean of 15", 38.33), ("mean of 19", 38.33)]
-    for changed in ({"width": 0.5}, {"eps": 0.5, "attack_eps": 0.5}, {"epochs": 8}, {"dataset": "folder"}):
+    for changed in ({"width": 0.5}, {"eps": 0.5, "attack_eps": 0.5}, {"epochs": 8}, {"dataset": "folder"}, {"stage": "plain"},
+                    {"task": "jigsaw"}, {"lambda2": 0.0}, {"attack_steps": 1}, {"label_fraction": 0.1}):  # fmt: skip
         assert all(p is None for _, p in papers(own | changed))
-    assert all(p is None for _, p in papers(own, official=False))
+    assert all(p is None for _, p in papers(own, as_paper=False))
     assert [p for _, p in papers(own | {"attack_eps": 0.5})] == [76.52, 76.52, None, None]
     assert [p for _, p in papers(own, rows=[r for r in rows if r["corruption"] != "fog"])] == [None] * 4
 

@@ -62,11 +62,21 @@ def test_seeds_are_averaged_and_settings_are_not():
     ])  # fmt: skip
     assert sorted((c.setting.split(", ")[2], c.mean(0)) for c in found) == [("100 epochs", 20.0), ("100 epochs", 82.0), ("8 epochs", 10.0)]
     text = report.tables(found)
-    assert "82.00 ± 2.00" in text and "3 runs" in text and "84.00" not in text
+    assert "82.00 ± 2.00" in text and "3 seeds" in text and "84.00" not in text
+
+
+def test_what_is_not_another_seed_is_not_averaged(capsys):
+    """The same run given twice, other starting points, other pre-training."""
+    twice = [result(seed=0), result(seed=0, out="elsewhere")]
+    (curve,) = report.curves(twice)
+    assert len(curve.accuracy[0]) == 1 and "left out" in capsys.readouterr().out
+    assert len(report.curves([result(name="init T0", init="a.pt"), result(name="init T0", init="b.pt", seed=1)])) == 2
+    assert len(report.curves([result(name="P1 T0", pretrain="l2", pretrain_eps=e, seed=s) for s, e in enumerate((0.0, 1.0))])) == 2
+    assert len(report.curves([result("jigsaw_at", grid=g) for g in (2, 4)])) == 2
 
 
 def test_other_radii_of_training_are_not_in_the_tables():
-    assert "ours" not in report.tables(report.curves([result(eps=4 / 255), result(norm="l2", eps=1.0)]))
+    assert "| ours" not in report.tables(report.curves([result(eps=4 / 255), result(norm="l2", eps=1.0)]))
 
 
 def test_figures_draw_what_was_measured(tmp_path, monkeypatch):

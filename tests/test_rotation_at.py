@@ -256,7 +256,8 @@ def test_the_paper_stands_beside_its_own_setting_only():
     assert paper_row(Args(variant="T0", init="pretrain.pt"), "l2", first)[8 / 255] == 45.91
     assert paper_row(Args(lr_step=40, lambda1=0.25, weight_decay=1e-4), "none", {}) != {}  # stated, or left open
     for changed in ({"width": 0.5}, {"eps": 4 / 255}, {"epochs": 50}, {"dataset": "cifar100"}, {"eval_examples": 100},
-                    {"norm": "l2"}, {"select": "robust"}, {"quick": True}, {"lambda1": 0.0}, {"step_size": 0.01}):  # fmt: skip
+                    {"norm": "l2"}, {"select": "robust"}, {"quick": True}, {"lambda1": 0.0}, {"step_size": 0.01}, {"lambda2": 0.0},
+                    {"variant": "replace", "lambda1": 0.0}, {"lr_step": 30}):  # fmt: skip
         assert paper_row(Args(**changed), "none", {}) == {}
     assert paper_row(Args(variant="T0"), "init", {}) == {}
     for changed in ({"pretrain_epochs": 1}, {"pretrain_eps": 3.0}, {"dataset": "cifar100"}, {"val_fraction": 0.0}):
