@@ -47,8 +47,8 @@ from torch import Tensor, nn
 
 from common import (
     Images, Run, UserError, batches, ce_per_image, cli, eps_name, full_precision, load_checkpoint, load_data, load_model,
-    open_folder, pgd_attack, place_model, print_table, progress_bar, robust_accuracy, start_run, with_progress, world,
-    write_atomically, write_results,
+    open_folder, pgd_attack, place_model, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
+    suite_attacks, with_progress, world, write_atomically, write_results,
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ class Args:
     attack: bool = True  # robust accuracy too; off: clean accuracy only
     norm: Literal["own", "linf", "l2"] = "own"  # norm of the ball that the attack stays in; own: that of the checkpoint's training
     eps: float = 0.0  # radius of that ball, in [0, 1] pixel units, such as 8/255; 0: that of the checkpoint's training
+    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
     eval_steps: int = 20  # PGD steps
     examples: int = 0  # images per cell that are attacked, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
@@ -107,12 +108,19 @@ PAPER_RUN = dict(
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
-# Each reader gives the types of corruption it has and a function cell(corruption, severity) -> Images.
-
-Cell = Callable[[str, int], Images]
 
 
-def open_arrays(folder: Path, device: torch.device) -> tuple[list[str], Cell]:
+@dataclass
+class Corrupted:
+    """A corrupted test set, of which nothing has been read yet."""
+
+    types: list[str]  # the corruptions it has
+    classes: int
+    probe: Callable[[str, int], str]  # (type, severity) -> what identifies the cell; raises UserError if it cannot be read
+    cell: Callable[[str, int], Images]  # (type, severity) -> its images
+
+
+def open_arrays(folder: Path, classes: int, device: torch.device) -> Corrupted:
     """CIFAR-10-C's format: <corruption>.npy uint8 (5 n, H, W, 3), rows (s - 1) n ... s n - 1 have severity s; labels.npy (5 n,).
 
     Files are memory-mapped: only the cell that is asked for is read. Raises UserError for a missing or ill-formed file.
@@ -120,64 +128,99 @@ def open_arrays(folder: Path, device: torch.device) -> tuple[list[str], Cell]:
 
     def load(name: str) -> np.ndarray:
         try:
-            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return array
         except FileNotFoundError:
             raise UserError(f"{folder} has no {name}.npy; get the whole set with --download, or make one with --generate.") from None
+        except PermissionError:
+            raise UserError(f"no permission to read {folder / name}.npy.") from None
         except (OSError, ValueError, EOFError):
-            raise UserError(f"{folder / name}.npy is damaged or not an array; remove it and use --download.") from None
+            pass
+        raise UserError(f"{folder / name}.npy is damaged or not an array; remove it and use --download.")
 
     labels = load("labels")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) % 5 or not len(labels):
         raise UserError(f"{folder}/labels.npy holds {labels.dtype} {labels.shape}; expected integers for 5 severities of equal size.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{folder}/labels.npy has labels from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}: is it the right --dataset?")
     n = len(labels) // 5
     names = [name for name in BENCHMARK + EXTRA if (folder / f"{name}.npy").exists()]
 
-    def cell(corruption: str, severity: int) -> Images:
+    def open_type(corruption: str) -> np.ndarray:
         pixels = load(corruption)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] != pixels.shape[2]:
             raise UserError(f"{folder}/{corruption}.npy holds {pixels.dtype} {pixels.shape}; expected uint8 (rows, size, size, 3).")
         if len(pixels) != len(labels):
             raise UserError(f"{folder}/{corruption}.npy has {len(pixels)} rows, labels.npy {len(labels)}; get the set again.")
+        return pixels
+
+    def probe(corruption: str, severity: int) -> str:
+        first = open_type(corruption)[(severity - 1) * n :][:300]
+        return hashlib.md5(first.tobytes() + labels.tobytes(), usedforsecurity=False).hexdigest()
+
+    def cell(corruption: str, severity: int) -> Images:
+        pixels = open_type(corruption)
         rows = slice((severity - 1) * n, severity * n)
         block = torch.from_numpy(np.array(pixels[rows])).to(device).permute(0, 3, 1, 2)  # (n, 3, H, W)
         return _images(block, torch.from_numpy(labels[rows].astype(np.int64)))
 
-    return names, cell
+    return Corrupted(names, classes, probe, cell)
 
 
 def _images(pixels: Tensor, labels: Tensor) -> Images:
-    return Images(pixels, labels, [str(i) for i in range(int(labels.max()) + 1)], torch.arange(len(labels)))
+    return Images(pixels, labels, [], torch.arange(len(labels)))
 
 
-def open_folders(root: Path, size: int) -> tuple[list[str], Cell]:
+def open_folders(root: Path, size: int) -> Corrupted:
     """ImageNet-C's format: root/<corruption>/<severity>/<class>/*.jpg|png, streamed. Raises UserError if there is none."""
     names = {p.parent.name for p in root.glob("*/[1-5]") if p.is_dir()}
     known = [name for name in BENCHMARK + EXTRA if name in names]
-    return known + sorted(names - set(known)), lambda corruption, severity: open_folder(root / corruption / str(severity), size)
+    if not names:
+        raise UserError(f"no corruptions in {root}: expected <corruption>/<severity>/<class>/*.jpg|png there; see --data-dir.")
+
+    def classes_of(folder: Path) -> list[str]:
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+    all_classes = max((classes_of(p) for name in names for p in root.glob(f"{name}/[1-5]")), key=len)
+
+    def probe(corruption: str, severity: int) -> str:
+        # ImageFolder numbers the classes it finds: one that is missing would shift the labels of all after it.
+        if (found := classes_of(root / corruption / str(severity))) != all_classes:
+            odd = min(set(found) ^ set(all_classes))
+            raise UserError(f"{root / corruption / str(severity)} has {len(found)} class folders, others {len(all_classes)} (such as '{odd}').")
+        return " ".join(found)
+
+    def cell(corruption: str, severity: int) -> Images:
+        return open_folder(root / corruption / str(severity), size)
+
+    return Corrupted(known + sorted(names - set(known)), len(all_classes), probe, cell)
 
 
 def download(dataset: str, root: Path, mirror: str = "") -> None:
     """Fetch the official archive into `root`, check its MD5 and unpack it; what an interrupted call has fetched is kept and
     continued. Raises UserError if it cannot be had or is not the official one."""
     name, record, md5 = ARCHIVES[dataset]
-    if (root / name / "labels.npy").exists():
+    wanted = {f"{c}.npy" for c in [*BENCHMARK, *EXTRA, "labels"]}
+    if any(all((folder / file).exists() for file in wanted) for folder in (root, root / name)):
         return
     archive = root / f"{name}.tar"
     url = f"{mirror.rstrip('/')}/{name}.tar" if mirror else f"https://zenodo.org/records/{record}/files/{name}.tar?download=1"
     root.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
+    if fetched := not archive.exists():
         fetch(url, archive)
     digest = hashlib.md5(usedforsecurity=False)
     with open(archive, "rb") as f:
         while block := f.read(2**20):
             digest.update(block)
     if digest.hexdigest() != md5:
+        if not fetched:
+            raise UserError(f"{archive}, which was there already, is not the official one (MD5 {digest.hexdigest()}, not {md5}): move it away.")
         archive.unlink()
         raise UserError(f"{url} is not the official {name}.tar (MD5 {digest.hexdigest()}, not {md5}); it was removed, try again.")
     (root / name).mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
         # Files of these names only, wherever in the archive they are, go to one folder: nothing can be written elsewhere.
-        wanted = {f"{c}.npy" for c in [*BENCHMARK, *EXTRA, "labels"]}
         members = {Path(m.name).name: m for m in tar if m.isfile() and Path(m.name).name in wanted}
         for file in sorted(members, key=lambda file: file == "labels.npy"):  # labels last: their presence says it is complete
             write_atomically(root / name / file, lambda f: shutil.copyfileobj(tar.extractfile(members[file]), f))
@@ -188,8 +231,8 @@ def fetch(url: str, target: Path) -> None:
     """Download to `target` through `target`.part, which is continued if it is there. Raises UserError when it breaks off."""
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as answer:
             have = have if answer.status == 206 else 0  # 200: this host starts again from the beginning
             total = have + int(answer.headers.get("Content-Length", 0))
@@ -202,7 +245,7 @@ def fetch(url: str, target: Path) -> None:
                         bar.update(len(block))
         if have < total:
             raise http.client.IncompleteRead(b"", total - have)
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:  # ValueError: not a URL
         if not (isinstance(e, urllib.error.HTTPError) and e.code == 416):  # 416: nothing is left to fetch
             raise UserError(
                 f"could not fetch {url} ({' '.join(str(e).split()) or type(e).__name__}); {have / 2**20:.1f} MB are kept in {part}: "
@@ -445,7 +488,7 @@ def corrupt(pixels: Tensor, corruption: str, severity: int, seed: int = 0) -> Te
     return torch.cat([(part.clamp(0, 1) * 255 + 1e-3).byte() for part in parts])
 
 
-def generated(test_set: Images, device: torch.device, seed: int) -> tuple[list[str], Cell]:
+def generated(test_set: Images, device: torch.device, seed: int) -> Corrupted:
     """The corruptions of GENERATORS, made from `test_set` when asked for. Raises UserError if it is not held in memory."""
     if not isinstance(test_set.pixels, Tensor):
         raise UserError("--generate needs a test set that fits in memory; this folder is too large: take a part of it.")
@@ -453,14 +496,22 @@ def generated(test_set: Images, device: torch.device, seed: int) -> tuple[list[s
     if pixels.shape[-1] < 32:
         raise UserError("--generate needs --image-size 32 or more: the corruptions' constants are in pixels.")
     names = [name for name in BENCHMARK + EXTRA if name in [f.__name__ for f in GENERATORS]]
-    return names, lambda corruption, severity: _images(corrupt(pixels, corruption, severity, seed).to(device), labels)
+
+    def probe(corruption: str, severity: int) -> str:
+        return hashlib.md5(pixels[:300].cpu().numpy().tobytes(), usedforsecurity=False).hexdigest()
+
+    def cell(corruption: str, severity: int) -> Images:
+        return _images(corrupt(pixels, corruption, severity, seed).to(device), labels)
+
+    return Corrupted(names, len(test_set.classes), probe, cell)
 
 
 # ---- evaluating ----------------------------------------------------------------------------------------------------
 
 
-def load_networks(args: Args, device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
-    """{name: (network in eval mode, the arguments it was trained with and its norm and radius)} of the checkpoints."""
+def load_networks(args: Args, classes: int, device: torch.device) -> dict[str, tuple[nn.Module, dict]]:
+    """{name: (network in eval mode, the arguments it was trained with and its norm and radius)} of the checkpoints.
+    Raises UserError for one that cannot be read, knows another number of classes, or was not trained to classify."""
     paths = [Path(p) for p in args.checkpoints]
     states = [load_checkpoint(p) for p in paths]
     variants = ["plain" if s.get("stage") == "plain" else s.get("args", {}).get("variant", "") for s in states]
@@ -472,6 +523,11 @@ def load_networks(args: Args, device: torch.device) -> dict[str, tuple[nn.Module
     networks = {}
     for name, path, state in zip(names, paths, states, strict=True):
         trained = state.get("args", {})
+        if state.get("stage") == "pretrain" or "stage_index" in state:
+            raise UserError(f"{path} is not a finished classifier (pre-training, or a run's last state): name a best.pt or plain.pt.")
+        has = next(iter(state["network"].get("heads", {"": 0}).values()))  # classes of the first head
+        if has != classes:
+            raise UserError(f"{path} knows {has} classes, the data have {classes}: is it the right --dataset?")
         norm = trained.get("norm") if args.norm == "own" else args.norm
         eps = args.eps or trained.get("eps")
         if args.attack and (norm not in ("linf", "l2") or not isinstance(eps, float | int) or not 0 <= eps < math.inf):
@@ -502,17 +558,15 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
                 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
                 images = images.subset(order[: args.examples])
             generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
-            keep_best = trained.get("keep_best", False)
-            attack = pgd_attack(
-                trained["attack_norm"], trained["attack_eps"], args.eval_steps, keep_best=keep_best, generator=generator
-            )
-            accuracy = robust_accuracy(
-                model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x)
-            )
-            rows.append({
-                "attack": f"pgd-{args.eval_steps}", "norm": trained["attack_norm"], "eps": trained["attack_eps"],
-                "examples": len(images), "accuracy": round(accuracy, 2),
-            })  # fmt: skip
+            norm, eps = trained["attack_norm"], trained["attack_eps"]
+            if args.eval_attack == "pgd20":
+                name, keep_best = f"pgd-{args.eval_steps}", trained.get("keep_best", False)
+                attack = pgd_attack(norm, eps, args.eval_steps, keep_best=keep_best, generator=generator)
+                accuracy = robust_accuracy(model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x))
+            else:
+                name, attacks = args.eval_attack, suite_attacks(args.eval_attack, norm, eps, args.seed)
+                accuracy = suite_accuracy(model, stream(images), attacks, batch_size=args.batch_size)["square"]
+            rows.append({"attack": name, "norm": norm, "eps": eps, "examples": len(images), "accuracy": round(accuracy, 2)})
     return rows
 
 
@@ -609,34 +663,45 @@ def main(args: Args) -> dict:
 def evaluate_all(run: Run, args: Args) -> dict:
     """Every cell for every network, written down as it is done."""
     begin = time.perf_counter()
-    try:
-        severities = [int(s) for s in args.severities.split(",")]
-        assert severities and set(severities) <= {1, 2, 3, 4, 5}
-    except (ValueError, AssertionError):
-        raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.") from None
-    names, cell = open_data(args, run.device)
-    chosen = [c for c in args.corruptions.split(",") if c] or names
+    severities = list(dict.fromkeys(s.strip() for s in args.severities.split(",")))
+    if not set(severities) <= set("12345"):
+        raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.")
+    severities = [int(s) for s in severities]
+    data = open_data(args, run.device)
+    chosen = list(dict.fromkeys(c.strip() for c in args.corruptions.split(",") if c.strip())) or data.types
     if not args.corruptions and not args.generate and args.dataset != "folder":
-        chosen = BENCHMARK + [c for c in EXTRA if c in names]  # a missing benchmark type is an error, not a smaller mean
-    if unknown := [c for c in chosen if c not in names]:
-        raise UserError(f"there is no '{unknown[0]}' here ({', '.join(names) or 'nothing at all'}); see --corruptions and --download.")
+        chosen = BENCHMARK + [c for c in EXTRA if c in data.types]  # a missing benchmark type is an error, not a smaller mean
+    if unknown := [c for c in chosen if c not in data.types]:
+        raise UserError(f"there is no '{unknown[0]}' here ({', '.join(data.types) or 'nothing at all'}); see --corruptions and --download.")
+    inputs = {f"{c} {s}": data.probe(c, s) for c in chosen for s in severities}  # can all be read?
+    if args.checkpoints:
+        load_networks(args, data.classes, torch.device("cpu"))  # these too? Ask before the work begins
     run.begin()
     if not args.checkpoints:
         args.checkpoints = train_digits(run)
-    networks = load_networks(args, run.device)
+    networks = load_networks(args, data.classes, run.device)
+    for name, (_, trained) in networks.items():
+        if trained.get("dataset") not in (args.dataset, "folder"):
+            run.say(f"note: {name} was trained on {trained.get('dataset', 'unknown data')}, not on {args.dataset}.")
 
-    done = run.folder / "cells.jsonl"
-    rows = [json.loads(line) for line in done.read_text().splitlines()] if args.resume and done.exists() else []
+    # Of a run that is resumed, cells already done count if checkpoints and data are still the same.
+    inputs |= {p: hashlib.md5(Path(p).read_bytes(), usedforsecurity=False).hexdigest() for p in args.checkpoints}
+    rows = []
+    try:
+        if (run.folder / "cells.jsonl").exists():
+            if json.loads((run.folder / "inputs.json").read_text()) != inputs:
+                raise UserError(f"--resume: checkpoints or data have changed since {run.folder} began: choose another --out.")
+            rows = [json.loads(line) for line in (run.folder / "cells.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        raise UserError(f"{run.folder} has a damaged inputs.json or cells.jsonl: choose another --out.") from None
+    run.write("inputs.json", json.dumps(inputs, indent=1))
     finished = {(r["name"], r["corruption"], r["severity"]) for r in rows}
     for corruption in chosen:
         for severity in severities:
             todo = [name for name in networks if (name, corruption, severity) not in finished]
-            images = cell(corruption, severity) if todo else None
+            images = data.cell(corruption, severity) if todo else None
             for name in todo:
                 model, trained = networks[name]
-                has = next(iter(model.spec["heads"].values()))  # classes of the first head
-                if has < len(images.classes):
-                    raise UserError(f"{name} knows {has} classes, {corruption} has {len(images.classes)}: is it the right --dataset?")
                 label = f"{corruption} {severity}, {name}"
                 rows += [
                     {"name": name} | row | {"paper": None, "corruption": corruption, "severity": severity, "generated": args.generate}
@@ -648,11 +713,12 @@ def evaluate_all(run: Run, args: Args) -> dict:
             for name in networks
         ))  # fmt: skip
     as_paper = args.dataset == "cifar10" and not args.generate and set(severities) == {1, 2, 3, 4, 5}
-    as_paper = as_paper and args.eval_steps == 20 and not args.examples and not args.eval_amp
+    as_paper = as_paper and all(row["examples"] == 10_000 for row in rows)
+    as_paper = as_paper and args.eval_attack == "pgd20" and args.eval_steps == 20 and not args.examples and not args.eval_amp
     return write_results(run, rows + summarise(rows, networks, as_paper), time.perf_counter() - begin)
 
 
-def open_data(args: Args, device: torch.device) -> tuple[list[str], Cell]:
+def open_data(args: Args, device: torch.device) -> Corrupted:
     """The reader that the flags ask for. Raises UserError if the data are not there."""
     root = Path(args.data_dir)
     if args.generate:
@@ -669,12 +735,9 @@ def open_data(args: Args, device: torch.device) -> tuple[list[str], Cell]:
         folder = root if (root / "labels.npy").exists() else root / name
         if not folder.is_dir():
             raise UserError(f"no {name} in {root}: name the folder that holds it with --data-dir, fetch it with --download, or make one with --generate.")
-        return open_arrays(folder, device)
+        return open_arrays(folder, {"cifar10": 10, "cifar100": 100}[args.dataset], device)
     if args.dataset == "folder":
-        names, cell = open_folders(root, args.image_size)
-        if not names:
-            raise UserError(f"no corruptions in {root}: expected <corruption>/<severity>/<class>/*.jpg|png there; see --data-dir.")
-        return names, cell
+        return open_folders(root, args.image_size)
     raise UserError(f"there is no corrupted version of {args.dataset} to read: add --generate.")
 
 
@@ -685,7 +748,7 @@ def draw(results: dict, run: Run) -> None:
         import report
 
         report.figure4([results], path)
-    except ImportError as e:
+    except (ImportError, UserError) as e:
         run.say(f"(no picture: {e})")
     else:
         run.say(f"the bars of Figure 4: {path}")

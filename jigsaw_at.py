@@ -113,6 +113,7 @@ class Args:
     # evaluation
     val_fraction: float = 0.15  # share of the training images held out to select the model
     select: Literal["clean", "robust", "last"] = "clean"  # epoch to report: best validation accuracy, or the last
+    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
     eval_steps: int = 20  # PGD steps
     eval_eps: str = ""  # comma-separated radii; empty: those of the paper's tables (--quick: quarters of --eps)
     eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
@@ -139,7 +140,7 @@ PAPER_DATA_AND_MODEL = dict(
     dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
 )  # fmt: skip
 PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
-    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_steps=20, eval_examples=0, eval_amp=False,
+    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20, eval_examples=0, eval_amp=False,
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jigsaw_at
 import rotation_at
-from common import UserError, cli, eps_name
+from common import UserError, cli, eps_name, write_atomically
 from jigsaw_at import PAPER as JIGSAW_PAPER
 from rotation_at import PAPER, PAPER_EPS
 
@@ -57,9 +57,11 @@ def read(paths: tuple[str, ...]) -> list[dict]:
     for file in files:
         try:
             result = json.loads(file.read_text())
-            assert {"script", "args", "rows"} <= result.keys()
-            assert all({"name", "attack", "norm", "eps", "examples", "accuracy", "paper"} <= row.keys() for row in result["rows"])
-        except (OSError, ValueError, AssertionError, AttributeError, TypeError):
+            needed = {"name", "attack", "norm", "eps", "examples", "accuracy", "paper"}
+            args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
+            if not result["rows"] or not args <= result["args"].keys() or not all(needed <= row.keys() for row in result["rows"]):
+                raise ValueError
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{file} is not a results.json of these scripts.") from None
         results.append(result)
     if not results:
@@ -224,7 +226,7 @@ def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_ep
     below[0].set(ylabel=f"accuracy minus that of\n{next(iter(lines))} (points)", title="difference, up to training radius")
     below[1].set(ylabel="accuracy (%)", title="around it (dotted)")
     below[2].set(ylabel="accuracy (%)", title="beyond")
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -277,11 +279,14 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
         if len(lines) < 2:
             continue
         setting = ", ".join(part for part in group[0].setting.split(", ") if not part.startswith(VARIED))
-        name = re.sub(r"[^\w.-]+", "_", f"kucer-{kind}-{norm}-{eps_name(eps)}-{setting}".replace("--", ""))
-        path = unused(out / f"{name}.png", written)
+        path = unused(out / file_name(f"kucer-{kind}-{norm}-{eps_name(eps)}-{setting}"), written)
         plot_curves(lines, eps, norm, f"{setting}, trained with {norm} eps {eps_name(eps)}", path)
         written.append(path)
     return written
+
+
+def file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text.replace("--", ""))[:120] + ".png"
 
 
 def unused(path: Path, taken: list[Path]) -> Path:
@@ -333,7 +338,7 @@ def figure4(results: list[dict], path: Path) -> None:
     axes[0, 0].set_title(f"{dataset_name(results[0])}, {made}; mean over severities {args['severities']}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, ncols=4, loc="outside lower center")
     axes[-1, 0].set_xticks(range(len(types)), [kind.replace("_", " ") for kind in types], rotation=45, ha="right")
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -344,11 +349,14 @@ def main(args: Args) -> list[Path]:
     """Write all that the given results are enough for; returns the files."""
     results = read(args.results)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {out} ({e.strerror}); choose another --out.") from None
     written = []
     found = curves(results)
     if found:
-        (out / "kucer-tables.md").write_text(tables(found))
+        write_atomically(out / "kucer-tables.md", lambda f: f.write(tables(found).encode()))
         written.append(out / "kucer-tables.md")
     try:
         import matplotlib  # noqa: F401
@@ -362,7 +370,7 @@ def main(args: Args) -> list[Path]:
                 groups[tuple(result["args"].get(k) for k in SAME_CORRUPTIONS)].append(result)
         for group in groups.values():
             name = "-".join(dict.fromkeys(row["name"] for result in group for row in result["rows"]))
-            path = unused(out / re.sub(r"[^\w.-]+", "_", f"kucer-corruptions-{name}.png"), written)
+            path = unused(out / file_name(f"kucer-corruptions-{name}"), written)
             figure4(group, path)
             written.append(path)
     for path in written:

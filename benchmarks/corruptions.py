@@ -42,11 +42,11 @@ def main() -> None:
         rng = np.random.default_rng(0)
         np.save(Path(folder) / "labels.npy", np.tile(np.arange(args.rows // 5) % 10, 5))
         np.save(Path(folder) / "fog.npy", rng.integers(0, 256, (args.rows, 32, 32, 3), dtype=np.uint8))
-        _, cell = open_arrays(Path(folder), device)
+        data = open_arrays(Path(folder), 10, device)
 
         def read(rows: int):
             for severity in range(1, 6):
-                images = cell("fog", severity)
+                images = data.cell("fog", severity)
                 yield from batches(images.subset(torch.arange(min(len(images), rows // 5))), args.batch_size, device)
 
         table = []

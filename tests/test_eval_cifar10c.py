@@ -50,10 +50,10 @@ def cifar_c(tmp_path):
 
 
 def test_severity_blocks_land_in_the_right_cells(cifar_c):
-    names, cell = open_arrays(cifar_c, CPU)
-    assert names == BENCHMARK + EXTRA and len(names) == 19
+    data = open_arrays(cifar_c, 10, CPU)
+    assert data.types == BENCHMARK + EXTRA and len(data.types) == 19
     for severity in range(1, 6):
-        images = cell("fog", severity)
+        images = data.cell("fog", severity)
         assert images.pixels.shape == (4, 3, 32, 32) and images.pixels.dtype == torch.uint8
         assert images.pixels[:, 0, 0, 0].tolist() == [10 * severity + i for i in range(4)]
         assert images.labels.tolist() == [0, 1, 2, 3]
@@ -62,7 +62,7 @@ def test_severity_blocks_land_in_the_right_cells(cifar_c):
 def test_channels_are_not_mixed_up(cifar_c):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.save(cifar_c / "fog.npy", pixels)
-    images = open_arrays(cifar_c, CPU)[1]("fog", 2)
+    images = open_arrays(cifar_c, 10, CPU).cell("fog", 2)
     assert np.array_equal(images.pixels[1].numpy(), pixels[5].transpose(2, 0, 1))
 
 
@@ -74,7 +74,7 @@ def test_channels_are_not_mixed_up(cifar_c):
         (lambda f: np.save(f / "snow.npy", np.zeros((15, 32, 32, 3), np.uint8)), "15 rows, labels.npy 20"),
         (lambda f: np.save(f / "labels.npy", np.zeros(19, np.int64)), "5 severities of equal size"),
         (lambda f: np.save(f / "labels.npy", np.zeros(20, np.float32)), "expected integers"),
-        (lambda f: np.save(f / "labels.npy", np.full(20, 10)), "knows 10 classes"),
+        (lambda f: np.save(f / "labels.npy", np.full(20, 10)), "labels from 10 to 10; expected 0 to 9"),
         (lambda f: (f / "labels.npy").unlink(), "no labels.npy.*--download"),
         (lambda f: (f / "snow.npy").unlink(), "no 'snow' here.*--download"),
         (lambda f: (f / "snow.npy").write_bytes(b"\x93NUMPY rubbish"), "snow.npy is damaged"),
@@ -196,7 +196,7 @@ def test_an_interrupted_download_goes_on(tmp_path, host, ranges):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["CIFAR-10-C"]
     assert {p.stem for p in (tmp_path / "CIFAR-10-C").iterdir()} == {*BENCHMARK, *EXTRA, "labels"}  # and nothing else
     assert not (tmp_path.parent / "outside.npy").exists()
-    open_arrays(tmp_path / "CIFAR-10-C", CPU)[1]("fog", 5)
+    open_arrays(tmp_path / "CIFAR-10-C", 10, CPU).cell("fog", 5)
     script.download("cifar10", tmp_path, host.url)  # it is there: nothing is asked
     assert len(host.asked) == 2
 

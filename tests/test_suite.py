@@ -1,0 +1,368 @@
+"""The stronger attacks of common.py: against closed forms, definitions, and the reference implementation's numbers."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from torch import nn
+
+import rotation_at
+from common import (
+    apgd, apgd_checkpoints, build_model, ce_per_image, dlr, doubts, l2_norm, margin, multi_targeted, pgd_attack, robust_accuracy,
+    square, suite_accuracy, suite_attacks,
+)  # fmt: skip
+
+# ---- the reference: two small networks, 360 digits of 16 x 16, and how many the algorithms' authors' own code leaves standing
+# (AutoPGD: Croce and Hein; Square: Andriushchenko et al.; seed 0). One image is 0.28 points.
+REFERENCE = {
+    ("linf", "apgd-ce"): 34.17, ("linf", "apgd-dlr"): 35.83, ("linf", "square"): 36.39,
+    ("l2", "apgd-ce"): 71.39, ("l2", "apgd-dlr"): 73.06, ("l2", "square"): 84.17,
+}  # fmt: skip
+EPS = {"linf": 0.2, "l2": 1.5}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """(networks by norm, x, y)"""
+    with np.load(Path(__file__).with_name("reference_attacks.npz")) as z:
+        arrays = {k: z[k] for k in z.files}
+    x = torch.from_numpy(arrays["x"].astype(np.float32) / 256)[:, None].expand(-1, 3, -1, -1).contiguous()
+    networks = {}
+    for norm, prefix in (("linf", "Linf_"), ("l2", "L2_")):
+        conv = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(32, 32, 3, 2, 1)]
+        net = nn.Sequential(*[m for c in conv for m in (c, nn.ReLU())], nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+        net.load_state_dict({k[len(prefix) :]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix) and "correct" not in k})
+        networks[norm] = net.eval()
+    return networks, x, torch.from_numpy(arrays["y"].astype(np.int64))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "square"])
+def test_as_strong_as_the_reference(reference, norm, name):
+    """Each attack by itself, with the reference's budget (5 x 100; 5,000 queries), leaves at most one image (0.28 points) more."""
+    networks, x, y = reference
+    attack = [a for a in suite_attacks("suite", norm, EPS[norm]) if a[0] == name]
+    left = suite_accuracy(networks[norm], [(x, y)], attack)
+    assert left["none"] == pytest.approx({"linf": 92.5, "l2": 98.33}[norm], abs=0.01)
+    assert left[name] <= REFERENCE[norm, name] + 0.3
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_suite_is_never_weaker_than_pgd(reference, norm):
+    networks, x, y = reference
+    some = [(x[:60], y[:60])]
+    left = suite_accuracy(networks[norm], some, suite_attacks("suite-fast", norm, EPS[norm]), batch_size=32)
+    assert list(left) == ["none", "pgd-20", "apgd-ce", "apgd-dlr", "multi-targeted", "square"]
+    values = list(left.values())
+    assert values == sorted(values, reverse=True)
+    attack = pgd_attack(norm, EPS[norm], 20, generator=torch.Generator().manual_seed(0))
+    alone = robust_accuracy(networks[norm], some, lambda x, y: attack(lambda z: ce_per_image(networks[norm](z), y), x))
+    assert left["square"] <= alone
+
+
+def test_survivors_only_and_full_batches(reference):
+    networks, x, y = reference
+    seen = []
+
+    def attack(model, x, y, start):
+        seen.append((start, len(y)))
+        return torch.where(torch.arange(len(y)).view(-1, 1, 1, 1) % 2 == 0, 1 - x, x)  # about half of them fall
+
+    left = suite_accuracy(networks["linf"], [(x[i : i + 40], y[i : i + 40]) for i in range(0, 360, 40)], [("half", 3, attack)], batch_size=100)
+    standing = [sum(n for s, n in seen if s == start) for start in range(3)]
+    assert standing[0] == 333 and standing[0] > 1.5 * standing[1] and standing[1] > standing[2]
+    for start in range(3):
+        sizes = [n for s, n in seen if s == start]
+        assert all(n == 100 for n in sizes[:-1])  # gathered anew
+    assert 0 < left["half"] < left["none"] / 4
+
+
+# ---- AutoPGD ----
+
+
+@pytest.mark.parametrize(
+    ("steps", "paper", "code"),
+    [
+        (100, [22, 41, 57, 70, 80, 87, 93, 99], [22, 41, 57, 70, 80, 87, 93, 99]),
+        (60, [14, 25, 35, 42, 48, 53, 56, 60], [13, 25, 36, 46, 55]),
+        (40, [9, 17, 23, 28, 32, 35, 38, 40], [8, 15, 21, 26, 30, 33, 35, 37, 39]),
+        (20, [5, 9, 12, 14, 16, 18, 19, 20], [4, 7, *range(9, 21)]),
+        (10, [3, 5, 6, 7, 8, 9, 10], list(range(2, 11))),
+    ],
+)  # fmt: skip
+def test_checkpoints(steps, paper, code):
+    assert apgd_checkpoints(steps) == paper
+    got = apgd_checkpoints(steps, "code")
+    assert got[: len(code)] == code and len(got) - len(code) <= 1  # the table leaves out a last one at the very end
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_finds_the_optimum_of_a_linear_loss(norm):
+    w = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.full((4, 3, 8, 8), 0.5)
+    got = apgd(lambda z: (w * z).sum((1, 2, 3)), x, eps=0.1, norm=norm, steps=30)
+    want = x + 0.1 * (w.sign() if norm == "linf" else w / l2_norm(w))
+    assert ((w * got).sum((1, 2, 3)) >= 0.9999 * (w * (want - x)).sum((1, 2, 3)) + (w * x).sum((1, 2, 3))).all()
+
+
+def quadratic(curvature):
+    """Concave, with its top within the ball at x = 0.55 and another curvature for each image."""
+    return lambda z: -(curvature * (z - 0.55) ** 2).sum((1, 2, 3))
+
+
+def test_apgd_more_steps_are_never_worse_and_images_do_not_matter_to_each_other():
+    x = torch.full((3, 3, 6, 6), 0.5)
+    curvature = torch.tensor([1.0, 30.0, 0.01]).view(3, 1, 1, 1)
+    losses = [quadratic(curvature)(apgd(quadratic(curvature), x, eps=0.2, steps=k)) for k in (5, 10, 20, 40)]
+    # With few steps the checkpoints lie elsewhere, so only the trend is sure: more steps come closer to the top, 0.
+    assert (losses[3] > losses[0]).all() and (losses[3] > -1e-2 * curvature.flatten()).all()
+    alone = apgd(quadratic(curvature[:1]), x[:1], eps=0.2, steps=20)
+    together = apgd(quadratic(curvature), x, eps=0.2, steps=20)
+    assert torch.allclose(alone, together[:1], atol=1e-6)
+
+
+def test_apgd_halves_where_the_paper_says():
+    """On a loss whose values only fall, although its gradient is one everywhere: halved at each checkpoint, and back to the start."""
+    points, x = [], torch.full((2, 3, 4, 4), 0.5, dtype=torch.float64)
+
+    def loss(z):
+        points.append(z.detach().clone())
+        return 1.0 / len(points) + (z - z.detach()).flatten(1).sum(1)
+
+    apgd(loss, x, eps=0.01, norm="l2", steps=40)
+    assert len(points) == 41
+    step = 2 * 0.01
+    for w in [9, 17, 23, 28, 32, 35, 38]:
+        step /= 2
+        # From the best point, the first, by the halved step (projected) with weight 0.75, and 0.25 of the way from the point before.
+        ahead = points[0] + step * torch.ones_like(x) / 48**0.5
+        ahead = x + (ahead - x) * (0.01 / l2_norm(ahead - x)).clamp(max=1)
+        want = points[0] + 0.75 * (ahead - points[0]) + 0.25 * (points[0] - points[w - 1])
+        want = x + (want - x) * (0.01 / l2_norm(want - x)).clamp(max=1)
+        assert torch.allclose(points[w + 1], want, atol=1e-12)
+
+
+def reference_apgd(f, grad, x, eps, steps, start):
+    """Algorithm 1 once more, for one image in l2, in plain Python with a history of all values (the paper's checkpoints)."""
+
+    def project(z):
+        d = z - x
+        d = d * min(1.0, eps / max(float(np.linalg.norm(d)), 1e-12))
+        return np.clip(x + d, 0, 1)
+
+    w = [0, *apgd_checkpoints(steps)]
+    eta, history = 2 * eps, [f(start)]
+    x_max, f_max, g_max = start, history[0], grad(start)
+    before, z, g = start, start, g_max
+    etas, f_maxs, rises, current = {0: eta}, {0: f_max}, [], history[0]
+    for k in range(1, steps + 1):
+        a = 1.0 if k == 1 else 0.75
+        ahead = project(z + eta * g / (np.linalg.norm(g) + 1e-12))
+        z, before = project(z + a * (ahead - z) + (1 - a) * (z - before)), z
+        value = f(z)
+        rises.append(value > current)
+        current, g = value, grad(z)
+        if value > f_max:
+            x_max, f_max, g_max = z, value, g
+        if k in w:
+            j = w.index(k)
+            enough = sum(rises[w[j - 1] : w[j]]) >= 0.75 * (w[j] - w[j - 1])
+            stuck = j > 1 and etas[w[j - 1]] == etas[w[j - 2]] and f_max == f_maxs[w[j - 1]]
+            stuck = stuck or (j == 1 and f_max == f_maxs[0])
+            etas[k] = eta
+            f_maxs[k] = f_max
+            if not enough or stuck:
+                eta /= 2
+                z, g, current = x_max, g_max, f_max
+            etas[k] = eta
+    return x_max
+
+
+def test_apgd_against_a_second_implementation():
+    """A rugged loss, so that steps are halved and runs go back to their best points, in float64."""
+    rng = torch.Generator().manual_seed(0)
+    w = torch.randn(3, 3, 5, 5, generator=rng, dtype=torch.float64) * 6  # more than 20 steps would amplify rounding
+    x = 0.2 + 0.6 * torch.rand(3, 3, 5, 5, generator=rng, dtype=torch.float64)
+
+    def loss(z, w=w):
+        return (w * z).sum((1, 2, 3)).sin() + 0.3 * (3 * w * z).sin().sum((1, 2, 3))
+
+    got = apgd(loss, x, eps=0.5, norm="l2", steps=20, generator=torch.Generator().manual_seed(7))
+    u = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    start = (x + 0.5 * u / l2_norm(u)).clamp(0, 1)
+    for i in range(3):
+        f = lambda z: loss(torch.from_numpy(z)[None], w[i : i + 1]).item()  # noqa: B023, E731
+
+        def grad(z):
+            t = torch.from_numpy(z)[None].requires_grad_()
+            return torch.autograd.grad(loss(t, w[i : i + 1]).sum(), t)[0][0].numpy()  # noqa: B023
+
+        want = reference_apgd(f, grad, x[i].numpy(), 0.5, 20, start[i].numpy())
+        assert np.allclose(got[i].numpy(), want, atol=1e-7)
+
+
+def test_apgd_returns_the_last_point_that_fooled():
+    """Even where another point has a higher loss."""
+    x = torch.full((1, 3, 4, 4), 0.5)
+    seen = []
+
+    def loss(z):
+        seen.append(z.detach().clone())
+        return z.flatten(1).sum(1), torch.tensor([len(seen) == 4])
+
+    assert torch.equal(apgd(loss, x, eps=0.1, steps=20), seen[3])
+
+
+# ---- invariants of all ----
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["apgd", "multi-targeted", "square"])
+def test_ball_box_and_no_side_effects(name, norm):
+    torch.manual_seed(0)
+    model = build_model("resnet18", {"class": 10}, width=1 / 16, stem="imagenet").train()
+    x, y = torch.rand(5, 3, 32, 32), torch.arange(5)
+    x[0], x[1] = 0.0, 1.0
+    eps = {"linf": 0.05, "l2": 0.7}[norm]
+    attacks = {
+        "apgd": lambda: apgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=6, restarts=2),
+        "multi-targeted": lambda: multi_targeted(model, x, y, eps=eps, norm=norm, steps=6),
+        "square": lambda: square(model, x, y, eps=eps, norm=norm, queries=40),
+    }
+    model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    x_adv = attacks[name]()
+    assert torch.equal(torch.get_rng_state(), generator)  # torch's own random numbers are not touched
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+    assert all(p.grad is None for p in model.parameters()) and not x_adv.requires_grad
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    delta = x_adv - x
+    assert (delta.abs().max() if norm == "linf" else l2_norm(delta).max()) <= eps * (1 + 1e-5)
+    assert (delta.flatten(1).abs().amax(1) > 0).all()
+    assert torch.equal(x_adv, attacks[name]())  # and the attacks' own are the same each time
+
+
+def test_square_does_not_depend_on_the_batch(reference):
+    networks, x, y = reference
+    for norm in ("linf", "l2"):
+        whole = square(networks[norm], x[:20], y[:20], eps=EPS[norm], norm=norm, queries=60)
+        part = square(networks[norm], x[7:12], y[7:12], eps=EPS[norm], norm=norm, queries=60)
+        assert torch.allclose(whole[7:12], part, atol=1e-6)
+
+
+def test_more_queries_leave_a_smaller_margin(reference):
+    networks, x, y = reference
+    for norm in ("linf", "l2"):
+        few, many = (margin(networks[norm](square(networks[norm], x[:40], y[:40], eps=EPS[norm], norm=norm, queries=q)), y[:40]) for q in (20, 300))
+        assert (many <= few).all() and many.mean() < few.mean() - 0.5
+
+
+# ---- losses ----
+
+
+def test_margin_and_dlr():
+    logits = torch.randn(200, 7, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(200) % 7
+    for i in range(200):
+        others = [v for j, v in enumerate(logits[i].tolist()) if j != y[i]]
+        top = sorted(logits[i].tolist(), reverse=True)
+        assert margin(logits, y)[i].item() == pytest.approx(logits[i, y[i]].item() - max(others), abs=1e-6)
+        assert dlr(logits, y)[i].item() == pytest.approx(-(logits[i, y[i]].item() - max(others)) / (top[0] - top[2]), rel=1e-4)
+    wrong = logits.argmax(1) != y
+    assert torch.equal(margin(logits, y) < 0, wrong) and torch.equal(dlr(logits, y) > 0, wrong)
+    assert torch.allclose(dlr(5 * logits + 3, y), dlr(logits, y), atol=1e-4)
+
+
+def test_multi_targeted_takes_the_targets_in_turn(reference):
+    networks, x, y = reference
+    net = networks["linf"]
+    right = net(x).argmax(1) == y
+    x, y = x[right][:8], y[right][:8]
+    ends = [net(multi_targeted(net, x, y, eps=0.6, restart=r, steps=40)).argmax(1) for r in range(9)]
+    hits = torch.stack([end == (y + 1 + r) % 10 for r, end in enumerate(ends)]).float()
+    assert hits.mean() > 0.6  # the ball is large: most images reach their target class (chance: 10%)
+    starts = [multi_targeted(net, x, y, eps=0.01, restart=r, steps=0) for r in (0, 9)]
+    assert torch.equal(*starts)  # restart 9 has the target of restart 0
+
+
+# ---- doubts ----
+
+
+class Masked(nn.Module):
+    def __init__(self, net, how):
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x):
+        if self.how == "quantised":  # no gradient comes through
+            return self.net((x * 8).round() / 8) + 0 * x.sum()
+        logits = self.net(x)
+        if self.how == "random":
+            return logits + torch.randn_like(logits)
+        return {"probabilities": lambda: logits.softmax(1), "confident": lambda: 1000 * logits, "honest": lambda: logits}[self.how]()
+
+
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [("quantised", "gradient for the image is zero"), ("quantised", "Square"), ("random", "different outputs"),
+     ("probabilities", "probabilities"), ("confident", "gradient for the image is zero"), ("honest", None)],
+)  # fmt: skip
+def test_doubts_are_raised(reference, how, match):
+    networks, x, y = reference
+    torch.manual_seed(0)
+    found = doubts(Masked(networks["linf"], how), x[:120], y[:120], eps=0.2)
+    assert found == [] if match is None else any(match in line for line in found), found
+
+
+class Shy(nn.Module):
+    """Behaves at the image, and within a small distance of it leads every attack away: PGD that goes farther does worse."""
+
+    def __init__(self, x, y, radius):
+        super().__init__()
+        self.register_buffer("x", x)
+        self.y, self.radius = y, radius
+
+    def forward(self, z):
+        distance = (z[:, None] - self.x[None]).abs().flatten(2).amax(2)  # (B, N)
+        near, which = distance.min(1)
+        own = F.one_hot(self.y[which], 10).float()
+        inside = ((near > 0.5 * self.radius) & (near < 1.5 * self.radius)).float()[:, None]  # wrong in this shell only
+        return (own * (1 - 2 * inside)) * 5 + z.flatten(1).mean(1, keepdim=True) * (1 - own)
+
+
+def test_doubts_about_larger_radii(reference):
+    _, x, y = reference
+    found = doubts(Shy(x[:40], y[:40], 0.02), x[:40], y[:40], eps=0.02)
+    assert any("twice the radius leaves more accuracy" in line for line in found), found
+
+
+class Impatient(nn.Module):
+    """Its outputs are wrong for the images of the first 20 steps of an attack and right for those of a longer one: a caricature
+    of an attack that oscillates."""
+
+    def __init__(self, y):
+        super().__init__()
+        self.y, self.calls = y, 0
+
+    def forward(self, z):
+        self.calls += 1
+        logits = F.one_hot(self.y, 10).float() + 0.1 * z.flatten(1).mean(1, keepdim=True) * F.one_hot((self.y + 1) % 10, 10)
+        # doubts: 2 calls for determinism, 1 gradient, 20 steps and 1 look, then 60 steps and 1 look
+        return logits.roll(1, 1) if self.calls == 24 else logits
+
+
+def test_doubts_about_more_steps(reference):
+    _, x, y = reference
+    found = doubts(Impatient(y[:40]), x[:40], y[:40], eps=0.02)
+    assert any("PGD with more steps leaves more accuracy (100% after 60, 0% after 20)" in line for line in found), found
+
+
+def test_the_flag_reaches_the_table(tmp_path, capsys):
+    args = rotation_at.Args(**TINY | dict(variant="T0", epochs=1, eval_examples=30, eval_attack="suite-fast", out=str(tmp_path)))
+    rows = rotation_at.main(args)["rows"]
+    assert [r["attack"] for r in rows] == ["none", "suite-fast"]
+    assert rows[1]["accuracy"] == round(rows[1]["after"]["square"], 2) <= rows[1]["after"]["pgd-20"]
+    assert "under SUITE-FAST" in capsys.readouterr().out
