@@ -286,6 +286,7 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
 
 
 def file_name(text: str) -> str:
+    """A name for a picture: only harmless characters, not too long."""
     return re.sub(r"[^\w.-]+", "_", text.replace("--", ""))[:120] + ".png"
 
 

@@ -118,6 +118,22 @@ def test_a_network_without_a_radius_needs_one(tmp_path, one_sentence):
     assert "give --norm and --eps" in one_sentence(script, *argv, "--out", tmp_path / "run")
 
 
+def test_networks_that_do_not_fit_the_data(tmp_path, cifar_c, checkpoint, one_sentence):
+    state = load_checkpoint(checkpoint)
+    hundred = build_model("resnet18", {"class": 100}, width=1 / 16)
+    save_checkpoint(tmp_path / "hundred.pt", {"network": hundred.spec, "model": hundred.state_dict(), "args": state["args"]})
+    save_checkpoint(tmp_path / "pretrain.pt", state | {"stage": "pretrain"})
+    more = ["--data-dir", cifar_c.parent, "--no-attack", "--corruptions", "fog"]
+    assert "knows 100 classes, the data have 10" in one_sentence(script, tmp_path / "hundred.pt", *more, "--out", tmp_path / "a")
+    assert "not a finished classifier" in one_sentence(script, tmp_path / "pretrain.pt", *more, "--out", tmp_path / "a")
+    assert "not a finished classifier" in one_sentence(script, checkpoint.parent / "last.pt", *more, "--out", tmp_path / "a")
+    assert "named twice" in one_sentence(script, checkpoint, checkpoint, *more, "--out", tmp_path / "a")
+    labels = np.tile(np.array([0, -1, 2, 3]), 5)
+    np.save(cifar_c / "labels.npy", labels)
+    assert "labels from -1 to 3" in one_sentence(script, checkpoint, *more, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()  # nothing was begun, so the corrected command can use the name
+
+
 def test_imagenet_c_folders(tmp_path, checkpoint):
     """ImageNet-C's layout gives the accuracies of the same pixels in CIFAR-10-C's."""
     rng, labels = np.random.default_rng(0), np.tile(np.arange(10), 5)
@@ -132,6 +148,9 @@ def test_imagenet_c_folders(tmp_path, checkpoint):
     more = dict(checkpoints=(str(checkpoint),), data_dir=str(tmp_path), attack=False, workers=0)
     a = main(Args(**more, dataset="folder", out=str(tmp_path / "a")))
     b = main(Args(**more, corruptions="fog,snow", out=str(tmp_path / "b")))
+    (tmp_path / "fog" / "2" / "class3").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="fog/2 has 9 class folders, others 10 .such as 'class3'."):
+        main(Args(**more, dataset="folder", out=str(tmp_path / "c")))
     key = lambda r: (r["corruption"], r["severity"])  # noqa: E731
     assert {key(r): r["accuracy"] for r in a["rows"]} == {key(r): r["accuracy"] for r in b["rows"]}
     assert len(a["rows"]) == 11
@@ -212,6 +231,10 @@ def test_a_wrong_checksum_is_refused(tmp_path, host, monkeypatch, one_sentence):
     argv = ["x.pt", "--download", "--data-mirror", host.url, "--data-dir", tmp_path, "--out", tmp_path / "run"]
     assert "not the official CIFAR-10-C.tar" in one_sentence(script, *argv)
     assert list(tmp_path.iterdir()) == []  # neither the archive nor anything out of it, nor a folder of the run
+    (tmp_path / "CIFAR-10-C.tar").write_bytes(b"the user's own")
+    assert "was there already" in one_sentence(script, *argv) and (tmp_path / "CIFAR-10-C.tar").exists()
+    (tmp_path / "CIFAR-10-C.tar").unlink()
+    assert "could not fetch nonsense" in one_sentence(script, *["nonsense" if a == host.url else a for a in argv])
     host.shutdown()
     host.server_close()
     assert re.search("could not fetch .*--data-mirror, or use --generate", one_sentence(script, *argv))
@@ -397,6 +420,34 @@ def test_the_paper_stands_beside_its_own_setting_only():
     assert all(p is None for _, p in papers(own, as_paper=False))
     assert [p for _, p in papers(own | {"attack_eps": 0.5})] == [76.52, 76.52, None, None]
     assert [p for _, p in papers(own, rows=[r for r in rows if r["corruption"] != "fog"])] == [None] * 4
+
+
+def test_nothing_counts_twice(tmp_path, checkpoint):
+    argv = dict(checkpoints=(str(checkpoint),), generate=True, dataset="digits", attack=False)
+    a = main(Args(**argv, severities="1, 5,1", corruptions="fog, contrast,fog", out=str(tmp_path / "a")))
+    b = main(Args(**argv, severities="1,5", corruptions="fog,contrast", out=str(tmp_path / "b")))
+    assert a["rows"] == b["rows"]
+
+
+def test_a_resumed_run_does_not_mix_networks(tmp_path, checkpoint):
+    """A checkpoint that changed since: refused, rather than a table of two networks."""
+    mine = tmp_path / "net.pt"
+    state = load_checkpoint(checkpoint)
+    save_checkpoint(mine, state)
+    argv = dict(checkpoints=(str(mine),), generate=True, dataset="digits", severities="1", attack=False, corruptions="fog", out=str(tmp_path / "run"))
+    main(Args(**argv))
+    (tmp_path / "run" / "results.json").unlink()
+    save_checkpoint(mine, state | {"model": {k: v * 1.5 for k, v in state["model"].items()}})
+    with pytest.raises(UserError, match="have changed since"):
+        main(Args(**argv, resume=True))
+
+
+def test_without_matplotlib_there_is_no_picture_but_a_table(tmp_path, checkpoint):
+    block = f"import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+    code = block + "import common, eval_cifar10c; common.cli(eval_cifar10c.main, eval_cifar10c.Args)"
+    argv = [str(checkpoint), "--generate", "--dataset", "digits", "--corruptions", "fog", "--severities", "1", "--no-attack"]
+    done = subprocess.run([sys.executable, "-c", code, *argv, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "no picture" in done.stdout and "fog" in done.stdout and not done.stderr
 
 
 def test_several_checkpoints_and_resume(tmp_path, checkpoint, capsys):

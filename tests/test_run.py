@@ -173,6 +173,25 @@ def test_a_run_is_not_overwritten(one_sentence, command, reference):
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def test_a_folder_of_something_else_is_left_alone(one_sentence, tmp_path, reference):
+    """Another script's run, and results without a run."""
+    folder, _ = reference
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "is a run of rotation_at.py, not of jigsaw_at.py" in one_sentence(jigsaw_at, "--resume", "--out", folder)
+    assert "is a run of rotation_at.py" in one_sentence(jigsaw_at, *flags(TINY | {"out": folder}))
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+    (tmp_path / "results.json").write_bytes(before["results.json"])
+    for more in ([], ["--resume"]):
+        assert "holds results but no config.json" in one_sentence(rotation_at, *flags(TINY | {"out": tmp_path}), *more)
+
+
+def test_names_with_brackets_are_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        start_run(tiny(resume=True), "rotation_at", name="run[1]").begin()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["run[1]"]
+
+
 def test_output_that_cannot_be_written(one_sentence, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot make the run's folder" in one_sentence(rotation_at, *flags(TINY | {"out": tmp_path / "file" / "run"}))
