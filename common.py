@@ -1000,6 +1000,119 @@ def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # channels_last in memory
 
 
+# ---- augmentations for contrastive learning, drawn per image (torchvision's draw once per batch) ----
+
+
+def random_resized_crop(
+    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Tensor:
+    """Cut a random box out of each image and enlarge it to the image's size, bicubic; x (B, C, H, W) in [0, 1].
+
+    The box: `scale` is its share of the area, `ratio` its width over its height, log-uniform. Of 10 draws the first that fits
+    into the image counts, else the whole image. As torchvision's, but it reads pixels beyond the box at the box's border.
+    """
+    b, _, h, w = x.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, device=x.device)
+
+    area = h * w * uniform(*scale, b, 10)
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), b, 10).exp()
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, 10)
+    fits = (width >= 1) & (width <= w) & (height >= 1) & (height <= h)
+    first = fits.float().argmax(1, keepdim=True)
+    found = fits.any(1)
+    width = torch.where(found, width.gather(1, first).squeeze(1), w)  # (B,)
+    height = torch.where(found, height.gather(1, first).squeeze(1), h)
+    left = (uniform(0, 1, b) * (w - width + 1)).floor()
+    top = (uniform(0, 1, b) * (h - height + 1)).floor()
+    return crop_resize(x, torch.stack([left, top, width, height], 1))
+
+
+def crop_resize(x: Tensor, boxes: Tensor) -> Tensor:
+    """The box (left, top, width, height), in pixels, of each image, resized to the image's size, bicubic, clipped to [0, 1].
+
+    x: (B, C, H, W); boxes: (B, 4).
+    """
+    _, _, h, w = x.shape
+    left, top, width, height = boxes.to(x.dtype).unbind(1)
+    across = (torch.arange(w, device=x.device) + 0.5) / w * width[:, None] + left[:, None]  # (B, W), where to look
+    down = (torch.arange(h, device=x.device) + 0.5) / h * height[:, None] + top[:, None]  # (B, H)
+    grid = torch.stack([
+        (2 * across / w - 1)[:, None, :].expand(-1, h, -1), (2 * down / h - 1)[:, :, None].expand(-1, -1, w)
+    ], 3)  # fmt: skip
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
+
+
+def random_flip(x: Tensor) -> Tensor:
+    """Mirror each image with probability 1/2."""
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+
+
+def to_grey(x: Tensor) -> Tensor:
+    """Luminance (B, 1, H, W) of RGB images (B, 3, H, W)."""
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of x (B, 3, H, W) in [0, 1] by `shift` (B, 1, 1, 1), in turns (0.5 is the opposite colour)."""
+    r, g, b = x.unbind(1)
+    high, low = x.amax(1), x.amin(1)
+    span = high - low
+    safe = span.clamp(min=1e-8)
+    hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) / 6
+    hue = (hue[:, None] + shift) % 1  # (B, 1, H, W)
+    k = (hue * 6 + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
+    return high[:, None] - span[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(
+    x: Tensor, brightness: float, contrast: float, saturation: float, hue: float, p: float = 0.8
+) -> Tensor:
+    """With probability p, change brightness, contrast, saturation and hue of an image, in random order; x (B, 3, H, W) in [0, 1].
+
+    Factors are uniform in 1 - v ... 1 + v, the hue's shift in -v ... v turns, as torchvision's ColorJitter; clipped after each.
+    """
+    b = len(x)
+
+    def factor(v: float) -> Tensor:
+        return 1 + v * (2 * torch.rand(b, 1, 1, 1, device=x.device) - 1)
+
+    f_brightness, f_contrast, f_saturation, f_hue = factor(brightness), factor(contrast), factor(saturation), factor(hue) - 1
+    order = torch.rand(b, 4, device=x.device).argsort(1)
+    out = x
+    for place in range(4):
+        now = order[:, place].view(b, 1, 1, 1)  # which of the four each image gets here
+        grey = to_grey(out)
+        mean = grey.mean((2, 3), keepdim=True)
+        changed = torch.where(now == 0, out * f_brightness, mean + (out - mean) * f_contrast)
+        changed = torch.where(now == 2, grey + (out - grey) * f_saturation, changed)
+        out = torch.where(now == 3, adjust_hue(out, f_hue), changed).clamp(0, 1)
+    return torch.where(torch.rand(b, 1, 1, 1, device=x.device) < p, out, x)
+
+
+def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
+    """With probability p, smooth an image with a Gaussian of its own sigma, kernel a tenth of its side (SimCLR)."""
+    b, c, h, w = x.shape
+    radius = max(h // 20, 1)
+    s = sigma[0] + (sigma[1] - sigma[0]) * torch.rand(b, 1, device=x.device)
+    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / s) ** 2)
+    line = (line / line.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (B * C, 1, 2 radius + 1)
+    out = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, b * c, h + 2 * radius, w + 2 * radius)
+    out = F.conv2d(out, line[:, :, None, :], groups=b * c)
+    out = F.conv2d(out, line[:, :, :, None], groups=b * c).view(b, c, h, w)
+    return torch.where(torch.rand(b, 1, 1, 1, device=x.device) < p, out, x)
+
+
+def simclr_augment(x: Tensor, strength: float = 0.5, blur: float = 0.0) -> Tensor:
+    """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop, flip, colour jitter (p 0.8; brightness, contrast and
+    saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images, blur with probability `blur`."""
+    x = random_flip(random_resized_crop(x))
+    x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
+    return random_blur(x, blur) if blur else x
+
+
 # ---- self-supervised tasks: images are moved, not computed with, so that norms and the attacks' balls are kept ----
 
 
@@ -1149,6 +1262,53 @@ class ResNet(nn.Module):
         return x.mean((2, 3))
 
 
+class PreActBlock(nn.Module):
+    """BatchNorm, ReLU and 3x3 convolution, twice, and a shortcut (He et al. 2016b); where the shape changes, the shortcut is a 1x1
+    convolution of the activated input (as in the networks of Rice et al. 2020)."""
+
+    expansion = 1
+
+    def __init__(self, c_in: int, c: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or c_in != c:
+            self.shortcut = nn.Sequential(Subsample(stride), nn.Conv2d(c_in, c, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if len(self.shortcut) else x
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet without head: images (B, 3, H, W) -> (B, dim); BatchNorm and ReLU stand before the pooling."""
+
+    def __init__(self, depths: list[int], width: float = 1.0, stem: str = "cifar"):
+        super().__init__()
+        c = max(1, round(64 * width))
+        self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
+        self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
+        c_in, stages = c, []
+        for i, depth in enumerate(depths):
+            blocks = []
+            for j in range(depth):
+                blocks.append(PreActBlock(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                c_in = c * 2**i
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.bn = nn.BatchNorm2d(c_in)
+        self.dim = c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.conv1(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, dim, h, w)
+        return F.relu(self.bn(x)).mean((2, 3))
+
+
 def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
     """A network without head, images -> (B, dim). Raises UserError for an unknown name."""
     if arch == "resnet18":
@@ -1157,7 +1317,9 @@ def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
         return ResNet(BasicBlock, [3, 4, 6, 3], width, stem)
     if arch == "resnet50":
         return ResNet(Bottleneck, [3, 4, 6, 3], width, stem)
-    raise UserError(f"unknown architecture '{arch}'; there are resnet18, resnet34 and resnet50.")
+    if arch in ("preact18", "preact34"):
+        return PreActResNet([2, 2, 2, 2] if arch == "preact18" else [3, 4, 6, 3], width, stem)
+    raise UserError(f"unknown architecture '{arch}'; there are resnet18, resnet34, resnet50, preact18 and preact34.")
 
 
 class Network(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from common import UserError, build_model, full_precision, load_model, place_model, save_checkpoint
+from common import PreActBlock, UserError, build_model, build_trunk, full_precision, load_model, place_model, save_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,32 @@ def test_compiled_and_plain_network_agree():
     want, keys = model(x), list(model.state_dict())
     place_model(model, torch.device("cpu"), "off", compile=True)
     assert torch.allclose(model(x), want, atol=1e-4) and list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(("width", "millions"), [(1, 21.3), (2, 85.1), (4, 340)])
+def test_preact34_has_the_sizes_of_the_paper(width, millions):
+    """Gowal et al.'s encoders with basic blocks: 21.3, 85.1 and 340 million weights, features of 512 * width."""
+    with torch.device("meta"):
+        trunk = build_trunk("preact34", width, "cifar")
+    assert trunk.dim == 512 * width
+    assert sum(p.numel() for p in trunk.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_preact_block_by_hand():
+    """x -> conv(relu(bn(x))) twice, plus the input, or plus a 1x1 convolution of the activated input where the shape changes."""
+    for c_in, c, stride in ((8, 8, 1), (8, 16, 2), (8, 12, 1)):
+        block = PreActBlock(c_in, c, stride).double().eval()
+        for m in block.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                torch.nn.init.normal_(m.running_mean)
+                torch.nn.init.uniform_(m.weight)
+        x = torch.randn(2, c_in, 6, 6, dtype=torch.float64)
+        a = F.relu(F.batch_norm(x, block.bn1.running_mean, block.bn1.running_var, block.bn1.weight, block.bn1.bias))
+        out = F.conv2d(a, block.conv1.weight, stride=stride, padding=1)
+        out = F.relu(F.batch_norm(out, block.bn2.running_mean, block.bn2.running_var, block.bn2.weight, block.bn2.bias))
+        out = F.conv2d(out, block.conv2.weight, padding=1)
+        out += x if (stride, c_in) == (1, c) else F.conv2d(a, block.shortcut[1].weight, stride=stride)
+        assert torch.allclose(block(x), out)
+    model = build_model("preact18", {"class": 10}, width=1 / 8)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert len([m for m in model.modules() if isinstance(m, PreActBlock)]) == 8
