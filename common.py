@@ -124,7 +124,9 @@ _RANGES = [
     ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
     ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
-    ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
+    ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
+    ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
+    ("probe_steps", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
 ]  # fmt: skip
 
 
@@ -246,15 +248,22 @@ def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
     """
     if world()[1] == 1:
         return model
-    on_gpu = next(model.parameters()).is_cuda
-    if sync_bn and on_gpu:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces layers inside `model`, so it and the wrapper stay one
-    elif sync_bn:
-        for m in model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.__class__ = _SyncBatchNorm  # the same weights and buffers, another forward
-    devices = [torch.cuda.current_device()] if on_gpu else None
+    if sync_bn:
+        sync_batchnorm(model)
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def sync_batchnorm(model: nn.Module) -> None:
+    """Let BatchNorm in `model` see the images of all ranks when in train mode; nothing happens on one rank."""
+    if world()[1] == 1:
+        return
+    if next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces layers inside `model`, so it and a wrapper stay one
+        return
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.__class__ = _SyncBatchNorm  # the same weights and buffers, another forward
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -1104,10 +1113,12 @@ def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0)) ->
     return torch.where(torch.rand(b, 1, 1, 1, device=x.device) < p, out, x)
 
 
-def simclr_augment(x: Tensor, strength: float = 0.5, blur: float = 0.0) -> Tensor:
-    """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop, flip, colour jitter (p 0.8; brightness, contrast and
-    saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images, blur with probability `blur`."""
-    x = random_flip(random_resized_crop(x))
+def simclr_augment(x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True) -> Tensor:
+    """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop of at least the share `crop` of the area, flip, colour
+    jitter (p 0.8; brightness, contrast and saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images,
+    blur with probability `blur`."""
+    x = random_resized_crop(x, (crop, 1.0))
+    x = random_flip(x) if flip else x
     x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
     x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
     return random_blur(x, blur) if blur else x
@@ -2071,7 +2082,8 @@ def evaluate(run: Run, name: str, state: dict, test_set: Images, eval_eps: list[
 
     def attack_at(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
         generator.manual_seed(args.seed + world()[0])
-        attack = pgd_attack(args.norm, eps, args.eval_steps, keep_best=args.keep_best, generator=generator)
+        keep_best = getattr(args, "keep_best", False)
+        attack = pgd_attack(args.norm, eps, args.eval_steps, keep_best=keep_best, generator=generator)
         return lambda x, y: attack(lambda z: ce_per_image(model(z, "class"), y), x)
 
     if world()[0] == 0 and state["stage"] == "train":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, flags, same_state
 
+import byorl
 import eval_cifar10c
 import jigsaw_at
 import rotation_at
@@ -121,11 +122,14 @@ def test_flags_mean_the_same_in_every_script():
     """The same flag has the same type, default and explanation, except where a script's own task or data differ."""
     shared = {}
     may_differ = {"quick", "dataset", "data_dir", "batch_size", "out", "resume", "seed", "norm", "eps", "image_size", "download"}
-    for script in (rotation_at, jigsaw_at, eval_cifar10c):
+    for script in (rotation_at, jigsaw_at, eval_cifar10c, byorl):
         notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(script.Args), re.M))
         for f in fields(script.Args):
             new = (f.type, f.default, notes[f.name])
-            if f.name not in may_differ:
+            if script is byorl:  # its papers' defaults are others, its network's choices too; the words are the same
+                if f.name in {"device", "amp", "compile", "sync_bn", "workers", "data_mirror", "flip", "stem"}:
+                    assert shared[f.name][0] == f.type and shared[f.name][2] == notes[f.name], f.name
+            elif f.name not in may_differ:
                 assert shared.setdefault(f.name, new) == new, f"--{f.name} of {script.__name__}"
             else:
                 assert script is not jigsaw_at or new == (f.type, f.default, shared.get(f.name, new)[2])

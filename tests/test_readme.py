@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import byorl
 import eval_cifar10c
 import jigsaw_at
 import report
@@ -15,7 +16,7 @@ import rotation_at
 from common import parse_args
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report}
+SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl}
 
 
 def commands():
@@ -52,10 +53,13 @@ def test_files_and_flags_exist():
 
 def test_paper_numbers_in_the_table():
     rows = re.findall(r"^\| [^|]* \| `python (\w+).py ([^`]*)` \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
-    assert len(rows) == 14
+    assert len(rows) == 17
     for name, flags, clean, robust in rows:
         script = SCRIPTS[f"{name}.py"]
         args = parse_args(script.Args, shlex.split(flags))
+        if script is byorl:
+            assert byorl.PAPER[args.width] == (float(clean), float(robust)) and byorl.is_papers(args, "byorl", "robust", 1)
+            continue
         pretrained = {"runs/p1/pretrain.pt": "l2", "runs/p2/pretrain.pt": "linf"}.get(args.init, args.pretrain)
         paper = dict(zip(script.PAPER_EPS[args.norm], script.PAPER[args.norm, pretrained, args.variant], strict=True))
         assert (paper[0], paper[args.eps]) == (float(clean), float(robust))

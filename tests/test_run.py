@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, flags, replace, same_state
 
+import byorl
+import eval_cifar10c
 import jigsaw_at
 import rotation_at
 from common import UserError, batchnorm_mode, build_model, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
@@ -82,7 +84,7 @@ def test_help_lists_every_flag_with_its_default(command):
         assert len(line.split("(default:")[0].split()) > 3, f"no help for {f.name}"
 
 
-@pytest.mark.parametrize("script", [rotation_at, jigsaw_at])
+@pytest.mark.parametrize("script", [rotation_at, jigsaw_at, byorl, eval_cifar10c])
 def test_every_argument_is_read(script):
     """By the script or, for those that all scripts have, by common.py."""
     trees = [ast.parse((ROOT / f"{name}.py").read_text()) for name in (script.__name__, "common")]
@@ -442,6 +444,23 @@ def test_batchnorm_sees_the_images_of_all_ranks(tmp_path):
     for _, _, its_grads, state, _ in ranks:
         torch.testing.assert_close(its_grads, grads, **close)
         torch.testing.assert_close(state, dict(model.state_dict()), **close)
+
+
+def test_two_ranks_run_every_script(tmp_path):
+    """Pre-training with a target network and heads (byorl.py), and an evaluation of a head (eval_cifar10c.py)."""
+    argv = dict(
+        dataset="digits", image_size=8, flip=False, arch="preact18", width=1 / 16, epochs=1, warmup_epochs=0, eps=0.5, attack_steps=1,
+        hidden=16, projection=8, label_fractions="1", probe_epochs=1, probe_steps=1, eval_attack="pgd20", eval_steps=1, eval_examples=60,
+        amp="off", out="run",
+    )  # fmt: skip
+    run = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, %s as s; common.cli(s.main, s.Args)"
+    done = torchrun(*flags(argv), code=run % "byorl", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("encoder, head") == 1, done.stderr
+    argv = ["--generate", "--dataset", "digits", "--corruptions", "fog", "--severities", "1", "--eval-steps", "1", "--examples", "51"]
+    done = torchrun("run/byorl-plain-100%.pt", *argv, "--out", "eval", code=run % "eval_cifar10c", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "eval" / "results.json").read_text())["rows"]
+    assert [r["examples"] for r in rows[:2]] == [360, 51]
 
 
 def test_two_ranks_stop_together_and_resume_exactly(tmp_path):
