@@ -15,6 +15,7 @@ This is the only file that needs matplotlib; without it only the tables are writ
 import json
 import math
 import re
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_ep
         ax.axvline(train_eps * scale, color="grey", linewidth=0.8, linestyle=":")
         ax.set_xlabel(f"radius of the attack, {norm}{unit}")
         ax.grid(alpha=0.3)
-    top.set(ylabel="accuracy (%)", title=title)
+    top.set(ylabel="accuracy (%)", title=textwrap.fill(title, 100))
     top.legend(fontsize=8, ncols=2)
     below[0].set(ylabel=f"accuracy minus that of\n{next(iter(lines))} (points)", title="difference, up to training radius")
     below[1].set(ylabel="accuracy (%)", title="around it (dotted)")
@@ -260,6 +261,7 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
             continue
         group.sort(key=lambda c: (c.name, c.script != "rotation_at", c.args["lambda1"]))
         norm, eps = group[0].args["norm"], group[0].args["eps"]
+        dataset = group[0].setting.split(",")[0].lower().replace("-", "")
         lines = {}
         for curve in group:
             zero = curve.name == "T0" or curve.args["lambda1"] == 0
@@ -274,7 +276,8 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
             lines[label] = (*points(curve), "-")
             table = PAPER if curve.script == "rotation_at" else JIGSAW_PAPER
             paper = table.get((norm, "none", curve.name)) if eps == TRAINED_AT[norm] else None
-            if kind == "variants" and paper and (curve.args["dataset"] == "cifar10" or "CIFAR-10" in curve.setting):
+            of_its_size = curve.args["arch"] == "resnet18" and curve.args["width"] == 1 and (dataset + " ").startswith("cifar10 ")
+            if kind == "variants" and paper and of_its_size:  # beside a miniature the paper's lines would only flatten ours
                 lines[f"{label}, the paper"] = (PAPER_EPS[norm], paper, "--")
         if len(lines) < 2:
             continue
