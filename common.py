@@ -383,21 +383,25 @@ class Run:
         self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
-    def finished(self) -> dict | None:
-        """results.json of a resumed run that had reached its end; None otherwise."""
-        path = self.folder / "results.json"
-        results = [None]
+    def read(self, name: str) -> dict | None:
+        """A JSON file that this run wrote before it was resumed, the same on every rank; None if there is none, or it is damaged."""
+        path = self.folder / name
+        found = [None]
         if world()[0] == 0 and path.exists() and (self.folder / "config.json").exists():
             try:
-                results = [json.loads(path.read_text())]
-                if not (isinstance(results[0], dict) and results[0].get("script") == self.script and results[0].get("rows")):
+                found = [json.loads(path.read_text())]
+                if not (isinstance(found[0], dict) and found[0].get("script") == self.script and found[0].get("rows")):
                     raise ValueError
             except ValueError:
-                results = [None]
+                found = [None]
                 self.say(f"{path} is damaged; evaluating again.")
         if world()[1] > 1:
-            dist.broadcast_object_list(results, 0)
-        return results[0]
+            dist.broadcast_object_list(found, 0)
+        return found[0]
+
+    def finished(self) -> dict | None:
+        """results.json of a resumed run that had reached its end; None otherwise."""
+        return self.read("results.json")
 
 
 def start_run(args: Any, script: str, name: str = "") -> Run:
@@ -1060,7 +1064,7 @@ def random_flip(x: Tensor) -> Tensor:
 
 def to_grey(x: Tensor) -> Tensor:
     """Luminance (B, 1, H, W) of RGB images (B, 3, H, W)."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -1071,7 +1075,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     safe = span.clamp(min=1e-8)
     hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) / 6
     hue = (hue[:, None] + shift) % 1  # (B, 1, H, W)
-    k = (hue * 6 + x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)) % 6
+    k = (hue * 6 + 5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) % 6
     return high[:, None] - span[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -1109,7 +1113,7 @@ def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0)) ->
     line = (line / line.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (B * C, 1, 2 radius + 1)
     out = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, b * c, h + 2 * radius, w + 2 * radius)
     out = F.conv2d(out, line[:, :, None, :], groups=b * c)
-    out = F.conv2d(out, line[:, :, :, None], groups=b * c).view(b, c, h, w)
+    out = F.conv2d(out, line[:, :, :, None], groups=b * c).view(b, c, h, w).clamp(0, 1)  # rounding can pass 1
     return torch.where(torch.rand(b, 1, 1, 1, device=x.device) < p, out, x)
 
 
@@ -1822,8 +1826,10 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce and Hein 2020, eq. 6), (B,), to be maximised; needs 3 classes. Positive if and only if
-    misclassified; the same for a * logits + b, so that large logits cannot hide the gradient."""
+    """Difference of logits ratio (Croce and Hein 2020, eq. 6), (B,), to be maximised. Positive if and only if
+    misclassified; the same for a * logits + b, so that large logits cannot hide the gradient. Of 2 classes: -margin."""
+    if logits.shape[1] < 3:
+        return -margin(logits, y)
     top = logits.topk(3, 1).values
     return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -1834,11 +1840,13 @@ def multi_targeted(
 ) -> Tensor:  # fmt: skip
     """One start of MultiTargeted (Gowal et al. 2019): `adam_attack` on z_t - z_y, with a target t of its own for each start.
 
-    restart: number of the start; the targets are taken in turn, so 20 starts in all try each of 9 targets twice or more.
+    restart: number of the start; the targets are taken in turn, the likeliest wrong class first: 20 starts in all try each of 9
+    targets twice or more, and of 999 the 20 likeliest.
     """
     with torch.no_grad():
-        classes = model(x[:1]).shape[1]
-    target = (y + 1 + restart % (classes - 1)) % classes
+        logits = model(x)
+        others = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, : logits.shape[1] - 1]
+        target = others[:, restart % max(1, others.shape[1])] if others.shape[1] else y
 
     def loss(z: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(z)
@@ -1862,6 +1870,7 @@ def square(
     if eps == 0 or not len(x):
         return x.clone()
     generator = generator or torch.Generator(x.device).manual_seed(0)
+    places = torch.Generator().manual_seed(generator.initial_seed())  # on the CPU: reading a place must not wait for a GPU
     _, c, h, w = x.shape
 
     def uniform(*shape: int) -> Tensor:
@@ -1871,13 +1880,13 @@ def square(
         return torch.where(uniform(*shape) < 0.5, -1.0, 1.0).to(x.dtype)
 
     def window(side: int) -> tuple[slice, slice]:
-        top, left = (int(uniform().item() * max(size - side, 1)) for size in (h, w))  # the last place is never used, as there
+        top, left = (int(torch.randint(max(size - side, 1), (), generator=places)) for size in (h, w))  # never the last, as there
         return slice(top, top + side), slice(left, left + side)
 
     def bump(side: int) -> Tensor:
         """A hill beside a valley, (1, C, side, side), of norm 1 per channel, turned at random and with random signs."""
         both = torch.cat([_hill(side // 2, side), -_hill(side - side // 2, side)]).to(x)
-        both = both.T if uniform().item() > 0.5 else both
+        both = both.T if int(torch.randint(2, (), generator=places)) else both
         return both / both.norm() * signs(1, c, 1, 1)
 
     def per_channel(v: Tensor) -> Tensor:
@@ -1999,6 +2008,8 @@ def suite_accuracy(
             right = [logits_of(x_adv_of(rows)).argmax(1) == y[rows] for rows in standing.split(batch_size)]
             return standing[torch.cat(right)] if right else standing
 
+        if x.amin() < 0 or x.amax() > 1:
+            raise ValueError("images must be in [0, 1]; normalise inside the network")
         counts[0] += len(y)
         standing = keep(lambda rows: x[rows])
         counts[1] += len(standing)
@@ -2029,7 +2040,7 @@ def suite_accuracy(
 def doubts(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: float, norm: str = "linf") -> list[str]:
     """Signs that attacks fail rather than that the network is robust (Athalye et al. 2018; Carlini et al. 2019), one sentence each.
 
-    model: images to logits, in eval mode; x, y: some test images, 50 or more. Costs about 150 passes over them.
+    model: images to logits, in eval mode; x, y: some test images, 50 or more. Costs about 100 passes with gradient and 200 without.
     """
     found = []
     with torch.no_grad():
@@ -2069,11 +2080,15 @@ def doubts(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: floa
 # ---- reporting -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, name: str, state: dict, test_set: Images, eval_eps: list[float], paper: dict[float, float]) -> list[dict]:
+def evaluate(
+    run: Run, name: str, state: dict, test_set: Images, eval_eps: list[float], paper: dict[float, float], train_eps: float = 0.0
+) -> list[dict]:
     """A row of results.json per radius: accuracy of the checkpoint `state` on the test images under PGD on the class loss.
 
-    `paper`: {radius: the paper's accuracy}, to stand beside. Norm, steps and precision are those of the run's flags.
+    `paper`: {radius: the paper's accuracy}, to stand beside. Norm, steps and precision are those of the run's flags; so is the
+    radius of the picture and of `doubts`, unless `train_eps` is given.
     """
+    train_eps = train_eps or run.args.eps
     args = run.args
     model = build_model(**state["network"])
     load_weights(model, state["model"], name)
@@ -2089,7 +2104,7 @@ def evaluate(run: Run, name: str, state: dict, test_set: Images, eval_eps: list[
     if world()[0] == 0 and state["stage"] == "train":
         some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
         x, y = next(batches(some, len(some), run.device, workers=0))
-        save_attack_picture(run.folder / "adversarial.png", x, attack_at(args.eps)(x, y))
+        save_attack_picture(run.folder / "adversarial.png", x, attack_at(train_eps)(x, y))
     rows = []
     for eps in eval_eps:
         stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
@@ -2111,7 +2126,7 @@ def evaluate(run: Run, name: str, state: dict, test_set: Images, eval_eps: list[
     if world()[0] == 0 and state["stage"] == "train":
         x, y = next(batches(test_set.subset(torch.arange(min(100 * world()[1], len(test_set)))), 10**9, run.device, workers=0))
         with full_precision(model):
-            for doubt in doubts(model, x, y, eps=args.eps, norm=args.norm):
+            for doubt in doubts(model, x, y, eps=train_eps, norm=args.norm):
                 print(f"warning: {name}: {doubt}", flush=True)
     return rows
 

@@ -189,7 +189,8 @@ def open_folders(root: Path, size: int) -> Corrupted:
         if (found := classes_of(root / corruption / str(severity))) != all_classes:
             odd = min(set(found) ^ set(all_classes))
             raise UserError(f"{root / corruption / str(severity)} has {len(found)} class folders, others {len(all_classes)} (such as '{odd}').")
-        return " ".join(found)
+        first = sorted((root / corruption / str(severity) / found[0]).iterdir())[:300]
+        return " ".join([*found, *(f"{p.name}:{p.stat().st_size}" for p in first)])
 
     def cell(corruption: str, severity: int) -> Images:
         return open_folder(root / corruption / str(severity), size)
@@ -653,11 +654,28 @@ def main(args: Args) -> dict:
         raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
     network = Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "digits"
     run = start_run(args, "eval_cifar10c", name=f"eval_cifar10c{'-quick' if args.quick else ''}-{network}")
-    results = run.finished() or evaluate_all(run, args)
+    results = run.finished()
+    if results:
+        same_checkpoints(run, args)
+    results = results or evaluate_all(run, args)
     if world()[0] == 0:
         show(results, run.folder)
         draw(results, run)
     return results
+
+
+def md5(path: str) -> str:
+    """MD5 of a file, in hex."""
+    return hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def same_checkpoints(run: Run, args: Args) -> None:
+    """Raise UserError if a checkpoint is no longer the one that the finished run has judged (one that is gone is no matter)."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        inputs = json.loads((run.folder / "inputs.json").read_text())
+        for path in args.checkpoints:
+            if Path(path).exists() and inputs.get(path, md5(path)) != md5(path):
+                raise UserError(f"--resume: {path} has changed since {run.folder} was finished: choose another --out.")
 
 
 def evaluate_all(run: Run, args: Args) -> dict:
@@ -685,7 +703,7 @@ def evaluate_all(run: Run, args: Args) -> dict:
             run.say(f"note: {name} was trained on {trained.get('dataset', 'unknown data')}, not on {args.dataset}.")
 
     # Of a run that is resumed, cells already done count if checkpoints and data are still the same.
-    inputs |= {p: hashlib.md5(Path(p).read_bytes(), usedforsecurity=False).hexdigest() for p in args.checkpoints}
+    inputs |= {p: md5(p) for p in args.checkpoints}
     rows = []
     try:
         if (run.folder / "cells.jsonl").exists():

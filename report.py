@@ -72,7 +72,8 @@ def read(paths: tuple[str, ...]) -> list[dict]:
 
 def dataset_name(result: dict) -> str:
     """What was trained on; a file's own `dataset_name` (such as 'CIFAR-10 (JPEG copy)') wins."""
-    return result.get("dataset_name", result["args"]["dataset"])
+    a = result["args"]
+    return result.get("dataset_name", f"folder {Path(a['data_dir']).name}" if a["dataset"] == "folder" else a["dataset"])
 
 
 def describe(result: dict) -> str:
@@ -121,6 +122,7 @@ def curves(results: list[dict]) -> list[Curve]:
         args = result["args"]
         for name in dict.fromkeys(row["name"] for row in result["rows"]):
             ignored = NOT_THE_SETTING - ({"init"} if name.startswith("init ") else set())
+            ignored = ignored - ({"data_dir"} if args["dataset"] == "folder" else set())
             if args["pretrain"] != "none":
                 ignored = ignored - {"pretrain_eps", "pretrain_epochs"}
             same = {k: v for k, v in args.items() if k not in ignored} | {"task": result["script"], "name": name}
@@ -265,6 +267,8 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
         lines = {}
         for curve in group:
             zero = curve.name == "T0" or curve.args["lambda1"] == 0
+            if kind == "variants" and zero and curve.name != "T0":
+                continue  # T1 with lambda1 = 0 is T0, and would stand beside the paper's T1
             if kind != "variants":
                 label = "λ1 = 0 (T0)" if zero else f"λ1 = {curve.args['lambda1']:g}"
             else:
@@ -277,10 +281,11 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
             table = PAPER if curve.script == "rotation_at" else JIGSAW_PAPER
             paper = table.get((norm, "none", curve.name)) if eps == TRAINED_AT[norm] else None
             of_its_size = curve.args["arch"] == "resnet18" and curve.args["width"] == 1 and (dataset + " ").startswith("cifar10 ")
-            if kind == "variants" and paper and of_its_size:  # beside a miniature the paper's lines would only flatten ours
+            usual = zero or (curve.args["lambda1"], curve.args["lambda2"]) == (0.5, 0.5)
+            if kind == "variants" and paper and of_its_size and usual:  # beside a miniature the paper's lines would only flatten ours
                 lines[f"{label}, the paper"] = (PAPER_EPS[norm], paper, "--")
-        if len(lines) < 2:
-            continue
+        if sum(style == "-" for _, _, style in lines.values()) < 2:
+            continue  # nothing to compare with
         setting = ", ".join(part for part in group[0].setting.split(", ") if not part.startswith(VARIED))
         path = unused(out / file_name(f"kucer-{kind}-{norm}-{eps_name(eps)}-{setting}"), written)
         plot_curves(lines, eps, norm, f"{setting}, trained with {norm} eps {eps_name(eps)}", path)
@@ -301,7 +306,10 @@ def unused(path: Path, taken: list[Path]) -> Path:
     return path
 
 
-SAME_CORRUPTIONS = ["dataset", "generate", "seed", "image_size", "corruptions", "severities", "norm", "eps", "eval_steps", "examples"]
+SAME_CORRUPTIONS = [
+    "dataset", "data_dir", "generate", "seed", "image_size", "corruptions", "severities", "norm", "eps", "eval_attack", "eval_steps",
+    "examples", "eval_amp",
+]  # fmt: skip
 
 
 def figure4(results: list[dict], path: Path) -> None:
@@ -314,7 +322,14 @@ def figure4(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for result in results for row in result["rows"]]
+    rows, seen = [], []
+    for i, result in enumerate(results):
+        mine = {row["name"] for row in result["rows"]}
+        others = {row["name"] for j, other in enumerate(results) if j != i for row in other["rows"]}
+        if result["rows"] in seen:
+            continue  # the same run, named twice
+        seen.append(result["rows"])
+        rows += [row | {"name": f"{row['name']} ({i + 1})"} if row["name"] in mine & others else row for row in result["rows"]]
     cells = [row for row in rows if row["severity"] != "all"]
     names = list(dict.fromkeys(row["name"] for row in cells))
     types = list(dict.fromkeys(row["corruption"] for row in cells))
@@ -338,9 +353,12 @@ def figure4(results: list[dict], path: Path) -> None:
         ax.set_ylabel(f"accuracy (%) {what}")
         ax.grid(axis="y", alpha=0.3)
     args = results[0]["args"]
-    made = "generated corruptions, not the official ones" if args["generate"] else {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(args["dataset"], "")
-    axes[0, 0].set_title(f"{dataset_name(results[0])}, {made}; mean over severities {args['severities']}")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, ncols=4, loc="outside lower center")
+    made = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(args["dataset"], dataset_name(results[0]))
+    if args["generate"]:
+        made = f"{dataset_name(results[0])}, generated corruptions, not the official ones"
+    axes[0, 0].set_title(f"{made}; mean over severities {args['severities']}")
+    legend = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), fontsize=9, ncols=4, loc="outside lower center")
     axes[-1, 0].set_xticks(range(len(types)), [kind.replace("_", " ") for kind in types], rotation=45, ha="right")
     write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
     plt.close(figure)

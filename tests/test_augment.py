@@ -91,6 +91,14 @@ def test_each_image_draws_for_itself():
     assert 0.05 < grey.float().mean() < 0.4
 
 
+def test_white_stays_white():
+    """Rounding must not leave [0, 1]: the attacks would refuse the view."""
+    torch.manual_seed(0)
+    for _ in range(5):
+        views = simclr_augment(torch.ones(16, 3, 96, 96), blur=1.0)
+        assert views.max() <= 1 and views.min() >= 0
+
+
 def test_blur_against_torchvision(x, monkeypatch):
     torch.manual_seed(3)
     state = torch.get_rng_state()

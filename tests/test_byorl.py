@@ -132,7 +132,7 @@ def test_label_fractions_are_nested_and_not_balanced():
     assert counts.max() > counts.min() + 2
 
 
-def test_all_stages_and_probe_alone(tmp_path, capsys):
+def test_all_stages_and_probe_alone(tmp_path, capsys, monkeypatch):
     results = main(tiny(plain=True, out=str(tmp_path / "all")))
     names = [(r["encoder"], r["head"], r["label_fraction"], r["eps"]) for r in results["rows"]]
     assert names == [(e, h, f, eps) for e in ("byol", "byorl") for f in (0.2, 1.0) for h in ("robust", "plain") for eps in (0, 0.5)]
@@ -141,6 +141,11 @@ def test_all_stages_and_probe_alone(tmp_path, capsys):
     assert [line["stage"] for line in lines] == ["byol"] * 2 + ["byorl"] * 2
     again = main(tiny(stage="probe", init=str(tmp_path / "all" / "byorl.pt"), label_fractions="1", out=str(tmp_path / "probe")))
     assert [r["accuracy"] for r in again["rows"]] == [r["accuracy"] for r in results["rows"][-4:]]
+    # Resumed after some heads were judged: those are not judged again.
+    for name in ("results.json", "probe"):
+        (tmp_path / "probe" / name).unlink(missing_ok=True)
+    monkeypatch.setattr(byorl, "evaluate", None)
+    assert main(tiny(**again["args"] | {"resume": True}))["rows"] == again["rows"]
     # Encoders stay as they are, heads are classifiers that any script can load.
     encoder, head = (load_checkpoint(tmp_path / "all" / name)["model"] for name in ("byorl.pt", "byorl-plain-100%.pt"))
     assert all(torch.equal(head[k], v) for k, v in encoder.items() if k.startswith("trunk."))
@@ -200,7 +205,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     ("changes", "match"),
     [
         ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "needs an encoder"),
-        ({"init": "x.pt"}, "needs an encoder"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
+        ({"init": "x.pt"}, "needs an encoder"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
     ],
 )  # fmt: skip
 def test_wrong_flags(one_sentence, tmp_path, changes, match):

@@ -436,8 +436,10 @@ def test_a_resumed_run_does_not_mix_networks(tmp_path, checkpoint):
     save_checkpoint(mine, state)
     argv = dict(checkpoints=(str(mine),), generate=True, dataset="digits", severities="1", attack=False, corruptions="fog", out=str(tmp_path / "run"))
     main(Args(**argv))
-    (tmp_path / "run" / "results.json").unlink()
     save_checkpoint(mine, state | {"model": {k: v * 1.5 for k, v in state["model"].items()}})
+    with pytest.raises(UserError, match="has changed since"):
+        main(Args(**argv, resume=True))
+    (tmp_path / "run" / "results.json").unlink()
     with pytest.raises(UserError, match="have changed since"):
         main(Args(**argv, resume=True))
 

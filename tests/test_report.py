@@ -75,6 +75,19 @@ def test_what_is_not_another_seed_is_not_averaged(capsys):
     assert len(report.curves([result("jigsaw_at", grid=g) for g in (2, 4)])) == 2
 
 
+def test_folders_are_not_seeds_of_each_other():
+    runs = [result(dataset="folder", data_dir=f"/data/{name}", seed=i) for i, name in enumerate("ab")]
+    assert sorted(c.setting.split(",")[0] for c in report.curves(runs)) == ["folder a", "folder b"]
+
+
+def test_t1_without_its_loss_is_not_drawn_as_t0_beside_the_papers_t1(tmp_path, monkeypatch):
+    """Figure 3's runs: one sweep over lambda1 and no pictures of variants."""
+    drawn = []
+    monkeypatch.setattr(report, "plot_curves", lambda lines, *a: drawn.append(list(lines)))
+    report.curve_figures(report.curves([result(variant="T1", norm="l2", eps=0.5, lambda1=v) for v in (0.0, 0.25, 1.0)]), tmp_path)
+    assert drawn == [["λ1 = 0 (T0)", "λ1 = 0.25", "λ1 = 1"]]
+
+
 def test_other_radii_of_training_are_not_in_the_tables():
     assert "| ours" not in report.tables(report.curves([result(eps=4 / 255), result(norm="l2", eps=1.0)]))
 
@@ -112,6 +125,23 @@ def test_the_command_writes_what_the_runs_are_enough_for(tmp_path, command):
     for name in (names[0], names[2]):
         picture = Image.open(tmp_path / "report" / name).convert("RGB")
         assert picture.width > 500 and len(picture.getcolors(10**6)) > 50
+
+
+def test_networks_of_one_name_stay_apart(tmp_path, monkeypatch):
+    """Two evaluations of different networks in folders of the same name; and of one with another attack."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.axes
+
+    bars = []
+    real = matplotlib.axes.Axes.bar
+    monkeypatch.setattr(matplotlib.axes.Axes, "bar", lambda self, x, height, *a, **k: bars.append((k["label"], height)) or real(self, x, height, *a, **k))
+    other = corrupted()
+    other["rows"] = [row | {"accuracy": row["accuracy"] / 2} for row in other["rows"]]
+    report.figure4([corrupted(), other, corrupted()], tmp_path / "a.png")
+    labels = [label for label, _ in bars]
+    assert labels == ["plain (1)", "T0 (1)", "plain (2)", "T0 (2)"] * 2
+    assert bars[1][1] == [77, 77] and bars[3][1] == [38.5, 38.5]
 
 
 def test_mistakes_are_one_sentence(tmp_path, one_sentence):
