@@ -1,9 +1,9 @@
 """What the scripts share and no paper is about, in four sections:
 
 1. Run      arguments, devices and ranks, the run's folder, checkpoints, logging
-2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation
+2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
 3. Models   ResNets with normalisation and mixed precision inside
-4. Attacks  PGD in the linf and l2 ball, robust accuracy
+4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy
 
 Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
 returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
