@@ -2,7 +2,7 @@
 
 1. Run      arguments, devices and ranks, the run's folder, checkpoints, logging
 2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
-3. Models   ResNets with normalisation and mixed precision inside
+3. Models   ResNets and Vision Transformers with normalisation and mixed precision inside
 4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy
 
 Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
@@ -25,6 +25,8 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -126,7 +128,7 @@ _RANGES = [
     ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
     ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
     ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
-    ("probe_steps", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
+    ("probe_steps", 0, math.inf), ("uat_epochs", 1, math.inf), ("uat_lr", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
 ]  # fmt: skip
 
 
@@ -143,6 +145,9 @@ def check_args(args: Any) -> None:
         if not low <= value <= high:
             span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be {span}.")
+    patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
+    if getattr(args, "image_size", 0) % patch:
+        raise UserError(f"--image-size {args.image_size} is no multiple of {patch}, the side of a patch of {args.arch}.")
 
 
 def cli(main: Callable, args_class: type) -> None:
@@ -379,8 +384,11 @@ class Run:
     def log(self, history: list[dict], stage: str, epoch: int, epochs: int, **metrics: float) -> None:
         """Append one epoch's metrics to `history`, print them, and rewrite metrics.jsonl from the whole history
         (so that an epoch replayed after a kill is not in it twice)."""
+        before = history[-1]["seconds"] if history and "seconds" in history[-1] else 0.0
         history.append({"stage": stage, "epoch": epoch} | metrics)
-        self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        left = (epochs - epoch) * (metrics.get("seconds", 0.0) - before)  # seconds, if every epoch took as long as this one
+        eta = f"  ({left / 3600:.1f} h left)" if left > 3600 else f"  ({left / 60:.0f} min left)" if left > 60 else ""
+        self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + eta)
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
     def read(self, name: str) -> dict | None:
@@ -934,18 +942,79 @@ def split_train(
 ) -> tuple[Images, Images]:
     """(training part, validation part), drawn at random by `seed` alone: the same on every rank and machine.
 
-    val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of the rest that
-    is kept for training, drawn uniformly and not balanced over classes (Gowal et al., section 4).
-    Raises UserError if nothing would be left.
+    val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of all the images that is kept
+    for training, at most those not held out, drawn uniformly and not balanced over classes: 0.01 of CIFAR-10 is 500 images
+    (Gowal et al., section 4.1). Larger shares contain the smaller ones. Raises UserError if nothing would be left.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held = int(val_fraction if val_fraction >= 1 else round(val_fraction * len(train)))
-    kept = round(label_fraction * (len(train) - held))
+    kept = min(round(label_fraction * len(train)), len(train) - held)
     if kept < world()[1]:
         raise UserError(
             f"{kept} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}): too few."
         )
     return train.subset(order[held : held + kept]), train.subset(order[:held])
+
+
+class _Array(torch.utils.data.Dataset):
+    """Images (N, 3, S, S) of an array in memory or on the disk, read as they are asked for; gives what `_Folder` gives."""
+
+    def __init__(self, pixels: np.ndarray | Tensor):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        return torch.as_tensor(np.array(self.pixels[i])), -1, ""
+
+
+def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
+    """Images without labels (all -1) from FILE.npy, uint8 (N, size, size, 3) or (N, 3, size, size), or from FILE.npz, which holds
+    such an array by the name of `image`, `images` or `data`, or nothing else.
+
+    Up to IN_MEMORY_BYTES they are put on the device; a larger .npy stays on the disk, a larger .npz in the host's memory.
+    Raises UserError if the file is missing, damaged, or holds something else.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            names = [k for k in ("image", "images", "data") if k in array.files] or array.files
+            if len(names) > 1 and names == array.files:
+                raise UserError(f"{path} holds {', '.join(sorted(names)[:5])}: which are the images? Name them 'images'.")
+            array = array[names[0]]
+    except FileNotFoundError:
+        raise UserError(f"there is no {path} (--extra-data).") from None
+    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error):
+        raise UserError(f"{path} is damaged, or not a .npy or .npz file of plain numbers (--extra-data).") from None
+    last = array.ndim == 4 and array.shape[3] == 3
+    if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or not (last or array.shape[1] == 3):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}; --extra-data wants uint8 images, (N, {size}, {size}, 3).")
+    array = array.transpose(0, 3, 1, 2) if last else array
+    if array.shape[2:] != (size, size):
+        raise UserError(f"{path} holds images of {array.shape[2]} x {array.shape[3]} pixels, --image-size is {size}.")
+    labels = torch.full((len(array),), -1)
+    fits = array.size <= IN_MEMORY_BYTES
+    pixels = torch.from_numpy(np.array(array, order="C")).to(device) if fits else _Array(array)
+    return Images(pixels, labels, [], torch.arange(len(array)))
+
+
+def join(a: Images, b: Images) -> Images:
+    """The images of both, with the classes of `a`: on the device if both are there and small enough, else streamed."""
+    n = len(a.pixels)
+    if isinstance(a.pixels, Tensor) and isinstance(b.pixels, Tensor) and a.pixels.nbytes + b.pixels.nbytes <= IN_MEMORY_BYTES:
+        pixels: Any = torch.cat([a.pixels, b.pixels])
+    else:
+        parts = [_Array(s.pixels.cpu()) if isinstance(s.pixels, Tensor) else s.pixels for s in (a, b)]
+        pixels = torch.utils.data.ConcatDataset(parts)
+    return Images(pixels, torch.cat([a.labels, b.labels]), a.classes, torch.cat([a.index, b.index + n]))
+
+
+def draw(data: Images, n: int, seed: int) -> Images:
+    """n of the images at random by `seed`: every one as often as any other, give or take one."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(math.ceil(n / len(data)))])
+    return data.subset(order[:n])
 
 
 def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images]:
@@ -988,8 +1057,9 @@ def batches(
             x = data.pixels[rows.to(data.pixels.device, non_blocking=True)]
             yield x.to(device).float().div_(255), y
         return
-    for x, y in _decode(data.pixels, shares, workers, pin=device.type == "cuda"):
-        yield x.to(device, non_blocking=True).float().div_(255), y.to(device, non_blocking=True)
+    decoded = _decode(data.pixels, shares, workers, pin=device.type == "cuda")
+    for rows, (x, _) in zip((rows for rows in shares if len(rows)), decoded, strict=True):
+        yield x.to(device, non_blocking=True).float().div_(255), data.labels[rows].to(device, non_blocking=True)
 
 
 def count_batches(n: int, batch_size: int) -> int:
@@ -1183,7 +1253,7 @@ def jigsaw_permutations(n: int, count: int, kind: Literal["random", "hamming"] =
 
 
 # ======================================================================================================
-# 3. Models: ResNets with normalisation and mixed precision inside
+# 3. Models: ResNets and Vision Transformers with normalisation and mixed precision inside
 # ======================================================================================================
 
 
@@ -1324,6 +1394,93 @@ class PreActResNet(nn.Module):
         return F.relu(self.bn(x)).mean((2, 3))
 
 
+def sincos_positions(dim: int, rows: int, cols: int) -> Tensor:
+    """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers tells the column, the
+    second the row, each as the sines, then the cosines, of position / 10000^(i / n), i = 0 ... n - 1, n = dim / 4 (MAE)."""
+    rate = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    col, row = (torch.arange(n, dtype=torch.float64)[:, None] * rate for n in (cols, rows))  # (n, dim / 4)
+    col, row = (torch.cat([t.sin(), t.cos()], 1) for t in (col, row))  # (n, dim / 2)
+    return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017): (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Transformer block with LayerNorm before each part (Dosovitskiy et al. 2021, eqs. 2 and 3)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the patches' final tokens, normalised. The class token takes
+    part in the attention and is left out of the mean (as in MAE's fine-tuning; Rebuffi et al., section 4).
+
+    H and W are multiples of `patch`; the positions are fixed (`sincos_positions`), so one network takes images of any size.
+    """
+
+    def __init__(self, patch: int, dim: int, depth: int, heads: int):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, dim, patch, patch)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.dim = dim
+        for m in self.modules():
+            if isinstance(m, nn.Linear | nn.Conv2d):  # MAE: Xavier, the patches' layer too as if it were linear
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Patches with their positions, row by row: (B, 3, H, W) -> (B, N, dim). Raises ValueError if H or W does not fit."""
+        patch = self.patch_embed.stride[0]
+        if x.shape[2] % patch or x.shape[3] % patch:
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
+        x = self.patch_embed(x)  # (B, dim, H / patch, W / patch)
+        return x.flatten(2).transpose(1, 2) + sincos_positions(self.dim, *x.shape[2:]).to(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x)
+        tokens = torch.cat([self.cls_token.to(tokens).expand(len(x), -1, -1), tokens], 1)  # (B, 1 + N, dim)
+        return self.fc_norm(self.blocks(tokens)[:, 1:].mean(1))
+
+
+# (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels.
+VITS = {"vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3), "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3)}
+
+
 def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
     """A network without head, images -> (B, dim). Raises UserError for an unknown name."""
     if arch == "resnet18":
@@ -1334,7 +1491,12 @@ def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
         return ResNet(Bottleneck, [3, 4, 6, 3], width, stem)
     if arch in ("preact18", "preact34"):
         return PreActResNet([2, 2, 2, 2] if arch == "preact18" else [3, 4, 6, 3], width, stem)
-    raise UserError(f"unknown architecture '{arch}'; there are resnet18, resnet34, resnet50, preact18 and preact34.")
+    if arch in VITS:
+        patch, depth, heads = VITS[arch]
+        heads = max(1, round(heads * width))
+        return ViT(patch, 64 * heads, depth, heads)
+    names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", *VITS]
+    raise UserError(f"unknown architecture '{arch}'; there are {', '.join(names)}.")
 
 
 class Network(nn.Module):

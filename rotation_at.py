@@ -75,7 +75,7 @@ class Args:
     data_dir: str = "data"  # where the data are, or are downloaded to
     data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     image_size: int = 32  # side in pixels; other images are resized
-    label_fraction: float = 1.0  # share of the training images, less those for validation, that is used
+    label_fraction: float = 1.0  # share of the training images that is used, at most those not held out for validation
     flip: bool = True  # mirror images at random in training
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # trunk (paper: resnet18, resnet34)
     width: float = 1.0  # multiplies the number of channels

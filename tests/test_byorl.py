@@ -95,13 +95,14 @@ def test_lars_against_a_hand_calculation():
 
 
 def test_schedules():
-    args = Args()  # 1000 epochs, 10 of warm-up, lr 2, tau 0.996
-    assert learning_rate(args, 0, 97) == 0 and learning_rate(args, 485, 97) == pytest.approx(1.0)
-    assert learning_rate(args, 970, 97) == pytest.approx(2.0) and learning_rate(args, 97_000, 97) == pytest.approx(0, abs=1e-9)
-    assert learning_rate(args, 970 + (97_000 - 970) // 2, 97) == pytest.approx(1.0, abs=1e-3)
-    assert target_rate(args, 0, 100) == pytest.approx(0.996) and target_rate(args, 100, 100) == 1
-    assert target_rate(args, 50, 100) == pytest.approx(0.998)
-    rates = [target_rate(args, k, 100) for k in range(101)]
+    args = Args()
+    assert (args.epochs, args.warmup_epochs, args.lr, args.tau) == (1000, 10, 2.0, 0.996)
+    rate = [learning_rate(2.0, k, 970, 97_000) for k in range(97_001)]
+    assert rate[0] == 0 and rate[485] == pytest.approx(1.0) and rate[970] == max(rate) == 2.0
+    assert rate[-1] == pytest.approx(0, abs=1e-9) and rate[970 + (97_000 - 970) // 2] == pytest.approx(1.0, abs=1e-3)
+    assert target_rate(0.996, 0, 100) == pytest.approx(0.996) and target_rate(0.996, 100, 100) == 1
+    assert target_rate(0.996, 50, 100) == pytest.approx(0.998)
+    rates = [target_rate(0.996, k, 100) for k in range(101)]
     assert rates == sorted(rates)
 
 
@@ -130,7 +131,7 @@ def test_label_fractions_are_nested_and_not_balanced():
     train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
     parts = [split_train(train, val_fraction=200, seed=3, label_fraction=f) for f in (0.01, 0.1, 1.0)]
     sets = [set(part.index.tolist()) for part, _ in parts]
-    assert sets[0] < sets[1] < sets[2] and [len(s) for s in sets] == [12, 124, 1237]
+    assert sets[0] < sets[1] < sets[2] and [len(s) for s in sets] == [14, 144, 1237]
     assert all(torch.equal(val.index, parts[0][1].index) and len(val) == 200 for _, val in parts)  # the same images held out
     counts = torch.bincount(train.labels[parts[1][0].index], minlength=10)
     assert counts.max() > counts.min() + 2
@@ -143,13 +144,15 @@ def test_all_stages_and_probe_alone(tmp_path, capsys, monkeypatch):
     assert "encoder, head, share of labels" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["byol"] * 2 + ["byorl"] * 2
-    again = main(tiny(stage="probe", init=str(tmp_path / "all" / "byorl.pt"), label_fractions="1", out=str(tmp_path / "probe")))
-    assert [r["accuracy"] for r in again["rows"]] == [r["accuracy"] for r in results["rows"][-4:]]
-    # Resumed after some heads were judged: those are not judged again.
-    for name in ("results.json", "probe"):
-        (tmp_path / "probe" / name).unlink(missing_ok=True)
+    # The same stage by stage, resumed after some heads were judged: those are not judged again.
+    assert main(tiny(stage="probe", init=str(tmp_path / "all" / "byorl.pt"), out=str(tmp_path / "probe"))) == {}
+    evaluation = dict(stage="evaluate", init=str(tmp_path / "probe"), out=str(tmp_path / "judged"))
+    again = main(tiny(**evaluation))
+    by_name = {(r["name"], r["eps"]): r["accuracy"] for r in again["rows"]}
+    assert by_name == {(r["name"], r["eps"]): r["accuracy"] for r in results["rows"] if r["encoder"] == "byorl"} and len(by_name) == 8
+    (tmp_path / "judged" / "results.json").unlink()
     monkeypatch.setattr(byorl, "evaluate", None)
-    assert main(tiny(**again["args"] | {"resume": True}))["rows"] == again["rows"]
+    assert main(tiny(**evaluation, resume=True))["rows"] == again["rows"]
     # Encoders stay as they are, heads are classifiers that any script can load.
     encoder, head = (load_checkpoint(tmp_path / "all" / name)["model"] for name in ("byorl.pt", "byorl-plain-100%.pt"))
     assert all(torch.equal(head[k], v) for k, v in encoder.items() if k.startswith("trunk."))
@@ -205,18 +208,206 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     assert same_state(a, b)
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    main(tiny(stage="pretrain", epochs=1, out=str(folder)))
+    return folder / "byorl.pt"
+
+
+def test_init_brings_its_architecture(encoder, tmp_path):
+    """So that a transfer needs no --arch and --width; another data set has a head of its own."""
+    results = main(tiny(init=str(encoder), arch="resnet18", width=1.0, heads="plain", label_fractions="1", probe_epochs=1, out=str(tmp_path)))
+    assert (results["args"]["arch"], results["args"]["width"]) == ("preact18", 1 / 16)
+    assert load_checkpoint(tmp_path / "byorl-plain-100%.pt")["network"]["width"] == 1 / 16
+
+
+def test_a_vision_transformer_as_encoder(tmp_path):
+    results = main(tiny(arch="vit_ti4", width=1 / 3, epochs=1, heads="plain", label_fractions="1", probe_epochs=1, out=str(tmp_path)))
+    assert results["rows"][0]["examples"] == 60
+    assert load_model(tmp_path / "byorl-plain-100%.pt")(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_retrieval_against_numpy(encoder, tmp_path, capsys):
+    """The share of neighbours of the query's class; attacked queries have fewer."""
+    args = tiny(stage="pretrain", out=str(tmp_path))
+    run = byorl.start_run(args, "byorl")
+    _, test = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
+    byorl.retrieve(run, args, {"byorl": load_checkpoint(encoder)}, test, queries=40, nearest=5)
+    said = capsys.readouterr().out
+    order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
+    x, y = test.pixels[test.index[order]] / 255, test.labels[test.index[order]].numpy()
+    state = load_checkpoint(encoder)
+    model = build_model(**state["network"]).eval()
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        h = model.features(x).double().numpy()
+    h /= np.linalg.norm(h, axis=1, keepdims=True)
+    cosines = h[:40] @ h.T
+    np.fill_diagonal(cosines, -2)
+    clean = 100 * (y[np.argsort(-cosines, 1)[:, :5]] == y[:40, None]).mean()
+    shares = [int(line.split("byorl: ")[1].split("%")[0]) for line in said.splitlines() if "neighbours" in line]
+    assert abs(shares[0] - clean) <= 1 and shares[1] < shares[0] - 10
+    assert (tmp_path / "retrieval.png").exists()
+
+
+# ---- the baseline and more images ----
+
+
+def test_pseudo_labels_only_where_labels_are_missing(encoder, tmp_path):
+    """Known labels stay, even where the teacher errs; others are the teacher's; images held out are in neither part."""
+    args = tiny(out=str(tmp_path))
+    run = byorl.start_run(args, "byorl")
+    train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
+    teacher = build_model("preact18", {"class": 10}, width=1 / 16)
+    with torch.no_grad():
+        teacher.heads["class"].weight.zero_()
+        teacher.heads["class"].bias.copy_(torch.arange(10) == 3)  # says 3 to all
+    known, held_out = split_train(train, val_fraction=200, seed=0, label_fraction=0.1)
+    rest = train.subset(torch.tensor(sorted(set(range(1437)) - set(known.index.tolist()) - set(held_out.index.tolist()))))
+    union = byorl.pseudo_label(run, args, {"network": teacher.spec, "model": teacher.state_dict(), "name": "t"}, known, rest)
+    assert sorted(union.index.tolist()) == sorted(known.index.tolist() + rest.index.tolist()) and len(union) == 1437 - 200
+    assert torch.equal(union.labels[known.index], train.labels[known.index]) and (union.labels[rest.index] == 3).all()
+    assert train.labels[rest.index].unique().numel() == 10  # the set itself is as before
+
+
+def test_uat_ft(tmp_path, monkeypatch):
+    """With part of the labels a plain teacher, then a robust student of the same kind; with all labels no teacher. Killed and
+    resumed it ends in the same numbers."""
+    seen = []
+    real = byorl.classifier
+
+    def spy(name, run, args, encoder, images, epoch_size, val_set, robust, about):
+        seen.append((name, len(images), robust, encoder))
+        return real(name, run, args, encoder, images, epoch_size, val_set, robust, about)
+
+    monkeypatch.setattr(byorl, "classifier", spy)
+    uat = dict(method="uat-ft", uat_epochs=3, uat_lr=0.05, eval_examples=0)
+    whole = main(tiny(**uat, out=str(tmp_path / "whole")))
+    assert seen == [
+        ("uat-ft 20% teacher", 287, False, None), ("uat-ft 20%", 1437 - 400, True, None), ("uat-ft 100%", 1437 - 400, True, None)
+    ]  # fmt: skip
+    assert [(r["name"], r["eps"]) for r in whole["rows"]] == [(f"uat-ft {p}%", e) for p in (20, 100) for e in (0, 0.5)]
+    clean, robust = [r["accuracy"] for r in whole["rows"][2:]]
+    assert clean > robust > 20  # chance is 10
+    update, calls = byorl.Epoch.update, []
+
+    def interrupt(self, *a, **k):
+        update(self, *a, **k)
+        calls.append(1)
+        if len(calls) in (20, 30, 60):  # in the teacher's, the student's and the next student's training, 36 steps each
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(byorl.Epoch, "update", interrupt)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            main(tiny(**uat, out=str(tmp_path / "cut"), resume=True))
+    assert main(tiny(**uat, out=str(tmp_path / "cut"), resume=True))["rows"] == whole["rows"]
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3] * 3
+
+
+def test_extra_images_are_learned_from(tmp_path):
+    """They change the encoder; an epoch is as long as without; it does not matter whether they are streamed."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "extra.npy", rng.integers(0, 256, (300, 8, 8, 3), dtype=np.uint8))
+    weights, steps = [], []
+    for name, extra in ("without", ""), ("with", str(tmp_path / "extra.npy")):
+        main(tiny(stage="pretrain", epochs=1, extra_data=extra, out=str(tmp_path / name)))
+        state = load_checkpoint(tmp_path / name / "byorl.pt")
+        weights.append(state["model"])
+        steps.append(load_checkpoint(tmp_path / name / "last.pt")["history"][0]["epoch"])
+        assert state["extra_images"] == (300 if extra else 0)
+    assert not same_state(*weights) and steps == [1, 1]
+    uat = main(tiny(method="uat-ft", extra_data=str(tmp_path / "extra.npy"), uat_epochs=1, label_fractions="1", out=str(tmp_path / "uat")))
+    assert {r["extra_images"] for r in uat["rows"]} == {300} and (tmp_path / "uat" / "uat-ft-100%-teacher.pt").exists()
+
+
+# ---- the paper's numbers ----
+
+
+def test_the_papers_numbers_stand_beside_their_own_setting_only():
+    def ask(encoder="byorl", head="robust", fraction=1.0, extra=0, judged=None, **pre):
+        args = Args(**pre)
+        head_args = vars(args) | {"eps": byorl.head_eps(args)} | (judged or {})
+        state = {
+            "encoder": encoder, "head": head, "label_fraction": fraction, "extra_images": extra, "encoder_args": vars(args), "args": head_args,
+        }  # fmt: skip
+        return byorl.paper(state, Args(**(vars(args) | (judged or {}))))
+
+    linf = dict(norm="linf", eps=8 / 255)
+    assert ask(**linf) == (80.80, 43.24) and ask(width=4.0, **linf) == (81.32, 43.19)  # Table 3
+    assert ask(**linf, attack="pgd", attack_steps=5) == (85.26, 1.05)  # Table 4
+    assert ask(width=4.0, extra=500_000) == (93.01, 77.61) and ask(head="plain", width=4.0, extra=500_000) == (93.19, 77.09)  # Table 2
+    assert ask("byol", "plain", width=4.0, extra=500_000, eps=0.0) == (94.76, 0.00)
+    to = {"dataset": "stl10"}
+    assert ask(width=4.0, extra=500_000, judged=to, fraction=0.1) == (None, 53.23)  # Table 1
+    assert ask("uat-ft", width=4.0, extra=500_000, judged={"dataset": "cifar100"}, fraction=0.01, **linf) == (None, 2.18)
+    assert ask(width=4.0, extra=500_000, judged=to, **linf) == (65.40, 37.79)  # Table 6
+    assert ask(fraction=0.01) == (None, 65.43)
+    nothing = (None, None)
+    assert ask(eps=0.5) == ask(lr=1.0) == ask(width=1.0) == ask(epochs=10, **linf) == ask(extra=1000, **linf) == nothing
+    assert ask(judged={"eval_attack": "pgd20"}, **linf) == ask(judged={"eval_examples": 100}, **linf) == ask(judged={"probe_epochs": 5}, **linf) == nothing
+    assert len(byorl.PAPER) == 16 + 20 + 10
+
+
+# ---- what users get wrong ----
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "needs an encoder"),
-        ({"init": "x.pt"}, "needs an encoder"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
+        ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "need --init"), ({"stage": "evaluate"}, "need --init"),
+        ({"stage": "pretrain", "init": "x.pt"}, "takes none"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"),
+        ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
     ],
 )  # fmt: skip
 def test_wrong_flags(one_sentence, tmp_path, changes, match):
     assert match in one_sentence(byorl, *flags(TINY | changes | {"out": tmp_path / "run"}))
 
 
-def test_a_probe_needs_an_encoder_of_the_same_shape(one_sentence, tmp_path):
-    main(tiny(stage="pretrain", epochs=1, out=str(tmp_path / "a")))
-    message = one_sentence(byorl, *flags(TINY | {"stage": "probe", "width": 1 / 8, "init": tmp_path / "a" / "byorl.pt", "out": tmp_path / "b"}))
-    assert "another architecture" in message
+def test_wrong_checkpoints(one_sentence, encoder, tmp_path):
+    state = load_checkpoint(encoder)
+    torch.save(state | {"model": {k: v for k, v in state["model"].items() if not k.startswith("trunk.")}}, tmp_path / "none.pt")
+    torch.save(state | {"model": {k: v for k, v in state["model"].items() if "layer1" not in k}}, tmp_path / "part.pt")
+    (tmp_path / "empty").mkdir()
+    for changes, match in (
+        ({"stage": "probe", "init": tmp_path / "none.pt"}, "holds no encoder"),
+        ({"stage": "probe", "init": tmp_path / "part.pt"}, "is not in it"),
+        ({"stage": "evaluate", "init": encoder}, "is no head of byorl.py"),
+        ({"stage": "evaluate", "init": tmp_path / "empty"}, "holds no heads"),
+        ({"stage": "probe", "init": tmp_path / "empty"}, "is a folder"),
+    ):
+        assert match in one_sentence(byorl, *flags(TINY | changes | {"out": tmp_path / "run"})), changes
+
+
+def test_a_class_without_labels_is_told(encoder, tmp_path, capsys):
+    main(tiny(init=str(encoder), heads="plain", label_fractions="0.005", probe_epochs=1, out=str(tmp_path)))  # 7 images, 10 classes
+    assert "classes are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros((4, 8, 8), np.uint8), "wants uint8"), (np.zeros((4, 8, 8, 3), np.float32), "holds float32"), (np.zeros((4, 9, 8, 8), np.uint8), "wants uint8"),
+        (np.zeros((4, 16, 16, 3), np.uint8), "16 x 16 pixels"), (np.zeros((0, 8, 8, 3), np.uint8), "wants uint8"), (np.array([{"a": 1}]), "plain numbers"),
+    ],
+)  # fmt: skip
+def test_wrong_extra_data(one_sentence, tmp_path, array, match):
+    np.save(tmp_path / "extra.npy", array, allow_pickle=True)
+    assert match in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "extra.npy", "out": tmp_path / "run"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_extra_data(one_sentence, tmp_path):
+    np.savez_compressed(tmp_path / "extra.npz", images=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    whole = (tmp_path / "extra.npz").read_bytes()
+    for name, content, match in ("cut.npz", whole[: len(whole) // 2], "damaged"), ("text.npy", b"hello", "damaged"), ("empty.npz", b"", "damaged"):
+        (tmp_path / name).write_bytes(content)
+        assert match in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / name, "out": tmp_path / "run"}))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    assert "damaged" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "flipped.npz", "out": tmp_path / "run"}))
+    assert "which are the images" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "two.npz", "out": tmp_path / "run"}))

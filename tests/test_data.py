@@ -52,7 +52,7 @@ def test_the_split_depends_on_the_seed_alone(digits, ranks):
         assert sorted(a.index.tolist() + b.index.tolist()) == list(range(1437))
     assert not torch.equal(split_train(train, val_fraction=0.15, seed=8)[0].index, parts[0][0].index)
     some, held = split_train(train, val_fraction=100, seed=7, label_fraction=0.1)
-    assert (len(held), len(some)) == (100, 134) and not set(some.index.tolist()) & set(held.index.tolist())
+    assert (len(held), len(some)) == (100, 144) and not set(some.index.tolist()) & set(held.index.tolist())
     with pytest.raises(UserError, match="too few"):
         split_train(train, val_fraction=1437, seed=7)
 
@@ -284,3 +284,45 @@ def test_no_network_is_one_sentence(tmp_path):
         load_data("cifar100", str(tmp_path), CPU, data_mirror="http://127.0.0.1:9")
     with pytest.raises(UserError, match="no intact cifar10"):
         load_data("cifar10", str(tmp_path), CPU, data_mirror="http://127.0.0.1:port")
+
+
+# ---- more images ----
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "npy channels first"])
+def test_extra_images_in_memory_and_streamed(tmp_path, monkeypatch, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    path = tmp_path / f"extra.{kind[:3]}"
+    if kind == "npz":
+        np.savez_compressed(path, image=pixels, label=np.zeros(20))  # as the generated CIFAR-10 images are published
+    else:
+        np.save(path, pixels.transpose(0, 3, 1, 2) if "first" in kind else pixels)
+    train, _ = load_data("digits", "", CPU, image_size=8)
+    want = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    given = []
+    for limit in (common.IN_MEMORY_BYTES, 1000):
+        monkeypatch.setattr(common, "IN_MEMORY_BYTES", limit)
+        extra = common.load_extra(path, 8, CPU)
+        both = common.join(train.subset(torch.arange(5, 15)), extra)
+        assert isinstance(both.pixels, torch.Tensor) == (limit > 1000) and len(both) == 30 and both.classes == train.classes
+        stream = list(batches(both, 7, CPU, workers=1))
+        x, y = (torch.cat(parts) for parts in zip(*stream, strict=True))
+        assert torch.allclose(x[10:], want) and torch.equal(y, torch.cat([train.labels[5:15], torch.full((20,), -1)]))
+        given.append(x)
+    assert torch.equal(*given)
+
+
+def test_labels_of_a_streamed_set_can_be_replaced(folder):
+    """Pseudo-labels are given to images that are read from files."""
+    data = common.open_folder(folder / "train", 8)
+    data.labels = torch.arange(len(data)) + 100
+    got = torch.cat([y for _, y in batches(data, 4, CPU, workers=0, shuffle=1)])
+    assert sorted(got.tolist()) == data.labels.tolist() and got.tolist() != data.labels.tolist()
+
+
+def test_draw_takes_every_image_equally_often(digits):
+    some = digits[0].subset(torch.arange(10))
+    for n in (3, 10, 27):
+        counts = torch.bincount(common.draw(some, n, seed=1).index, minlength=10)
+        assert counts.sum() == n and counts.max() - counts.min() <= 1
+    assert not torch.equal(common.draw(some, 3, 1).index, common.draw(some, 3, 2).index)

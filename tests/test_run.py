@@ -382,7 +382,7 @@ def test_two_ranks_agree_with_one(tmp_path, monkeypatch):
     of the weights by a millionth has become one of the loss by a tenth, so more steps could not be compared closely.)"""
     same = "\nrotation_at.random_crop_flip = lambda x, **k: x"
     monkeypatch.setattr(rotation_at, "random_crop_flip", lambda x, **k: x)
-    args = TINY | dict(variant="T0", eps=0.0, eval_eps="0", label_fraction=128 / 1221, epochs=1, eval_examples=0)
+    args = TINY | dict(variant="T0", eps=0.0, eval_eps="0", label_fraction=128 / 1437, epochs=1, eval_examples=0)
     two = torchrun(*flags(args), "--out", "run", code=ATTACK + same + "\ncommon.cli(rotation_at.main, rotation_at.Args)", cwd=tmp_path)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("test images under") == 1  # only rank 0 speaks
