@@ -120,9 +120,14 @@ class Args:
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=8, flip=False, arch="preact18", width=0.25, epochs=12, warmup_epochs=2, batch_size=64, lr=1.0,
         attack_steps=4, tau=0.97, hidden=256, projection=64, jitter_strength=0.2, crop=0.7, plain=True, label_fractions="0.1,1", heads="both",
-        probe_epochs=20, probe_lr=0.05, probe_steps=4, val_images=200, eval_attack="pgd20",
+        probe_epochs=10, probe_lr=0.05, probe_steps=4, val_images=200, eval_attack="pgd20",
     )  # fmt: skip
 
+
+# Flags that make an encoder what it is.
+PRETRAINING = (
+    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "apgd_checkpoints", "tau", "hidden", "projection", "jitter_strength", "blur", "crop",
+)  # fmt: skip
 
 # (clean, robust) accuracy in the paper: {(norm, width, extra images, attack, judged on, encoder, head, share of its labels): ...}.
 # Tables 1, 2 and 6 are of x4 and extra images, as their numbers and those of the text show, though the captions say CIFAR-10.
@@ -562,9 +567,8 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images) -> li
 def paper(state: dict, args: Args) -> tuple[float | None, float | None]:
     """The paper's (clean, robust) accuracy for this classifier, judged with `args`; (None, None) if the setting is another."""
     usual, pre = vars(Args()), state["encoder_args"]
-    same = ["dataset", "image_size", "flip", "arch", "stem", "batch_size", "weight_decay"]
-    same += ["uat_epochs", "uat_lr", "probe_steps"] if state["encoder"] == "uat-ft" else [
-        "epochs", "warmup_epochs", "lr", "apgd_checkpoints", "tau", "hidden", "projection", "jitter_strength", "blur", "crop"]  # fmt: skip
+    same = {"dataset", "image_size", "flip", "arch", "stem", "batch_size", "weight_decay"}
+    same |= {"uat_epochs", "uat_lr", "probe_steps"} if state["encoder"] == "uat-ft" else set(PRETRAINING) - {"attack", "attack_steps"}
     judging = ("image_size", "flip", "batch_size", "val_images", "probe_epochs", "probe_lr", "eval_attack", "eval_examples", "eval_amp")
     radius = {"l2": 128 / 255, "linf": 8 / 255}[args.norm]
     if (
@@ -610,9 +614,10 @@ def main(args: Args) -> dict:
         raise UserError("--stage probe and evaluate need --init (an encoder such as runs/X/byorl.pt; a head or a folder of heads); "
                         "--stage pretrain takes none.")  # fmt: skip
     given = read_init(args)
-    if given:  # the network is that of the checkpoint
+    if given:  # network and pre-training are those of the checkpoint, for the record
         network = given[0]["network"]
-        args = replace(args, **{k: network[k] for k in ("arch", "width", "stem")})
+        its_args = given[0].get("encoder_args") or given[0].get("args", {})
+        args = replace(args, **{k: network[k] for k in ("arch", "width", "stem")}, **{k: its_args[k] for k in PRETRAINING if k in its_args})
     run = start_run(args, "byorl")
     results = run.finished() or train_and_evaluate(run, args, fractions, given)
     if results and world()[0] == 0:

@@ -10,6 +10,13 @@ Kucer et al. 2021 (rotation_at.py, jigsaw_at.py, eval_cifar10c.py):
     kucer-variants-*.png     the same for T0 ... T3 and both tasks; dashed: the paper's Tables 1-3
     kucer-corruptions-*.png  Figure 4: accuracy per type of corruption, clean above, attacked below
 
+Gowal et al. 2021 (byorl.py):
+
+    gowal-table.md           all heads: clean and robust accuracy, the paper's beside them
+    gowal-labels-*.png       Figures 3, 4, 6, 7, 8: accuracy over the share of labels
+    gowal-jitter-*.png       Figure 5: accuracy over --jitter-strength
+    landscape-*.png          Figures 9 and 10 for any checkpoint: python report.py runs/X/byorl-robust-100%.pt
+
 This is the only file that needs matplotlib; without it only the tables are written.
 """
 import json
@@ -19,28 +26,35 @@ import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+import torch
+from torch import Tensor
+
+import byorl
 import jigsaw_at
 import rotation_at
-from common import UserError, cli, eps_name, write_atomically
+from common import (
+    UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, write_atomically,
+)  # fmt: skip
 from jigsaw_at import PAPER as JIGSAW_PAPER
 from rotation_at import PAPER, PAPER_EPS
 
 
 @dataclass
 class Args:
-    results: tuple[str, ...] = ()  # results.json files, or folders of runs
+    results: tuple[str, ...] = ()  # results.json files, or folders of runs, or checkpoints (*.pt) whose loss landscape is wanted
     out: str = "report"  # folder to write to; files in it are replaced
 
 
 # What may differ between two runs that are averaged or drawn as one line: the seed, and where and how they were computed.
 NOT_THE_SETTING = {
     "seed", "out", "resume", "device", "workers", "data_dir", "data_mirror", "compile", "plain", "quick", "init",
-    "eval_eps", "pretrain", "pretrain_eps", "pretrain_epochs",
+    "eval_eps", "pretrain", "pretrain_eps", "pretrain_epochs", "stage", "label_fractions", "heads",
 }  # fmt: skip
 
 # What names a run by itself, so that a setting's description need not.
-NAMED = {"dataset", "arch", "width", "epochs", "norm", "eps", "variant", "eval_steps"}
+NAMED = {"dataset", "arch", "width", "epochs", "norm", "eps", "variant", "eval_steps", "eval_attack", "method", "extra_data"}
 JIGSAW_ONLY = {"grid", "num_permutations", "permutations"}
 
 
@@ -79,9 +93,10 @@ def dataset_name(result: dict) -> str:
 def describe(result: dict) -> str:
     """The setting of a run in a few words, for tables and legends."""
     a = result["args"]
-    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at}[result["script"]]
+    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl}[result["script"]]
     usual = vars(script.Args()) | (script.Args.QUICK if a["quick"] else {})
-    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['epochs']} epochs", f"PGD-{a['eval_steps']}"]
+    attack = f"PGD-{a['eval_steps']}" if a["eval_attack"] == "pgd20" else a["eval_attack"]
+    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['epochs']} epochs", attack]
     parts += ["--quick"] if a["quick"] else []
     for k, v in a.items():
         if k not in NOT_THE_SETTING | NAMED and v != usual.get(k, v):
@@ -364,12 +379,176 @@ def figure4(results: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+# ---- Gowal et al. --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Head:
+    """A classifier's accuracy in runs that differ in the seed only."""
+
+    result: dict  # of the first such run
+    row: dict  # its robust row
+    clean: list[float]
+    robust: list[float]
+    paper: tuple[float | None, float | None]
+    seeds: set[int]
+
+    def name(self) -> str:
+        """'BYORL, robust head', 'UAT-FT + 500000 images'."""
+        head = f", {self.row['head']} head" if self.row["head"] else ""
+        extra = f" + {self.row['extra_images']} images" if self.row["extra_images"] else ""
+        return self.row["encoder"].upper() + extra + head
+
+    def key(self, *free: str) -> str:
+        """Equal for heads that differ in the arguments and keys `free` only."""
+        args = {k: v for k, v in self.result["args"].items() if k not in NOT_THE_SETTING | set(free) | {"init", "extra_data", "method", "eps"}}
+        row = {k: self.row[k] for k in ("encoder", "head", "label_fraction", "extra_images", "eps") if k not in free}
+        return json.dumps([args, row, dataset_name(self.result)], sort_keys=True)
+
+
+def all_heads(results: list[dict]) -> list[Head]:
+    """Those of all runs of byorl.py, seeds gathered."""
+    found: dict[str, Head] = {}
+    for result in results:
+        for clean, robust in zip(result["rows"][::2], result["rows"][1::2], strict=True) if result["script"] == "byorl" else []:
+            new = Head(result, robust, [], [], (clean["paper"], robust["paper"]), set())
+            head, seed = found.setdefault(new.key(), new), result["args"]["seed"]
+            if seed in head.seeds:
+                print(f"left out: {clean['name']} of another run with the same arguments and seed ({describe(result)}, seed {seed}).")
+                continue
+            head.seeds.add(seed)
+            head.clean.append(clean["accuracy"])
+            head.robust.append(robust["accuracy"])
+    return list(found.values())
+
+
+def gowal_table(heads: list[Head]) -> str:
+    """All heads in Markdown, the paper's numbers beside them."""
+    text = ["# Gowal et al. 2021\n", "Accuracy in percent; means over seeds.\n"]
+    text += ["| setting | ball | encoder, head | labels | clean | robust | paper: clean | paper: robust |", "|" + "---|" * 8]
+    for h in heads:
+        paper = ["" if v is None else f"{v:.2f}" for v in h.paper]
+        seeds = f", {len(h.clean)} seeds" if len(h.clean) > 1 else ""
+        text.append(
+            f"| {describe(h.result)}{seeds} | {h.row['norm']} {eps_name(h.row['eps'])} | {h.name()} | {100 * h.row['label_fraction']:g}% | "
+            f"{fmean(h.clean):.2f} | {fmean(h.robust):.2f} | {' | '.join(paper)} |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def accuracy_figures(heads: list[Head], over: str, out: Path) -> list[Path]:
+    """Robust accuracy on the left, clean on the right, over the share of labels or --jitter-strength; one line per encoder and head,
+    a picture per setting. Stars are the paper's numbers. Returns what was written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = over == "label_fraction"
+    groups, written = defaultdict(list), []
+    for head in heads:
+        groups[head.key(over, "encoder", "head", "extra_images")].append(head)
+    for group in groups.values():
+        lines = defaultdict(list)
+        for head in group:
+            share = "" if labels else f", {100 * head.row['label_fraction']:g}% of the labels"
+            lines[head.name() + share].append((100 * head.row[over] if labels else head.result["args"][over], head))
+        lines = {name: sorted(line, key=lambda p: p[0]) for name, line in lines.items() if len({at for at, _ in line}) > 1}
+        if not lines:
+            continue
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
+        for i, (name, line) in enumerate(lines.items()):
+            at = [p for p, _ in line]
+            for ax, values, paper in (axes[0], [fmean(h.robust) for _, h in line], 1), (axes[1], [fmean(h.clean) for _, h in line], 0):
+                ax.plot(at, values, label=name, marker="o", markersize=3, color=f"C{i % 10}")
+                known = [(p, h.paper[paper]) for p, h in line if h.paper[paper] is not None]
+                if known:
+                    ax.plot(*zip(*known, strict=True), "*", markersize=10, color=f"C{i % 10}", label=f"{name}, the paper")
+        row, setting = group[0].row, describe(group[0].result)
+        if not labels:
+            setting = ", ".join(part for part in setting.split(", ") if not part.startswith("--jitter"))
+        for ax, what in (axes[0], f"robust, {row['norm']} {eps_name(row['eps'])}"), (axes[1], "clean"):
+            ax.set(xlabel="labels (%)" if labels else "--jitter-strength", ylabel=f"accuracy (%), {what}")
+            if labels:
+                ax.set_xscale("log")
+                ticks = sorted({p for line in lines.values() for p, _ in line})
+                ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+                ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        figure.suptitle(textwrap.fill(f"{setting}; {row['examples']:,} test images", 110), fontsize=10)
+        axes[0].legend(fontsize=8)
+        kind = "labels" if labels else "jitter"
+        path = unused(out / file_name(f"gowal-{kind}-{row['norm']}-{eps_name(row['eps'])}-{setting}"), written)
+        write_atomically(path, lambda f, figure=figure: figure.savefig(f, dpi=110, format="png"))
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def landscape(
+    model: torch.nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, points: int = 41, reach: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """The margin (below 0: misclassified) on the plane through each image that is spanned by the worst perturbation AutoPGD finds, u, and
+    a random vector of signs, v (Gowal et al., appendix C). Returns the axis (points,) from -reach to reach, in radii of the ball, and
+    margins (B, points, points), rows along v, columns along u. v is made as long as the radius; images are not clipped to [0, 1].
+    """
+    u = apgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=100) - x
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+    v = v * eps if norm == "linf" else v * eps / l2_norm(v)
+    axis = torch.linspace(-reach, reach, points)
+    rows = []
+    with torch.no_grad():
+        for b in axis.tolist():
+            rows.append(torch.stack([margin(model(x + a * u + b * v), y) for a in axis.tolist()], 1))
+    return axis, torch.stack(rows, 1)
+
+
+def landscape_figure(checkpoint: str, out: Path, images: int = 4) -> Path:
+    """Figures 9 and 10 for a checkpoint: `images` random test images of the data set it was trained on, the ball drawn in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    state = load_checkpoint(checkpoint)
+    args = state.get("args", {})
+    if not {"dataset", "data_dir", "image_size", "norm", "eps"} <= args.keys() or not state["network"].get("heads", {}).get("class"):
+        raise UserError(f"{checkpoint} is no trained classifier of these scripts; take a file such as best.pt or byorl-robust-100%.pt.")
+    model, norm, eps = load_model(checkpoint), args["norm"], args["eps"]
+    _, test = load_data(args["dataset"], args["data_dir"], torch.device("cpu"), image_size=args["image_size"])
+    some = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:images])
+    x, y = next(batches(some, images, torch.device("cpu"), workers=0))
+    axis, margins = landscape(model, x, y, eps, norm)
+    # The ball in the plane: a circle for l2 (u and v are nearly at right angles), a diamond for linf (|a| + |b| <= 1, as |u| = |v| = eps).
+    t = torch.linspace(0, 2 * math.pi, 200)
+    ball = (t.cos(), t.sin()) if norm == "l2" else (torch.tensor([1.0, 0, -1, 0, 1]), torch.tensor([0.0, 1, 0, -1, 0]))
+    figure = plt.figure(figsize=(4.2 * images, 4.2))
+    a, b = torch.meshgrid(axis, axis, indexing="xy")
+    for i in range(images):
+        ax = figure.add_subplot(1, images, i + 1, projection="3d")
+        z = margins[i]
+        ax.plot_surface(a.numpy(), b.numpy(), z.numpy(), cmap="viridis", alpha=0.8, linewidth=0)
+        ax.contour(a.numpy(), b.numpy(), z.numpy(), levels=[0.0], colors="red")  # where the class changes
+        ax.plot(*(v.numpy() for v in ball), zs=float(z.min()), color="black")
+        ax.set(xlabel="u, worst (radii)", ylabel="v, random signs", zlabel="margin")
+        ax.set_title(test.classes[int(y[i])], fontsize=9)
+    name = Path(checkpoint).parent.name + "-" + Path(checkpoint).stem
+    figure.suptitle(f"{name}: margin around {images} test images; black: the {norm} ball of radius {eps_name(eps)}; red: margin 0", fontsize=10)
+    path = out / file_name(f"landscape-{name}")
+    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    plt.close(figure)
+    return path
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> list[Path]:
     """Write all that the given results are enough for; returns the files."""
-    results = read(args.results)
+    checkpoints = [path for path in args.results if path.endswith(".pt")]
+    others = tuple(path for path in args.results if path not in checkpoints)
+    results = read(others) if others or not checkpoints else []
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -380,12 +559,18 @@ def main(args: Args) -> list[Path]:
     if found:
         write_atomically(out / "kucer-tables.md", lambda f: f.write(tables(found).encode()))
         written.append(out / "kucer-tables.md")
+    heads = all_heads(results)
+    if heads:
+        write_atomically(out / "gowal-table.md", lambda f: f.write(gowal_table(heads).encode()))
+        written.append(out / "gowal-table.md")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         print("matplotlib is not installed: no figures")
     else:
         written += curve_figures(found, out)
+        written += accuracy_figures(heads, "label_fraction", out) + accuracy_figures(heads, "jitter_strength", out)
+        written += [landscape_figure(checkpoint, out) for checkpoint in checkpoints]
         groups = defaultdict(list)  # runs on the same data with the same attack go into one picture
         for result in results:
             if result["script"] == "eval_cifar10c":

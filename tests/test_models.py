@@ -1,4 +1,7 @@
 """Section 3 of common.py: parameter counts, torchvision as second implementation, mixed precision, checkpoints."""
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,3 +154,62 @@ def test_preact_block_by_hand():
     model = build_model("preact18", {"class": 10}, width=1 / 8)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     assert len([m for m in model.modules() if isinstance(m, PreActBlock)]) == 8
+
+
+# ---- Vision Transformer ----
+
+
+def test_vit_b16_has_the_size_of_the_paper():
+    """Dosovitskiy et al., Table 1: 86 million weights; counted by hand without head and learned positions: 85,647,360."""
+    with torch.device("meta"):
+        trunk = build_trunk("vit_b16", 1.0, "cifar")
+    assert sum(p.numel() for p in trunk.parameters()) == 768 * 16 * 16 * 3 + 768 + 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768 == 85_647_360
+
+
+def test_vit_by_hand():
+    """Patch by patch, head by head, in float64, from the equations of Dosovitskiy et al."""
+    torch.manual_seed(0)
+    trunk = build_trunk("vit_ti4", 2 / 3, "cifar").double()
+    for p in trunk.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    p = {k: v.detach().numpy() for k, v in trunk.state_dict().items()}
+    x = torch.rand(1, 3, 8, 12, dtype=torch.float64)
+    image, dim, heads = x[0].numpy(), 128, 2
+    assert trunk.dim == dim
+
+    def norm(h, name):
+        h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-6)
+        return h * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(h, name):
+        return h @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    tokens = [p["cls_token"][0, 0]]
+    for row in range(2):
+        for col in range(3):
+            patch = image[:, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4].reshape(-1)
+            where = []
+            for position in (col, row):
+                angle = [position / 10_000 ** (i / (dim / 4)) for i in range(dim // 4)]
+                where += [math.sin(a) for a in angle] + [math.cos(a) for a in angle]
+            tokens.append(p["patch_embed.weight"].reshape(dim, -1) @ patch + p["patch_embed.bias"] + np.array(where))
+    h = np.stack(tokens)
+    for i in range(12):
+        block = f"blocks.{i}"
+        q, k, v = np.split(linear(norm(h, f"{block}.norm1"), f"{block}.attn.qkv"), 3, 1)
+        out = []
+        for j in range(heads):
+            part = slice(64 * j, 64 * j + 64)
+            score = np.exp(q[:, part] @ k[:, part].T / math.sqrt(64))
+            out.append(score / score.sum(1, keepdims=True) @ v[:, part])
+        h = h + linear(np.concatenate(out, 1), f"{block}.attn.proj")
+        m = linear(norm(h, f"{block}.norm2"), f"{block}.mlp.fc1")
+        m = m * 0.5 * (1 + np.vectorize(math.erf)(m / math.sqrt(2)))
+        h = h + linear(m, f"{block}.mlp.fc2")
+    want = norm(h[1:].mean(0, keepdims=True), "fc_norm")
+    assert np.allclose(trunk(x).detach().numpy(), want, atol=1e-6)  # the positions are float32
+
+
+def test_vit_refuses_images_it_cannot_cut():
+    with pytest.raises(ValueError, match="cannot be cut into patches of 4"):
+        build_trunk("vit_ti4", 1 / 3, "cifar")(torch.rand(1, 3, 30, 32))

@@ -1,12 +1,15 @@
 """report.py: what it reads, the numbers in its tables, and that its pictures show what they should."""
 import json
+import math
 import re
 
 import pytest
 import torch
 from conftest import ROOT, flags
 
+import byorl
 import report
+from common import build_model, save_checkpoint
 from jigsaw_at import Args as JigsawArgs
 from rotation_at import PAPER, PAPER_EPS
 from rotation_at import Args as RotationArgs
@@ -158,3 +161,69 @@ def test_the_results_in_the_repository_are_results():
         assert r["args"]["out"] == "" and not re.search(r"/(tmp|work|home|root)/", json.dumps(r))
         if r["args"]["dataset"] == "folder":
             assert "JPEG copy" in r["dataset_name"]
+
+
+# ---- Gowal et al. ----
+
+
+def byorl_result(seed=0, method="byorl", fractions=(0.01, 0.1, 1.0), base=50.0, **changes):
+    args = vars(byorl.Args(seed=seed, method=method, norm="linf", eps=8 / 255, **changes))
+    rows = []
+    for f in fractions:
+        for eps, accuracy in (0, base + 30 + 5 * f), (8 / 255, base + 5 * f + seed):
+            encoder = method if args["eps"] else "byol"
+            rows.append({
+                "name": f"{encoder} {100 * f:g}%", "attack": "suite" if eps else "none", "norm": "linf", "eps": eps, "examples": 10_000,
+                "accuracy": accuracy, "paper": (43.24 if eps else 80.80) if f == 1 and method == "byorl" else None, "label_fraction": f,
+                "head": "robust" if method == "byorl" else "", "encoder": encoder, "extra_images": 0,
+            })  # fmt: skip
+    return {"script": "byorl", "args": args, "device": "CPU", "torch": "2", "seconds": 1.0, "rows": rows}
+
+
+def test_gowal_table_and_figures(tmp_path, capsys):
+    runs = [byorl_result(0), byorl_result(2), byorl_result(2), byorl_result(method="uat-ft", base=40.0), byorl_result(jitter_strength=0.3, fractions=(1.0,))]
+    for i, run in enumerate(runs):
+        (tmp_path / f"{i}.json").write_text(json.dumps(run))
+    written = report.main(report.Args(results=tuple(str(tmp_path / f"{i}.json") for i in range(5)), out=str(tmp_path / "report")))
+    assert "left out" in capsys.readouterr().out  # the third run
+    text = (tmp_path / "report" / "gowal-table.md").read_text()
+    assert "BYORL, robust head | 100% | 85.00 | 56.00 | 80.80 | 43.24 |" in text  # seeds 0 and 2: 55 and 57
+    assert "UAT-FT | 1% | 70.05 | 40.05 |  |  |" in text and "--jitter-strength 0.3" in text and text.count("2 seeds") == 3
+    names = [p.name for p in written]
+    assert sum(n.startswith("gowal-labels-linf-8_255") for n in names) == 1  # BYORL and UAT-FT in one picture
+    assert sum(n.startswith("gowal-jitter-linf-8_255") for n in names) == 1
+    assert all((tmp_path / "report" / n).stat().st_size > 5000 for n in names if n.endswith(".png"))
+
+
+def test_landscape_of_a_linear_network():
+    """Margins of a linear network are linear in u and v: every value by hand, and the worst point of the ball lies at u = 1."""
+    torch.manual_seed(0)
+    w = torch.randn(2, 3 * 4 * 4, dtype=torch.float64)
+    x, y = torch.full((3, 3, 4, 4), 0.5, dtype=torch.float64), torch.tensor([0, 1, 0])
+
+    def model(z):
+        return z.flatten(1) @ w.T
+
+    for norm, eps in ("linf", 0.05), ("l2", 0.3):
+        axis, margins = report.landscape(model, x, y, eps, norm, points=5, reach=2.0)
+        assert axis.tolist() == [-2, -1, 0, 1, 2] and margins.shape == (3, 5, 5)
+        slope = w[0] - w[1]
+        sign = torch.tensor([1, -1, 1])
+        clean = sign * (x.flatten(1) @ slope)
+        fall = eps * (slope.abs().sum() if norm == "linf" else slope.norm())  # the most that the ball allows
+        assert torch.allclose(margins[:, 2, 2], clean) and torch.allclose(margins[:, 2, 3], clean - fall, atol=1e-3)
+        v = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
+        v = eps * v if norm == "linf" else eps * v / math.sqrt(48)
+        along = sign * (v.flatten(1) @ slope)
+        want = clean[:, None, None] - fall * axis[None, None, :] + along[:, None, None] * axis[None, :, None]
+        assert torch.allclose(margins, want, atol=3e-3)
+
+
+def test_landscape_picture_of_a_checkpoint(tmp_path, one_sentence):
+    args = dict(dataset="digits", data_dir="", image_size=8, norm="l2", eps=0.5)
+    model = build_model("preact18", {"class": 10}, width=1 / 16)
+    save_checkpoint(tmp_path / "best.pt", {"network": model.spec, "model": model.state_dict(), "args": args})
+    (path,) = report.main(report.Args(results=(str(tmp_path / "best.pt"),), out=str(tmp_path / "report")))
+    assert path.name.startswith("landscape-") and path.stat().st_size > 20_000
+    save_checkpoint(tmp_path / "none.pt", {"network": model.spec, "model": model.state_dict()})
+    assert "no trained classifier" in one_sentence(report, str(tmp_path / "none.pt"), "--out", str(tmp_path / "r"))

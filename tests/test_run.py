@@ -468,7 +468,7 @@ def test_two_ranks_stop_together_and_resume_exactly(tmp_path):
     whole = ATTACK + "common.cli(rotation_at.main, rotation_at.Args)"
     code = ATTACK + "if os.environ['RANK'] == '1':\n    " + (AT_STEP % (12, "SIGTERM")).strip().replace("\n", "\n    ")
     code += "\ncommon.cli(rotation_at.main, rotation_at.Args)"
-    more = flags(TINY | dict(label_fraction=0.5, epochs=3))
+    more = flags(TINY | dict(label_fraction=610 / 1437, epochs=3))
     stopped = torchrun(*more, "--out", "run", code=code, cwd=tmp_path)
     assert stopped.returncode != 0 and "saved epoch 2, step 10" in stopped.stderr
     assert "go on with: torchrun --nproc-per-node=2 rotation_at.py --resume --out run" in stopped.stderr
