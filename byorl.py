@@ -118,7 +118,7 @@ class Args:
 
     # Digits of 8 x 8 pixels, as many as they have: the ball of radius 0.5 is large on them.
     QUICK: ClassVar[dict] = dict(
-        dataset="digits", image_size=8, flip=False, arch="preact18", width=0.25, epochs=12, warmup_epochs=2, batch_size=64, lr=1.0,
+        dataset="digits", image_size=8, flip=False, arch="preact18", width=0.25, epochs=14, warmup_epochs=2, batch_size=64, lr=1.0,
         attack_steps=4, tau=0.97, hidden=256, projection=64, jitter_strength=0.2, crop=0.7, plain=True, label_fractions="0.1,1", heads="both",
         probe_epochs=10, probe_lr=0.05, probe_steps=4, val_images=200, eval_attack="pgd20",
     )  # fmt: skip

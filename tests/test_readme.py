@@ -45,7 +45,7 @@ def test_the_two_commands_are_there():
 def test_files_and_flags_exist():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/corruptions.py"))
+    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/corruptions.py"))
     torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", README)) - torchrun:
         assert flag[2:].removeprefix("no-").replace("-", "_") in known, flag
@@ -53,16 +53,38 @@ def test_files_and_flags_exist():
 
 def test_paper_numbers_in_the_table():
     rows = re.findall(r"^\| [^|]* \| `python (\w+).py ([^`]*)` \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
-    assert len(rows) == 17
+    assert len(rows) == 24
     for name, flags, clean, robust in rows:
         script = SCRIPTS[f"{name}.py"]
         args = parse_args(script.Args, shlex.split(flags))
         if script is byorl:
-            assert byorl.PAPER[args.width] == (float(clean), float(robust)) and byorl.is_papers(args, "byorl", "robust", 1)
+            assert byorl.paper(head_of(args), args) == (float(clean), float(robust))
             continue
         pretrained = {"runs/p1/pretrain.pt": "l2", "runs/p2/pretrain.pt": "linf"}.get(args.init, args.pretrain)
         paper = dict(zip(script.PAPER_EPS[args.norm], script.PAPER[args.norm, pretrained, args.variant], strict=True))
         assert (paper[0], paper[args.eps]) == (float(clean), float(robust))
+
+
+def head_of(args, encoder="byorl", head="robust", extra_images=0) -> dict:
+    """What byorl.py writes into the checkpoint of a head on all labels."""
+    about = {"encoder": encoder, "head": head, "label_fraction": 1.0, "extra_images": extra_images}
+    return about | {"encoder_args": vars(args), "args": vars(args) | {"eps": byorl.head_eps(args)}}
+
+
+def test_paper_numbers_of_byorl():
+    lines = [line.split("|")[1:-1] for line in README.splitlines() if re.match(r"\| (Tables 2, 6|BYOR?L, \w+ head) ", line)]
+    columns = [cell.split() for cell in lines[0][1:]]
+    found = 0
+    for encoder, *cells in lines[1:]:
+        name, head, _ = encoder.replace(",", "").lower().split()
+        for (judged, norm), cell in zip(columns, cells, strict=True):
+            eps = {"l2": 128 / 255, "linf": 8 / 255}[norm]
+            args = byorl.Args(width=4.0, norm=norm, eps=eps if name == "byorl" else 0.0)
+            judge = byorl.Args(width=4.0, norm=norm, eps=eps, dataset=judged.lower().replace("-", ""))
+            if cell.strip():
+                assert byorl.paper(head_of(args, name, head, 500_000), judge) == tuple(map(float, cell.split("/"))), (encoder, judged, norm)
+                found += 1
+    assert found == 14
 
 
 def test_every_public_function_has_a_docstring():
