@@ -61,13 +61,13 @@ def number(text: str) -> float:
     return value
 
 
-def radii(text: str) -> list[float]:
-    """Read a comma-separated list of radii such as `0,4/255,8/255`. Raises UserError if it is none."""
+def numbers(text: str) -> list[float]:
+    """Read a comma-separated list of numbers (none negative) such as `0,4/255,8/255`. Raises UserError if it is none."""
     with contextlib.suppress(ValueError):
         values = [number(part) for part in text.split(",") if part.strip()]
         if all(v >= 0 for v in values):
             return values
-    raise UserError(f"'{text}' is not a list of radii such as 0,4/255,8/255.")
+    raise UserError(f"'{text}' is not a list of numbers such as 0,4/255,8/255.")
 
 
 def eps_name(eps: float) -> str:
@@ -127,7 +127,7 @@ _RANGES = [
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
     ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
     ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
-    ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
+    ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("crop", 0.001, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
     ("probe_steps", 0, math.inf), ("uat_epochs", 1, math.inf), ("uat_lr", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
 ]  # fmt: skip
 
@@ -979,18 +979,18 @@ def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
-            names = [k for k in ("image", "images", "data") if k in array.files] or array.files
-            if len(names) > 1 and names == array.files:
+            names = [k for k in ("image", "images", "data") if k in array.files][:1] or array.files
+            if len(names) != 1:
                 raise UserError(f"{path} holds {', '.join(sorted(names)[:5])}: which are the images? Name them 'images'.")
             array = array[names[0]]
     except FileNotFoundError:
         raise UserError(f"there is no {path} (--extra-data).") from None
     except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path} is damaged, or not a .npy or .npz file of plain numbers (--extra-data).") from None
-    last = array.ndim == 4 and array.shape[3] == 3
-    if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or not (last or array.shape[1] == 3):
+    channels_last = array.ndim == 4 and array.shape[3] == 3
+    if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or not (channels_last or array.shape[1] == 3):
         raise UserError(f"{path} holds {array.dtype} {array.shape}; --extra-data wants uint8 images, (N, {size}, {size}, 3).")
-    array = array.transpose(0, 3, 1, 2) if last else array
+    array = array.transpose(0, 3, 1, 2) if channels_last else array
     if array.shape[2:] != (size, size):
         raise UserError(f"{path} holds images of {array.shape[2]} x {array.shape[3]} pixels, --image-size is {size}.")
     labels = torch.full((len(array),), -1)
@@ -1394,6 +1394,58 @@ class PreActResNet(nn.Module):
         return F.relu(self.bn(x)).mean((2, 3))
 
 
+class PreActBottleneck(nn.Module):
+    """BatchNorm, ReLU and convolution, three times (1x1, 3x3 with the stride, 1x1), and a shortcut; where the shape changes, the shortcut
+    is a 1x1 convolution of the activated input, and BatchNorm (the ResNet-50v2 of Chen et al. 2020's published models)."""
+
+    expansion = 4
+
+    def __init__(self, c_in: int, c: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c)
+        self.conv3 = nn.Conv2d(c, 4 * c, 1, bias=False)
+        self.shortcut = _shortcut(c_in, 4 * c, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return self.conv3(F.relu(self.bn3(out))) + shortcut
+
+
+class ResNetV2(nn.Module):
+    """ResNet-50v2 trunk: (B, 3, H, W) -> pooled features (B, dim). BatchNorm and ReLU after the first convolution, none before the
+    pooling. `shared` is the part that Chen et al. inherit from pre-training: the stem and the first three stages."""
+
+    def __init__(self, depths: list[int], width: float = 1.0, stem: str = "cifar"):
+        super().__init__()
+        c = max(1, round(64 * width))
+        self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
+        c_in, stages = c, []
+        for i, depth in enumerate(depths):
+            blocks = []
+            for j in range(depth):
+                blocks.append(PreActBottleneck(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                c_in = c * 2**i * 4
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.shared_dim, self.dim = c_in // 2, c_in
+
+    def shared(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> feature map (B, dim / 2, H / 4, W / 4)."""
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer4(self.shared(x)).mean((2, 3))
+
+
 def sincos_positions(dim: int, rows: int, cols: int) -> Tensor:
     """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers tells the column, the
     second the row, each as the sines, then the cosines, of position / 10000^(i / n), i = 0 ... n - 1, n = dim / 4 (MAE)."""
@@ -1413,7 +1465,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim / heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, 3, heads, d) -> each (B, heads, N, d)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -1445,7 +1497,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the patches' final tokens, normalised. The class token takes
+    """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the final patch tokens, then LayerNorm. The class token takes
     part in the attention and is left out of the mean (as in MAE's fine-tuning; Rebuffi et al., section 4).
 
     H and W are multiples of `patch`; the positions are fixed (`sincos_positions`), so one network takes images of any size.
@@ -1491,11 +1543,13 @@ def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
         return ResNet(Bottleneck, [3, 4, 6, 3], width, stem)
     if arch in ("preact18", "preact34"):
         return PreActResNet([2, 2, 2, 2] if arch == "preact18" else [3, 4, 6, 3], width, stem)
+    if arch in ("resnet26v2", "resnet50v2"):
+        return ResNetV2([2, 2, 2, 2] if arch == "resnet26v2" else [3, 4, 6, 3], width, stem)
     if arch in VITS:
         patch, depth, heads = VITS[arch]
         heads = max(1, round(heads * width))
         return ViT(patch, 64 * heads, depth, heads)
-    names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", *VITS]
+    names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", "resnet26v2", "resnet50v2", *VITS]
     raise UserError(f"unknown architecture '{arch}'; there are {', '.join(names)}.")
 
 
@@ -1524,15 +1578,15 @@ class Network(nn.Module):
         for p in self.trunk.parameters():
             p.register_hook(lambda g: g / self.FP16_SCALE if self.amp == torch.float16 else g)
 
-    def features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, dim) float32."""
+    def features(self, x: Tensor, *more: Any) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, dim) float32: the trunk's output for the normalised images, and `more` if it takes more."""
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.amp is None:
-            return self.trunk(x)
+            return self.trunk(x, *more)
         scale = self.FP16_SCALE if self.amp == torch.float16 else 1.0
         x = _ScaleGradient.apply(x, 1 / scale) if scale != 1 else x
         with torch.autocast(x.device.type, self.amp):
-            h = self.trunk(x).float()
+            h = self.trunk(x, *more).float()
         return _ScaleGradient.apply(h, scale) if scale != 1 else h
 
     def forward(self, x: Tensor, *heads: str) -> Tensor | tuple[Tensor, ...]:

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from common import (
     STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, cli, count_batches,
     distribute, evaluate, load_checkpoint, load_splits, load_trunk, load_weights, pgd_attack, place_model, print_results,
-    radii, random_crop_flip, robust_accuracy, rotate, seed_step, start_run, sync_buffers, world, write_results,
+    numbers, random_crop_flip, robust_accuracy, rotate, seed_step, start_run, sync_buffers, world, write_results,
 )  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
 def main(args: Args) -> dict:
     """Train (all stages), evaluate, print the table; returns what results.json holds."""
     run = start_run(args, "rotation_at")
-    radii(args.eval_eps)  # raises for a list that cannot be read
+    numbers(args.eval_eps)  # raises for a list that cannot be read
     if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
         raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
     if args.pretrain != "none" and args.init:
@@ -424,7 +424,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
 
     began, rows = time.perf_counter(), []
     quarters = [args.eps * i / 4 for i in range(5)]
-    eval_eps = radii(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
+    eval_eps = numbers(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
         rows += evaluate(run, name, state, test_set, eval_eps, paper)

@@ -92,7 +92,7 @@ def plain_apgd(loss_of, x, eps: float, steps: int):
 
 
 def update(online, target, opt, v1, v2, z1, z2, tau: float) -> None:
-    loss = (distance(online(v1), z2) + distance(online(v2), z1)).mean()
+    loss = (distance(online.predict(v1), z2) + distance(online.predict(v2), z1)).mean()
     opt.zero_grad(set_to_none=True)
     loss.backward()
     opt.step()
@@ -106,8 +106,8 @@ def plain_step(online, target, opt, x, args: Args) -> None:
     with torch.no_grad():
         z1, z2 = target.project(v1), target.project(v2)
     buffers = copy.deepcopy([b for b in online.buffers()])
-    adv1 = plain_apgd(lambda z: 2 - 2 * F.cosine_similarity(online(z), z2), v1, args.eps, args.attack_steps)
-    adv2 = plain_apgd(lambda z: 2 - 2 * F.cosine_similarity(online(z), z1), v2, args.eps, args.attack_steps)
+    adv1 = plain_apgd(lambda z: 2 - 2 * F.cosine_similarity(online.predict(z), z2), v1, args.eps, args.attack_steps)
+    adv2 = plain_apgd(lambda z: 2 - 2 * F.cosine_similarity(online.predict(z), z1), v2, args.eps, args.attack_steps)
     for b, old in zip(online.buffers(), buffers, strict=True):
         b.copy_(old)
     update(online, target, opt, adv1, adv2, z1, z2, args.tau)
@@ -156,7 +156,7 @@ def main() -> None:
     fastest = matmul_peak(device, dtype)
     online, small = make(args, device, flags.amp)[0], x[:8]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        online(small)
+        online.predict(small)
     forward = counter.get_total_flops() / len(small)
     # Per view: one pass of the target, K + 1 passes with the gradient for the image (as dear as the pass), and the update (twice that).
     flops = 2 * (1 + 2 * (args.attack_steps + 1) + 3) * forward

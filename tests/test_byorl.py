@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import flags, same_state
 
 import byorl
-from byorl import LARS, Args, BothViews, Online, attack_view, distance, learning_rate, main, target_rate
+from byorl import LARS, Args, Online, attack_view, distance, learning_rate, main, target_rate
 from common import build_model, l2_norm, load_checkpoint, load_model, split_train
 
 TINY = dict(
@@ -49,7 +49,7 @@ def test_the_attack_raises_the_loss_and_leaves_the_networks_alone(online, norm, 
     delta = v_adv - v
     assert (l2_norm(delta).max() if norm == "l2" else delta.abs().max()) <= eps * (1 + 1e-5)
     assert v_adv.min() >= 0 and v_adv.max() <= 1
-    rises = distance(copy.deepcopy(online)(v_adv), z) - distance(copy.deepcopy(online)(v), z)  # batch statistics in both
+    rises = distance(copy.deepcopy(online).predict(v_adv), z) - distance(copy.deepcopy(online).predict(v), z)  # batch statistics in both
     assert rises.mean() > 0.05 and (rises > 0).float().mean() > 0.9
     assert torch.equal(attack_view(online, v, z, tiny(eps=0.0)), v)  # BYOL
 
@@ -64,9 +64,9 @@ def test_views_have_their_own_statistics(online):
     """The two views are not one batch for BatchNorm."""
     v1, v2 = torch.rand(8, 3, 16, 16), torch.rand(8, 3, 16, 16) * 0.3
     a, b = copy.deepcopy(online), copy.deepcopy(online)
-    p1, p2 = BothViews(a)(v1, v2)
-    assert torch.equal(p1, b(v1)) and torch.equal(p2, b(v2))
-    assert not torch.allclose(copy.deepcopy(online)(torch.cat([v1, v2]))[:8], p1, atol=1e-3)
+    p1, p2 = a(v1, v2)
+    assert torch.equal(p1, b.predict(v1)) and torch.equal(p2, b.predict(v2))
+    assert not torch.allclose(copy.deepcopy(online).predict(torch.cat([v1, v2]))[:8], p1, atol=1e-3)
 
 
 # ---- optimiser and schedules ----
@@ -246,7 +246,7 @@ def test_retrieval_against_numpy(encoder, tmp_path, capsys):
     cosines = h[:40] @ h.T
     np.fill_diagonal(cosines, -2)
     clean = 100 * (y[np.argsort(-cosines, 1)[:, :5]] == y[:40, None]).mean()
-    shares = [int(line.split("byorl: ")[1].split("%")[0]) for line in said.splitlines() if "neighbours" in line]
+    shares = [int(line.split(": ")[1].split("%")[0]) for line in said.splitlines() if "nearest images" in line]
     assert abs(shares[0] - clean) <= 1 and shares[1] < shares[0] - 10
     assert (tmp_path / "retrieval.png").exists()
 
@@ -275,13 +275,13 @@ def test_uat_ft(tmp_path, monkeypatch):
     """With part of the labels a plain teacher, then a robust student of the same kind; with all labels no teacher. Killed and
     resumed it ends in the same numbers."""
     seen = []
-    real = byorl.classifier
+    real = byorl.train_classifier
 
-    def spy(name, run, args, encoder, images, epoch_size, val_set, robust, about):
-        seen.append((name, len(images), robust, encoder))
-        return real(name, run, args, encoder, images, epoch_size, val_set, robust, about)
+    def spy(name, run, args, **more):
+        seen.append((name, len(more["images"]), more["robust"], more["encoder"]))
+        return real(name, run, args, **more)
 
-    monkeypatch.setattr(byorl, "classifier", spy)
+    monkeypatch.setattr(byorl, "train_classifier", spy)
     uat = dict(method="uat-ft", uat_epochs=3, uat_lr=0.05, eval_examples=0)
     whole = main(tiny(**uat, out=str(tmp_path / "whole")))
     assert seen == [
@@ -333,7 +333,7 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
         state = {
             "encoder": encoder, "head": head, "label_fraction": fraction, "extra_images": extra, "encoder_args": vars(args), "args": head_args,
         }  # fmt: skip
-        return byorl.paper(state, Args(**(vars(args) | (judged or {}))))
+        return byorl.paper_numbers(state, Args(**(vars(args) | (judged or {}))))
 
     linf = dict(norm="linf", eps=8 / 255)
     assert ask(**linf) == (80.80, 43.24) and ask(width=4.0, **linf) == (81.32, 43.19)  # Table 3
@@ -348,7 +348,7 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
     nothing = (None, None)
     assert ask(eps=0.5) == ask(lr=1.0) == ask(width=1.0) == ask(epochs=10, **linf) == ask(extra=1000, **linf) == nothing
     assert ask(judged={"eval_attack": "pgd20"}, **linf) == ask(judged={"eval_examples": 100}, **linf) == ask(judged={"probe_epochs": 5}, **linf) == nothing
-    assert len(byorl.PAPER) == 16 + 20 + 10
+    assert len(byorl.PAPER.strip().splitlines()) == 16 + 20 + 10
 
 
 # ---- what users get wrong ----
@@ -357,8 +357,8 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "need --init"), ({"stage": "evaluate"}, "need --init"),
-        ({"stage": "pretrain", "init": "x.pt"}, "takes none"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"),
+        ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"),
+        ({"stage": "pretrain", "init": "x.pt"}, "takes no --init"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"),
         ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
     ],
 )  # fmt: skip

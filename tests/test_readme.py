@@ -58,7 +58,7 @@ def test_paper_numbers_in_the_table():
         script = SCRIPTS[f"{name}.py"]
         args = parse_args(script.Args, shlex.split(flags))
         if script is byorl:
-            assert byorl.paper(head_of(args), args) == (float(clean), float(robust))
+            assert byorl.paper_numbers(head_of(args), args) == (float(clean), float(robust))
             continue
         pretrained = {"runs/p1/pretrain.pt": "l2", "runs/p2/pretrain.pt": "linf"}.get(args.init, args.pretrain)
         paper = dict(zip(script.PAPER_EPS[args.norm], script.PAPER[args.norm, pretrained, args.variant], strict=True))
@@ -82,7 +82,7 @@ def test_paper_numbers_of_byorl():
             args = byorl.Args(width=4.0, norm=norm, eps=eps if name == "byorl" else 0.0)
             judge = byorl.Args(width=4.0, norm=norm, eps=eps, dataset=judged.lower().replace("-", ""))
             if cell.strip():
-                assert byorl.paper(head_of(args, name, head, 500_000), judge) == tuple(map(float, cell.split("/"))), (encoder, judged, norm)
+                assert byorl.paper_numbers(head_of(args, name, head, 500_000), judge) == tuple(map(float, cell.split("/"))), (encoder, judged, norm)
                 found += 1
     assert found == 14
 

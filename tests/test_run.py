@@ -105,7 +105,7 @@ def test_every_argument_is_read(script):
         (["--norm", "l1"], "--norm.*l1.*linf"),
         (["--variant", "T4"], "T4"),
         (["--epoch", "3"], "unrecognized.*--epoch"),
-        (["--eval-eps", "0,x"], "list of radii"),
+        (["--eval-eps", "0,x"], "list of numbers"),
         (["--device", "gpu"], "--device gpu is unknown"),
         (["--pretrain", "l2", "--init", "x.pt"], "give one"),
         (["--norm", "l2"], "--eps 0.5"),
