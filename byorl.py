@@ -26,11 +26,13 @@ Differs from the paper, whose code is not public, or is our choice where it is s
 - eq. 6 prints ascent on the cosine; eqs. 5 and 7 and the text need descent;
 - the attack sees batch statistics in BatchNorm and leaves the running ones alone; the target network uses those of its own batch;
 - LARS as in BYOL's code; views as in SimCLR: colour jitter 0.8, 0.8, 0.8, 0.2 times "strength 0.5" (BYOL has 0.4, 0.4, 0.2, 0.1);
+- PGD's steps are 2/255 (linf), or 2 eps / steps where that is more, and in l2;
+- the target network starts as a copy of the online one (in BYOL's code from weights of its own, which made no difference);
 - features have 512 * width dimensions (basic blocks); the "2048" of the text fits x4 only;
 - --eps 0 is BYOL, its heads trained and judged at l2 128/255 or linf 8/255;
 - heads are trained with pre-training's batch size, crop and flip, robust ones with PGD-10; the best epoch is chosen on 1,024 held-out
   images, by robust accuracy (robust heads) or clean accuracy (plain heads), so "100%" are the 48,976 labels left, and "1%" 500;
-- UAT-FT: SGD with a cosine, PGD-10; teacher and student make the same number of steps.
+- UAT-FT: 200 epochs of SGD, rate 0.2, one epoch of warm-up, a cosine, PGD-10; teacher and student make the same number of steps.
 """
 import copy
 import json
@@ -47,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, cli, count_batches,
+    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli, count_batches,
     distribute, draw, eps_name, evaluate, join, load_checkpoint, load_data, load_extra, load_trunk, load_weights, pgd_attack,
     place_model, print_table, numbers, random_crop_flip, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
     start_run, sync_batchnorm, sync_buffers, world, write_results,
@@ -413,8 +415,8 @@ def train_heads(run: Run, args: Args, encoders: dict[str, dict], train_set: Imag
             labelled, val_set = split_train(train_set, val_fraction=args.val_images, seed=args.seed, label_fraction=fraction)
             for head in ("robust", "plain") if args.heads == "both" else (args.heads,):
                 about = {
-                    "encoder": encoder_name, "head": head, "label_fraction": fraction,
-                    "encoder_args": encoder.get("args", {}), "extra_images": encoder.get("extra_images", 0),
+                    "encoder": encoder_name, "head": head, "label_fraction": fraction, "encoder_args": encoder.get("args", {}),
+                    "encoder_fraction": encoder.get("label_fraction", 1.0), "extra_images": encoder.get("extra_images", 0),
                 }  # fmt: skip
                 checkpoints.append(train_classifier(
                     f"{encoder_name} {head} {100 * fraction:g}%", run, args, encoder=encoder, images=labelled, epoch_size=len(labelled),
@@ -442,7 +444,7 @@ def uat_ft(run: Run, args: Args, images: Images, train_set: Images, fractions: l
             teacher = train_classifier(f"{name} teacher", run, args, images=labelled, robust=False, about={}, **common)
             both = pseudo_label(run, args, teacher, labelled, unlabelled)
         about = {
-            "encoder": "uat-ft", "head": "", "label_fraction": fraction, "encoder_args": vars(args),
+            "encoder": "uat-ft", "head": "", "label_fraction": fraction, "encoder_args": vars(args), "encoder_fraction": fraction,
             "extra_images": len(images) - len(train_set),
         }  # fmt: skip
         checkpoints.append(train_classifier(name, run, args, images=both, robust=True, about=about, **common))
@@ -468,6 +470,9 @@ def map_images(f: Callable[[Tensor], Tensor], images: Images, run: Run, args: Ar
         values = f(x)
         out = values.new_zeros(len(images), *values.shape[1:]) if out is None else out
         out[i] = values
+    if out is None:  # fewer images than ranks, and none for this one
+        values = f(torch.zeros(0, 3, args.image_size, args.image_size, device=run.device))
+        out = values.new_zeros(len(images), *values.shape[1:])
     if world()[1] > 1:
         dist.all_reduce(out)
     return out
@@ -520,7 +525,8 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images) -> li
         name, eps = state["name"], head_eps(args)
         if any(row["name"] == name for row in rows):
             continue
-        about = {k: state[k] for k in ("label_fraction", "head", "encoder", "extra_images")}
+        about = {k: state[k] for k in ("label_fraction", "head", "encoder", "encoder_fraction", "extra_images")}
+        about["pretrained"] = {k: state["encoder_args"].get(k) for k in ("dataset", "norm", "eps", "batch_size", "weight_decay", "seed")}
         judged = evaluate(run, name, state, test_set, [0, eps], {}, train_eps=eps)
         rows += [row | {"paper": number} | about for row, number in zip(judged, paper_numbers(state, args), strict=True)]
         run.write("judged.json", json.dumps({"script": "byorl", "rows": rows}, indent=1))
@@ -589,10 +595,11 @@ def paper_numbers(state: dict, args: Args) -> tuple[float | None, float | None]:
     usual, its_args = vars(Args()), state["encoder_args"]
     training = {"dataset", "image_size", "flip", "arch", "stem", "batch_size", "weight_decay"}
     training |= {"uat_epochs", "uat_lr", "probe_steps"} if state["encoder"] == "uat-ft" else {*PRETRAINING} - {"attack", "attack_steps"}
-    judging = ("image_size", "flip", "batch_size", "val_images", "probe_epochs", "probe_lr", "eval_attack", "eval_examples", "eval_amp")
+    heads = {"image_size", "flip", "batch_size", "val_images", "probe_epochs", "probe_lr", "probe_steps"}
+    judging = ("eval_attack", "eval_examples", "eval_amp")
     radius = PAPER_EPS[args.norm]
-    same_training = all(its_args.get(k) == usual[k] for k in training)
-    same_judging = all(state["args"].get(k) == usual[k] == getattr(args, k) for k in judging)
+    same_training = all(its_args.get(k) == usual[k] for k in training) and (state["encoder"] != "uat-ft" or state["encoder_fraction"] == 1)
+    same_judging = all(state["args"].get(k) == usual[k] for k in heads) and all(getattr(args, k) == usual[k] for k in judging)
     same_ball = its_args.get("norm") == args.norm and {its_args.get("eps") or radius, state["args"]["eps"], head_eps(args)} == {radius}
     if same_training and same_judging and same_ball:
         attack = f"{its_args['attack']}-{its_args['attack_steps']}" if state["encoder"] == "byorl" else "-"
@@ -673,6 +680,7 @@ def train_and_evaluate(run: Run, args: Args, fractions: list[float], given: list
     images = join(train_set, load_extra(args.extra_data, args.image_size, run.device)) if args.extra_data else train_set
     if args.eval_examples:
         test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
+    check_batches(len(train_set), args.batch_size)
     check_labels(run, args, train_set, fractions)
     for state in given:
         check_given(run, args, state, test_set)
@@ -690,8 +698,9 @@ def train_and_evaluate(run: Run, args: Args, fractions: list[float], given: list
         retrieve(run, args, encoders, test_set)
         classifiers = train_heads(run, args, encoders, train_set, fractions) if args.stage != "pretrain" else []
     if args.stage in ("pretrain", "probe"):
-        then = "probe --init a file" if args.stage == "pretrain" else "evaluate --init the folder"
-        run.say(f"The checkpoints are in {run.folder}; go on with: python byorl.py --stage {then}")
+        stage, what = ("probe", f"{run.folder}/byorl.pt") if args.stage == "pretrain" and args.method == "byorl" else ("evaluate", run.folder)
+        same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "image_size", "norm", "eps"))
+        run.say(f"The checkpoints are in {run.folder}; go on with: python byorl.py --stage {stage} --init {what}{same}")
         return {}
     began = time.perf_counter()
     rows = judge(run, args, classifiers, test_set)

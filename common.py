@@ -121,7 +121,7 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
 
 # What may be asked of a flag wherever it appears: (flag, lowest, highest allowed value).
 _RANGES = [
-    ("epochs", 1, math.inf), ("pretrain_epochs", 1, math.inf), ("batch_size", 2, math.inf), ("lr", 0, math.inf),
+    ("epochs", 1, math.inf), ("pretrain_epochs", 0, math.inf), ("batch_size", 2, math.inf), ("lr", 0, math.inf),
     ("lr_step", 0, math.inf), ("weight_decay", 0, math.inf), ("width", 1 / 64, 64), ("image_size", 8, 4096),
     ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
@@ -129,6 +129,8 @@ _RANGES = [
     ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
     ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("crop", 0.001, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
     ("probe_steps", 0, math.inf), ("uat_epochs", 1, math.inf), ("uat_lr", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
+    ("accumulate", 1, 1024), ("pretrain_images", 0, math.inf), ("pretrain_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("whole", 0, 1),
+    ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf),
 ]  # fmt: skip
 
 
@@ -987,6 +989,8 @@ def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
         raise UserError(f"there is no {path} (--extra-data).") from None
     except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path} is damaged, or not a .npy or .npz file of plain numbers (--extra-data).") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} holds no arrays (--extra-data).")
     channels_last = array.ndim == 4 and array.shape[3] == 3
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or not (channels_last or array.shape[1] == 3):
         raise UserError(f"{path} holds {array.dtype} {array.shape}; --extra-data wants uint8 images, (N, {size}, {size}, 3).")
@@ -1025,8 +1029,7 @@ def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images
     train_set, val_set = split_train(
         train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
     )
-    if len(train_set) // (count_batches(len(train_set), args.batch_size) * world()[1]) < 2:
-        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
+    check_batches(len(train_set), args.batch_size)
     if not len(val_set) and args.select != "last":
         raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
     if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
@@ -1065,6 +1068,12 @@ def batches(
 def count_batches(n: int, batch_size: int) -> int:
     """Number of batches an epoch over n images is cut into: no fewer images in each than there are ranks, if possible."""
     return max(1, min(math.ceil(n / batch_size), n // world()[1]))
+
+
+def check_batches(n: int, batch_size: int) -> None:
+    """Raise UserError if a training step on n images would leave a process with one image."""
+    if n // (count_batches(n, batch_size) * world()[1]) < 2:
+        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
 
 
 def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
@@ -1840,8 +1849,8 @@ def pgd_attack(
 ) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
     """attack(loss, x) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
 
-    linf 2/255 at every radius (so too Chen et al.); l2 2 eps / steps (they print eps^2 / steps; see rotation_at.py). Radii too
-    large to be crossed by steps of 2/255, beyond all of the papers', get 2 eps / steps too.
+    linf 2/255 at every radius (so too Chen et al.); l2 2 eps / steps (they print eps^2 / steps; see rotation_at.py). Where steps of
+    2/255 could not cross the ball (a radius of 8/255 in 5 steps), 2 eps / steps too.
     """
     step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
 

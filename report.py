@@ -96,7 +96,7 @@ def describe(result: dict) -> str:
     script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl}[result["script"]]
     usual = vars(script.Args()) | (script.Args.QUICK if a["quick"] else {})
     attack = f"PGD-{a['eval_steps']}" if a["eval_attack"] == "pgd20" else a["eval_attack"]
-    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['epochs']} epochs", attack]
+    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['uat_epochs' if a.get('method') == 'uat-ft' else 'epochs']} epochs", attack]
     parts += ["--quick"] if a["quick"] else []
     for k, v in a.items():
         if k not in NOT_THE_SETTING | NAMED and v != usual.get(k, v):
@@ -391,19 +391,24 @@ class Head:
     clean: list[float]
     robust: list[float]
     paper: tuple[float | None, float | None]
-    seeds: set[int]
+    seeds: set[tuple[int, int]]  # of the run and of its encoder
 
     def name(self) -> str:
         """'BYORL, robust head', 'UAT-FT + 500000 images'."""
         head = f", {self.row['head']} head" if self.row["head"] else ""
         extra = f" + {self.row['extra_images']} images" if self.row["extra_images"] else ""
-        return self.row["encoder"].upper() + extra + head
+        before = self.row["pretrained"]  # what is said of it only where it is not as in judging
+        other = [before["dataset"]] if before["dataset"] != self.result["args"]["dataset"] else []
+        other += [f"{before['norm']} {eps_name(before['eps'])}"] if before["eps"] and (before["norm"], before["eps"]) != (self.row["norm"], self.row["eps"]) else []
+        other += [f"{100 * self.row['encoder_fraction']:g}% of its labels"] if self.row["encoder"] == "uat-ft" and self.row["head"] else []
+        return self.row["encoder"].upper() + extra + (f" from {', '.join(other)}" if other else "") + head
 
     def key(self, *free: str) -> str:
         """Equal for heads that differ in the arguments and keys `free` only."""
         args = {k: v for k, v in self.result["args"].items() if k not in NOT_THE_SETTING | set(free) | {"init", "extra_data", "method", "eps"}}
-        row = {k: self.row[k] for k in ("encoder", "head", "label_fraction", "extra_images", "eps") if k not in free}
-        return json.dumps([args, row, dataset_name(self.result)], sort_keys=True)
+        row = {k: self.row[k] for k in ("encoder", "encoder_fraction", "head", "label_fraction", "extra_images", "eps") if k not in free}
+        before = {k: v for k, v in self.row["pretrained"].items() if k != "seed" and k not in free}
+        return json.dumps([args, row, before, dataset_name(self.result)], sort_keys=True)
 
 
 def all_heads(results: list[dict]) -> list[Head]:
@@ -412,11 +417,11 @@ def all_heads(results: list[dict]) -> list[Head]:
     for result in results:
         for clean, robust in zip(result["rows"][::2], result["rows"][1::2], strict=True) if result["script"] == "byorl" else []:
             new = Head(result, robust, [], [], (clean["paper"], robust["paper"]), set())
-            head, seed = found.setdefault(new.key(), new), result["args"]["seed"]
-            if seed in head.seeds:
-                print(f"left out: {clean['name']} of another run with the same arguments and seed ({describe(result)}, seed {seed}).")
+            head, seeds = found.setdefault(new.key(), new), (result["args"]["seed"], robust["pretrained"]["seed"])
+            if seeds in head.seeds:
+                print(f"left out: {clean['name']} of another run with the same arguments and seeds ({describe(result)}, seed {seeds[0]}).")
                 continue
-            head.seeds.add(seed)
+            head.seeds.add(seeds)
             head.clean.append(clean["accuracy"])
             head.robust.append(robust["accuracy"])
     return list(found.values())
@@ -447,7 +452,7 @@ def accuracy_figures(heads: list[Head], over: str, out: Path) -> list[Path]:
     labels = over == "label_fraction"
     groups, written = defaultdict(list), []
     for head in heads:
-        groups[head.key(over, "encoder", "head", "extra_images")].append(head)
+        groups[head.key(over, "encoder", "encoder_fraction", "head", "extra_images", "eps", "dataset") + f"{head.row['eps']}"].append(head)
     for group in groups.values():
         lines = defaultdict(list)
         for head in group:
@@ -489,10 +494,11 @@ def landscape(
     model: torch.nn.Module, x: Tensor, y: Tensor, eps: float, norm: str, points: int = 41, reach: float = 2.0
 ) -> tuple[Tensor, Tensor]:
     """The margin (below 0: misclassified) on the plane through each image that is spanned by the worst perturbation AutoPGD finds, u, and
-    a random vector of signs, v (Gowal et al., appendix C). Returns the axis (points,) from -reach to reach, in radii of the ball, and
-    margins (B, points, points), rows along v, columns along u. v is made as long as the radius; images are not clipped to [0, 1].
+    a random vector of signs, v (Gowal et al., appendix D). Returns the axis (points,) from -reach to reach, in radii of the ball, and
+    margins (B, points, points), rows along v, columns along u. u and v are made as long as the radius; images are not clipped to [0, 1].
     """
     u = apgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=100) - x
+    u = u * (eps / (u.abs().flatten(1).amax(1) if norm == "linf" else u.flatten(1).norm(dim=1)).clamp(min=1e-12)).view(-1, 1, 1, 1)  # to the sphere
     generator = torch.Generator().manual_seed(0)
     v = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
     v = v * eps if norm == "linf" else v * eps / l2_norm(v)
@@ -504,7 +510,7 @@ def landscape(
     return axis, torch.stack(rows, 1)
 
 
-def landscape_figure(checkpoint: str, out: Path, images: int = 4) -> Path:
+def landscape_figure(checkpoint: str, out: Path, taken: list[Path], images: int = 4) -> Path:
     """Figures 9 and 10 for a checkpoint: `images` random test images of the data set it was trained on, the ball drawn in."""
     import matplotlib
 
@@ -535,7 +541,7 @@ def landscape_figure(checkpoint: str, out: Path, images: int = 4) -> Path:
         ax.set_title(test.classes[int(y[i])], fontsize=9)
     name = Path(checkpoint).parent.name + "-" + Path(checkpoint).stem
     figure.suptitle(f"{name}: margin around {images} test images; black: the {norm} ball of radius {eps_name(eps)}; red: margin 0", fontsize=10)
-    path = out / file_name(f"landscape-{name}")
+    path = unused(out / file_name(f"landscape-{name}"), taken)
     write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
     plt.close(figure)
     return path
@@ -570,7 +576,8 @@ def main(args: Args) -> list[Path]:
     else:
         written += curve_figures(found, out)
         written += accuracy_figures(heads, "label_fraction", out) + accuracy_figures(heads, "jitter_strength", out)
-        written += [landscape_figure(checkpoint, out) for checkpoint in checkpoints]
+        for checkpoint in checkpoints:
+            written.append(landscape_figure(checkpoint, out, written))
         groups = defaultdict(list)  # runs on the same data with the same attack go into one picture
         for result in results:
             if result["script"] == "eval_cifar10c":

@@ -2,12 +2,13 @@
 import copy
 import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import flags, same_state
+from conftest import flags, replace, same_state
 
 import byorl
 from byorl import LARS, Args, Online, attack_view, distance, learning_rate, main, target_rate
@@ -188,6 +189,43 @@ def test_a_plain_head_reaches_the_optimum_of_logistic_regression(tmp_path, monke
     assert best <= ours < best + 0.15 * (math.log(10) - best)
 
 
+def test_a_head_interrupted_after_an_epochs_last_step(tmp_path, monkeypatch, encoder):
+    """One step an epoch, as with few labels: validation, with its random starts, comes after the interruption."""
+    probe = dict(stage="probe", init=str(encoder), heads="robust", label_fractions="0.05", probe_epochs=6)
+    main(tiny(**probe, out=str(tmp_path / "whole")))
+    update, calls = byorl.Epoch.update, []
+
+    def interrupt(self, *a, **k):
+        update(self, *a, **k)
+        calls.append(1)
+        if len(calls) in (2, 4):
+            byorl.Epoch.interrupted = lambda self: True
+
+    real = byorl.Epoch.interrupted
+    monkeypatch.setattr(byorl.Epoch, "update", interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt, match="saved epoch"):
+            main(tiny(**probe, out=str(tmp_path / "cut"), resume=True))
+        byorl.Epoch.interrupted = real
+    main(tiny(**probe, out=str(tmp_path / "cut"), resume=True))
+    a, b = (load_checkpoint(tmp_path / f / "last.pt") for f in ("whole", "cut"))
+    assert same_state(a["model"], b["model"]) and a["best"]["accuracy"] == b["best"]["accuracy"] and a["best"]["epoch"] == b["best"]["epoch"]
+
+
+def test_fewer_images_than_ranks(ranks, tmp_path, monkeypatch):
+    """A rank without images joins in the sum."""
+    args = tiny(out=str(tmp_path))
+    run = byorl.start_run(args, "byorl")
+    train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
+    np.save(tmp_path / "e.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    monkeypatch.setattr("common.IN_MEMORY_BYTES", 0)  # so that the images are streamed
+    streamed = byorl.join(train, byorl.load_extra(tmp_path / "e.npy", 8, torch.device("cpu")))
+    assert not isinstance(streamed.pixels, torch.Tensor)
+    ranks(1, 3)
+    monkeypatch.setattr(byorl.dist, "all_reduce", lambda t: None)
+    assert byorl.map_images(lambda x: x.mean((2, 3)), streamed.subset(torch.tensor([5])), run, args).shape == (1, 3)
+
+
 def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     whole = main(tiny(out=str(tmp_path / "whole")))
     real, calls = byorl.Epoch.update, []
@@ -327,11 +365,12 @@ def test_extra_images_are_learned_from(tmp_path):
 
 
 def test_the_papers_numbers_stand_beside_their_own_setting_only():
-    def ask(encoder="byorl", head="robust", fraction=1.0, extra=0, judged=None, **pre):
+    def ask(encoder="byorl", head="robust", fraction=1.0, extra=0, judged=None, encoder_fraction=1.0, **pre):
         args = Args(**pre)
         head_args = vars(args) | {"eps": byorl.head_eps(args)} | (judged or {})
         state = {
             "encoder": encoder, "head": head, "label_fraction": fraction, "extra_images": extra, "encoder_args": vars(args), "args": head_args,
+            "encoder_fraction": encoder_fraction,
         }  # fmt: skip
         return byorl.paper_numbers(state, Args(**(vars(args) | (judged or {}))))
 
@@ -346,6 +385,9 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
     assert ask(width=4.0, extra=500_000, judged=to, **linf) == (65.40, 37.79)  # Table 6
     assert ask(fraction=0.01) == (None, 65.43)
     nothing = (None, None)
+    assert ask("uat-ft", width=4.0, extra=500_000, judged=to, encoder_fraction=0.01) == nothing
+    assert ask("uat-ft", width=4.0, extra=500_000, judged=to) == (None, 53.23)
+    assert ask(probe_steps=0, **linf) == nothing
     assert ask(eps=0.5) == ask(lr=1.0) == ask(width=1.0) == ask(epochs=10, **linf) == ask(extra=1000, **linf) == nothing
     assert ask(judged={"eval_attack": "pgd20"}, **linf) == ask(judged={"eval_examples": 100}, **linf) == ask(judged={"probe_epochs": 5}, **linf) == nothing
     assert len(byorl.PAPER.strip().splitlines()) == 16 + 20 + 10
@@ -358,7 +400,7 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
     ("changes", "match"),
     [
         ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"),
-        ({"stage": "pretrain", "init": "x.pt"}, "takes no --init"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"),
+        ({"stage": "pretrain", "init": "x.pt"}, "takes no --init"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"), ({"batch_size": 2}, "at least 2 images"), ({"crop": 5.0}, "--crop 5 must be"),
         ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
     ],
 )  # fmt: skip
@@ -410,4 +452,7 @@ def test_damaged_extra_data(one_sentence, tmp_path):
     flipped[len(whole) // 2] ^= 255
     (tmp_path / "flipped.npz").write_bytes(flipped)
     assert "damaged" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "flipped.npz", "out": tmp_path / "run"}))
+    with zipfile.ZipFile(tmp_path / "texts.npz", "w") as z:
+        z.writestr("images.txt", "hello")
+    assert "holds no arrays" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "texts.npz", "out": tmp_path / "run"}))
     assert "which are the images" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "two.npz", "out": tmp_path / "run"}))

@@ -67,7 +67,7 @@ def test_paper_numbers_in_the_table():
 
 def head_of(args, encoder="byorl", head="robust", extra_images=0) -> dict:
     """What byorl.py writes into the checkpoint of a head on all labels."""
-    about = {"encoder": encoder, "head": head, "label_fraction": 1.0, "extra_images": extra_images}
+    about = {"encoder": encoder, "head": head, "label_fraction": 1.0, "encoder_fraction": 1.0, "extra_images": extra_images}
     return about | {"encoder_args": vars(args), "args": vars(args) | {"eps": byorl.head_eps(args)}}
 
 

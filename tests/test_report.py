@@ -175,7 +175,8 @@ def byorl_result(seed=0, method="byorl", fractions=(0.01, 0.1, 1.0), base=50.0, 
             rows.append({
                 "name": f"{encoder} {100 * f:g}%", "attack": "suite" if eps else "none", "norm": "linf", "eps": eps, "examples": 10_000,
                 "accuracy": accuracy, "paper": (43.24 if eps else 80.80) if f == 1 and method == "byorl" else None, "label_fraction": f,
-                "head": "robust" if method == "byorl" else "", "encoder": encoder, "extra_images": 0,
+                "head": "robust" if method == "byorl" else "", "encoder": encoder, "extra_images": 0, "encoder_fraction": 1.0,
+                "pretrained": {k: args[k] for k in ("dataset", "norm", "eps", "batch_size", "weight_decay", "seed")},
             })  # fmt: skip
     return {"script": "byorl", "args": args, "device": "CPU", "torch": "2", "seconds": 1.0, "rows": rows}
 
@@ -193,6 +194,18 @@ def test_gowal_table_and_figures(tmp_path, capsys):
     assert sum(n.startswith("gowal-labels-linf-8_255") for n in names) == 1  # BYORL and UAT-FT in one picture
     assert sum(n.startswith("gowal-jitter-linf-8_255") for n in names) == 1
     assert all((tmp_path / "report" / n).stat().st_size > 5000 for n in names if n.endswith(".png"))
+
+
+def test_heads_on_other_encoders_are_other_heads(tmp_path):
+    """Same flags of the run, another encoder: neither averaged nor left out."""
+    for i, (seed, changes) in enumerate([(0, {}), (1, {"eps": 4 / 255}), (1, {"dataset": "cifar100"}), (1, {"seed": 1})]):
+        run = byorl_result(seed, fractions=(1.0,))
+        for row in run["rows"]:
+            row["pretrained"] |= changes
+        (tmp_path / f"{i}.json").write_text(json.dumps(run))
+    report.main(report.Args(results=tuple(str(tmp_path / f"{i}.json") for i in range(4)), out=str(tmp_path / "report")))
+    lines = (tmp_path / "report" / "gowal-table.md").read_text().splitlines()[6:]
+    assert len(lines) == 4 - 1 and "2 seeds" in lines[0] and "from linf 4/255" in lines[1] and "from cifar100" in lines[2]
 
 
 def test_landscape_of_a_linear_network():
