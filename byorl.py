@@ -123,7 +123,7 @@ class Args:
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=8, flip=False, arch="preact18", width=0.25, epochs=14, warmup_epochs=2, batch_size=64, lr=1.0,
         attack_steps=4, tau=0.97, hidden=256, projection=64, jitter_strength=0.2, crop=0.7, plain=True, label_fractions="0.1,1", heads="both",
-        probe_epochs=10, probe_lr=0.05, probe_steps=4, val_images=200, eval_attack="pgd20",
+        probe_epochs=6, probe_lr=0.05, probe_steps=4, val_images=200, eval_attack="pgd20",
     )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
     online = Online(encoder, args.hidden, args.projection).to(run.device)
     target = copy.deepcopy(online).requires_grad_(False)  # its predictor is not used, but keeps the parameters in step
     opt = LARS(online.parameters(), args.lr, args.weight_decay)
-    state = resume(name, run, online, opt)
+    state = run.resume(name, online, opt)
     if "target" in state:
         load_weights(target, state["target"], run.folder / "last.pt")
     history, began = state["history"], time.perf_counter() - state["seconds"]
@@ -294,17 +294,6 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
     return run.load(f"{name}.pt")
 
 
-def resume(name: str, run: Run, model: nn.Module, opt: torch.optim.Optimizer) -> dict:
-    """From where to train `name`: last.pt, if it is of that training (then weights and optimiser are loaded), else the beginning."""
-    state = run.load("last.pt", "optimizer", "name", "history", "seconds")
-    if state is None or state["name"] != name:
-        before = state or {"history": [], "seconds": 0.0}
-        return {"epoch": 0, "step": 0, "sums": {}} | {k: before[k] for k in ("history", "seconds")}
-    load_weights(model, state["model"], run.folder / "last.pt")
-    opt.load_state_dict(state["optimizer"])
-    return state
-
-
 # ---- with labels: linear heads on a frozen encoder, and UAT-FT -------------------------------------------------------
 
 PAPER_EPS = {"l2": 128 / 255, "linf": 8 / 255}
@@ -341,7 +330,7 @@ def train_classifier(
         epochs = args.uat_epochs
     place_model(model, run.device, args.amp, args.compile)
     trained = model.heads if frozen else model  # what last.pt holds
-    state = resume(name, run, trained, opt)
+    state = run.resume(name, trained, opt)
     best = state.get("best", {"accuracy": -1.0, "model": {}, "epoch": 0})
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(model, args.sync_bn and not frozen)
@@ -401,8 +390,8 @@ def train_classifier(
         save(epoch + 1)
     trained.load_state_dict(best["model"])
     run.save(file, {
-        "network": model.spec, "model": model.state_dict(), "args": vars(args) | {"eps": eps}, "name": name, "stage": "train",
-        "epoch": best["epoch"], **about,
+        "network": model.spec, "model": model.state_dict(), "args": vars(args) | {"eps": eps}, "name": name, "epoch": best["epoch"],
+        "stage": "train" if robust else "plain", **about,  # `evaluate` takes a picture of the first kind, and looks for signs of failing attacks
     })  # fmt: skip
     return run.load(file)
 

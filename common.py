@@ -378,6 +378,17 @@ class Run:
             raise UserError(f"{path} cannot be resumed from: it has no '{min(missing)}' entry (is it another file renamed?).")
         return state
 
+    def resume(self, name: str, model: nn.Module, opt: torch.optim.Optimizer) -> dict:
+        """From where to train `name`: last.pt, if it is of that training (then weights and optimiser are loaded), else the beginning:
+        a dict with at least epoch, step, sums, history and seconds, the last two of all trainings of the run."""
+        state = self.load("last.pt", "optimizer", "name", "history", "seconds")
+        if state is None or state["name"] != name:
+            before = state or {"history": [], "seconds": 0.0}
+            return {"epoch": 0, "step": 0, "sums": {}} | {k: before[k] for k in ("history", "seconds")}
+        load_weights(model, state["model"], self.folder / "last.pt")
+        opt.load_state_dict(state["optimizer"])
+        return state
+
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run atomically."""
         if world()[0] == 0:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import flags, replace, same_state
+from conftest import flags, same_state
 
 import byorl
 from byorl import LARS, Args, Online, attack_view, distance, learning_rate, main, target_rate
