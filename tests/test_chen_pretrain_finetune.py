@@ -401,7 +401,7 @@ def test_the_papers_numbers():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"stage": "compare"}, "wants checkpoints"), ({"norm": "l2", "task": "ensemble"}, "use linf"), ({"task": "jigsaw", "image_size": 24}, "no multiple"),
+        ({"stage": "compare"}, "wants checkpoints"), ({"norm": "l2", "task": "ensemble"}, "use linf"), ({"task": "jigsaw", "image_size": 18}, "no multiple"), ({"task": "selfie", "image_size": 8}, "smaller than 4 pixels"),
         ({"table3": True, "init": "x.pt"}, "is for one cell"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"pretrain_images": 5000}, "there are"),
         ({"lr_steps": "a,b"}, "not a list of numbers"), ({"whole": 2.0}, "--whole 2 must be"), ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"),
     ],

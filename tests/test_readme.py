@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY
 
 import byorl
+import chen_pretrain_finetune
 import eval_cifar10c
 import jigsaw_at
 import report
@@ -16,7 +17,8 @@ import rotation_at
 from common import parse_args
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl}
+SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl,
+           "chen_pretrain_finetune.py": chen_pretrain_finetune}  # fmt: skip
 
 
 def commands():
@@ -85,6 +87,18 @@ def test_paper_numbers_of_byorl():
                 assert byorl.paper_numbers(head_of(args, name, head, 500_000), judge) == tuple(map(float, cell.split("/"))), (encoder, judged, norm)
                 found += 1
     assert found == 14
+
+
+def test_paper_numbers_of_chen():
+    chen, found = chen_pretrain_finetune, 0
+    for line in re.findall(r"^\| P\dF\d \|.*$", README, re.M):
+        pair, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        for task, cell in zip(("selfie", "rotation", "jigsaw"), cells, strict=True):
+            if cell != "the same":
+                task = "" if pair.startswith("P1") else task
+                assert chen.paper(task, pair, chen.Args()) == tuple(map(float, cell.split("/"))), (pair, task)
+                found += 1
+    assert found == 20
 
 
 def test_every_public_function_has_a_docstring():
