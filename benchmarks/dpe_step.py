@@ -1,0 +1,129 @@
+"""Images per second and peak memory of one step of the diversity-promoting ensemble (chen_pretrain_finetune.py --task ensemble: Selfie,
+rotation and jigsaw on one ResNet-50v2, PGD-10 with second derivatives, eq. 2-4).
+
+    python benchmarks/dpe_step.py                       # batch 4 on a CPU; 32 and 128 on a GPU
+    python benchmarks/dpe_step.py --json dpe_step.json
+
+(a) plain: the loop as one would first write it, in float32, NCHW: one task after the other, each gradient by its own backward pass, with
+           loss.backward() (which also makes the gradients of all weights) in the attack;
+(b) ours:  the step of chen_pretrain_finetune.py: one attack on the three images, gradients for the images only, mixed precision, channels_last.
+
+In turns, on the same batch; the median counts.
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from at_step import timed  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from chen_pretrain_finetune import TASKS, Args, Objective, Pretext, log_det, make_view, task_loss  # noqa: E402
+from common import (  # noqa: E402
+    IMAGENET_STATS, Network, amp_dtype, batchnorm_mode, choose_device, device_name, jigsaw_permutations, pgd, place_model, print_table,
+)  # fmt: skip
+
+EPS, ALPHA = 8 / 255, 2 / 255
+
+
+def make(args: Args, device: torch.device, amp: str | None):
+    """(network, optimiser); amp None: float32 NCHW."""
+    torch.manual_seed(0)
+    model = Network(Pretext(TASKS, args), {}, *IMAGENET_STATS).to(device)
+    if amp is None:
+        model.features = lambda x, *more: model.trunk((x - model.mean) / model.std, *more)  # without its channels_last line
+    else:
+        place_model(model, device, amp)
+    return model.train(), torch.optim.SGD(model.parameters(), 0.001, momentum=0.9, weight_decay=1e-4)
+
+
+def plain_step(model, opt, x, permutations, args: Args) -> None:
+    views = {task: make_view(task, x, permutations, args.whole) for task in TASKS}
+    adv = {task: (v + (2 * torch.rand_like(v) - 1) * EPS).clamp(0, 1) for task, (v, _) in views.items()}
+
+    def losses_and_h(images):
+        losses, gradients = [], []
+        for task in TASKS:
+            loss = task_loss(model, task, images[task], views[task][1], True).mean()
+            losses.append(loss)
+            gradients.append(torch.autograd.grad(loss, images[task], create_graph=True)[0])
+        return sum(losses), log_det(gradients).mean()
+
+    for _ in range(args.attack_steps):
+        images = {task: v.detach().requires_grad_(True) for task, v in adv.items()}
+        loss, h = losses_and_h(images)
+        opt.zero_grad()
+        (loss + args.dpe_lambda * h).backward()
+        for task in TASKS:
+            v = views[task][0]
+            adv[task] = torch.clamp(images[task].detach() + ALPHA * images[task].grad.sign(), v - EPS, v + EPS).clamp(0, 1)
+    clean = sum(task_loss(model, task, v, target, True).mean() for task, (v, target) in views.items())
+    loss, h = losses_and_h({task: v.detach().requires_grad_(True) for task, v in adv.items()})
+    opt.zero_grad()
+    ((clean + loss) / 6 + args.dpe_lambda * h).backward()
+    opt.step()
+
+
+def our_step(model, opt, x, permutations, args: Args) -> None:
+    objective = Objective(model, permutations, args)
+    views = {task: make_view(task, x, permutations, args.whole) for task in TASKS}
+    targets = [target for _, target in views.values()]
+
+    def loss(z):
+        total, h = objective.adversarial(dict(zip(views, zip(z.split(3, 1), targets, strict=True), strict=True)), True)
+        return total + args.dpe_lambda * h
+
+    with batchnorm_mode(model, "train"):
+        z = pgd(loss, torch.cat([v for v, _ in views.values()], 1), eps=EPS, steps=args.attack_steps, step_size=ALPHA)
+    attacked = dict(zip(views, zip(z.split(3, 1), targets, strict=True), strict=True))
+    opt.zero_grad(set_to_none=True)
+    objective(views, attacked, True).backward()
+    opt.step()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--batch-size", type=int, nargs="*", help="default: 4 on a CPU, 32 and 128 on a GPU")
+    p.add_argument("--rounds", type=int, default=0, help="timed steps of each kind (default: 2 on a CPU, 5 on a GPU)")
+    p.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="precision of our step")
+    p.add_argument("--json", default="", help="write the rows to this file")
+    flags = p.parse_args()
+    device = choose_device(flags.device)
+    on_cpu = device.type == "cpu"
+    args = Args(task="ensemble")
+    permutations = jigsaw_permutations(args.grid, args.num_permutations).to(device)
+    rows = []
+    for batch in flags.batch_size or ([4] if on_cpu else [32, 128]):
+        x = torch.rand(batch, 3, 32, 32, device=device)
+        plain, ours = make(args, device, None), make(args, device, flags.amp)
+        steps = {"plain": lambda: plain_step(*plain, x, permutations, args), "ours": lambda: our_step(*ours, x, permutations, args)}  # noqa: B023
+        seconds, peak = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+            for i in range(-1, flags.rounds or (2 if on_cpu else 5)):  # a negative round warms up
+                for name, step in steps.items():
+                    s, mb = timed(step, device)
+                    if i >= 0:
+                        seconds[name].append(s)
+                        peak[name] = max(peak[name], mb)
+        median = {name: statistics.median(s) for name, s in seconds.items()}
+        rows += [
+            {"name": f"DPE {name}, batch {batch}", "images_per_s": round(batch / median[name], 2), "peak_mb": round(peak[name]),
+             "ratio": round(median["plain"] / median[name], 2)}
+            for name in steps
+        ]  # fmt: skip
+    print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(flags.amp, device) or 'off'}")
+    print_table(
+        ["step", "images/s", "peak MB", "ratio"],
+        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
+    )
+    if flags.json:
+        Path(flags.json).write_text(json.dumps({"device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
