@@ -496,12 +496,16 @@ def retrieve(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, 
         for how, query in ("clean", x), ("attacked", x_adv):
             with torch.no_grad():
                 cosines = F.normalize(model.features(query)) @ gallery.T  # (n, N)
+            steered = cosines.cpu()[range(n), others].mean()
             cosines[range(n), range(n)] = -1  # not the query itself
             found = cosines.topk(min(nearest, len(test_set) - 1)).indices.cpu()
             neighbours = map_images(lambda x: x, test_set.subset(found[shown]), run, args)
             pictures[f"{name}, {how}"] = torch.cat([query[shown : shown + 1], neighbours])
             share = 100 * (labels[found] == y[:, None]).float().mean()
-            run.say(f"{name}, queries {how}: {share:.0f}% of the {found.shape[1]} nearest images are of the query's class")
+            run.say(
+                f"{name}, queries {how}: {share:.0f}% of the {found.shape[1]} nearest images are of the query's class, "
+                f"cosine with the image of another class {steered:.2f}"
+            )
     if world()[0] == 0:
         save_image_grid(run.folder / "retrieval.png", pictures)
 

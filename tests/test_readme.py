@@ -47,7 +47,7 @@ def test_the_two_commands_are_there():
 def test_files_and_flags_exist():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/corruptions.py"))
+    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/dpe_step.py", "benchmarks/corruptions.py"))
     torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", README)) - torchrun:
         assert flag[2:].removeprefix("no-").replace("-", "_") in known, flag
