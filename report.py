@@ -95,7 +95,7 @@ def describe(result: dict) -> str:
     a = result["args"]
     script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl}[result["script"]]
     usual = vars(script.Args()) | (script.Args.QUICK if a["quick"] else {})
-    attack = f"PGD-{a['eval_steps']}" if a["eval_attack"] == "pgd20" else a["eval_attack"]
+    attack = f"PGD-{a['eval_steps']}" if a.get("eval_attack", "pgd20") == "pgd20" else a["eval_attack"]
     parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['uat_epochs' if a.get('method') == 'uat-ft' else 'epochs']} epochs", attack]
     parts += ["--quick"] if a["quick"] else []
     for k, v in a.items():

@@ -240,3 +240,11 @@ def test_landscape_picture_of_a_checkpoint(tmp_path, one_sentence):
     assert path.name.startswith("landscape-") and path.stat().st_size > 20_000
     save_checkpoint(tmp_path / "none.pt", {"network": model.spec, "model": model.state_dict()})
     assert "no trained classifier" in one_sentence(report, str(tmp_path / "none.pt"), "--out", str(tmp_path / "r"))
+
+
+def test_the_results_of_this_repository_can_be_reported(tmp_path):
+    """Older files lack newer flags."""
+    files = sorted(map(str, (ROOT / "results").glob("*.json")))
+    written = report.main(report.Args(results=tuple(files), out=str(tmp_path)))
+    assert {"kucer-tables.md", "gowal-table.md"} <= {p.name for p in written}
+    assert "BYORL, plain head | 100% | 34.90 | 24.40" in (tmp_path / "gowal-table.md").read_text()
