@@ -3,7 +3,7 @@
 1. Run      arguments, devices and ranks, the run's folder, checkpoints, logging
 2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
 3. Models   ResNets and Vision Transformers with normalisation and mixed precision inside
-4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy
+4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, unforeseen attacks, robust accuracy
 
 Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
 returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
@@ -129,8 +129,8 @@ _RANGES = [
     ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
     ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("crop", 0.001, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
     ("probe_steps", 0, math.inf), ("uat_epochs", 1, math.inf), ("uat_lr", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
-    ("accumulate", 1, 1024), ("pretrain_images", 0, math.inf), ("pretrain_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("whole", 0, 1),
-    ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf),
+    ("pretrain_images", 0, math.inf), ("pretrain_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("whole", 0, 1),
+    ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf), ("unforeseen_steps", 1, math.inf),
 ]  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def sync_batchnorm(model: nn.Module) -> None:
     """Let BatchNorm in `model` see the images of all ranks when in train mode; nothing happens on one rank."""
     if world()[1] == 1:
         return
-    if next(model.parameters()).is_cuda:
+    if next(model.parameters()).is_cuda and not any(isinstance(m, _BatchNorm2d) for m in model.modules()):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces layers inside `model`, so it and a wrapper stay one
         return
     for m in model.modules():
@@ -274,7 +274,7 @@ def sync_batchnorm(model: nn.Module) -> None:
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the images of all ranks for the CPU; PyTorch's own works on GPUs only."""
+    """BatchNorm over the images of all ranks; PyTorch's own works on GPUs only, and has no second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:
         from torch.distributed.nn.functional import all_reduce  # has a gradient: outputs depend on all ranks' images
@@ -1466,6 +1466,139 @@ class ResNetV2(nn.Module):
         return self.layer4(self.shared(x)).mean((2, 3))
 
 
+# ---- layers with second derivatives that are worth their time: PyTorch's take several times as long -----------------------
+
+
+def fast_second_derivatives(module: nn.Module) -> None:
+    """Let the convolutions and BatchNorms in `module` compute second derivatives fast; their weights and results stay the same.
+
+    Where the gradient for an image is itself differentiated (chen_pretrain_finetune.py, eq. 4), PyTorch always makes the convolution
+    weights' second derivatives too, and BatchNorm's from some 25 passes over the data. Here: 3.2 times faster than the same in float32
+    without it (ResNet-50v2 and Selfie, bfloat16, CPU; `python benchmarks/dpe_step.py`). Use `input_gradients_only` around an attack.
+    """
+    for m in module.modules():
+        if type(m) is nn.BatchNorm2d:
+            m.__class__ = _BatchNorm2d
+        elif type(m) is nn.Conv2d and m.bias is None and m.groups == 1 and m.dilation == (1, 1):
+            m.__class__ = _Conv2d
+
+
+@contextlib.contextmanager
+def input_gradients_only(module: nn.Module) -> Iterator[None]:
+    """No gradients for the weights of the layers above meanwhile. (Other layers notice by themselves that none are wanted.)"""
+    weights = [p for m in module.modules() if isinstance(m, (_Conv2d, _BatchNorm2d)) for p in m.parameters() if p.requires_grad]
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if torch.is_autocast_enabled(x.device.type):  # what goes into _Convolve is not cast
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, w = x.to(dtype), w.to(dtype)
+        return _Convolve.apply(x, w, self.stride, self.padding)
+
+
+class _Convolve(torch.autograd.Function):
+    """F.conv2d. Its gradient for x is a transposed convolution, whose own derivatives are those that are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, w, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        for_x = for_w = None
+        if ctx.needs_input_grad[0]:
+            left = [(x.shape[i + 2] + 2 * ctx.padding[i] - w.shape[i + 2]) % ctx.stride[i] for i in (0, 1)]  # pixels no window begins at
+            for_x = F.conv_transpose2d(g, w, None, ctx.stride, ctx.padding, left)
+        if ctx.needs_input_grad[1]:
+            for_w = torch.nn.grad.conv2d_weight(x, w.shape, g, ctx.stride, ctx.padding)
+        return for_x, for_w, None, None
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # a scale and a shift
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            return torch.addcmul(shift.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+        return _Normalise.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """BatchNorm in train mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_batch_norm(x, w, b, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, w, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *_NormaliseGradient.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None
+
+
+class _NormaliseGradient(torch.autograd.Function):
+    """BatchNorm's gradients for x, w and b; the first can be differentiated again, with the formulas below, per channel:
+
+    r = 1 / standard deviation, z = (x - mean) r; the gradient for x is f = w r (g - E[g] - z E[g z]). Given u, the derivative of
+    <u, f> with respect to g is the same map applied to u, as it is symmetric; with respect to x it is
+
+        w r^2 (E[u] E[g z] + E[g] E[u z] - E[g z] u - E[u z] g + z (3 E[u z] E[g z] + E[u] E[g] - E[u g]))
+
+    and with respect to w it is the sum of u f / w, n r (E[u g] - E[u] E[g] - E[u z] E[g z]), n values being in the mean E.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        for_x, for_w, for_b = _normalise_gradient(g, x, w, mean, rstd, eps)  # the last two are the sums of g z and of g
+        ctx.save_for_backward(g, x, w, mean, rstd, for_w, for_b)
+        ctx.eps = eps
+        return for_x, for_w, for_b
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, *of_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(v is not None for v in of_weights):
+            raise NotImplementedError("the second derivative of BatchNorm's weights is not written; use nn.BatchNorm2d.")
+        if u is None:
+            return (None,) * 6
+        g, x, w, mean, rstd, gz, gs = ctx.saved_tensors
+        for_g, uz, us = _normalise_gradient(u, x, w, mean, rstd, ctx.eps)
+        ug = _normalise_gradient(u, g, w, torch.zeros_like(mean), torch.ones_like(rstd), ctx.eps)[1]  # the sum of u g
+        n = x.numel() / x.shape[1]
+        gz, gs, uz, us, ug = (v / n for v in (gz, gs, uz, us, ug))  # from here on means
+
+        def channels(v: Tensor) -> Tensor:  # (C,) -> (1, C, 1, 1)
+            return v.to(x.dtype).view(1, -1, 1, 1)
+
+        k = w * rstd**2
+        of_x = k * rstd * (3 * uz * gz + us * gs - ug)
+        for_x = torch.addcmul(channels(k * (us * gz + gs * uz) - of_x * mean), x, channels(of_x))
+        for_x = for_x.addcmul_(u, channels(-k * gz)).addcmul_(g, channels(-k * uz))
+        return for_g, for_x, n * rstd * (ug - us * gs - uz * gz), None, None, None
+
+
+def _normalise_gradient(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's gradients for x, w and b in one kernel."""
+    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, eps, [True, True, True])
+
+
 def sincos_positions(dim: int, rows: int, cols: int) -> Tensor:
     """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers tells the column, the
     second the row, each as the sines, then the cosines, of position / 10000^(i / n), i = 0 ... n - 1, n = dim / 4 (MAE)."""
@@ -2311,6 +2444,270 @@ def doubts(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: floa
     if by_square < by_pgd - noise:
         found.append(f"Square, without gradients, leaves less accuracy than PGD ({by_square:.0f}%, {by_pgd:.0f}%): gradients mislead.")
     return found
+
+
+# ---- unforeseen attacks: Kang et al. 2019, Testing robustness against unforeseen adversaries (arXiv:1908.08016) -------------
+# An image is a differentiable function of some parameters (a flow of pixels, snowflakes, ...); signed gradients move these within
+# a box or ball of their own. Definitions, constants and the radii are those of the published code, where not said otherwise.
+
+# {kind: (six radii of calibrated strength for CIFAR-10, accuracy (%) of the best network trained against each (ATA), radii for 224 pixels)};
+# fog, gabor and snow were calibrated for 224 pixels only. linf, l2, l1, fog, gabor: in 255ths; jpeg: in steps of quantisation; elastic: in
+# pixels; snow: 1 is full brightness.
+UNFORESEEN = {
+    "linf": ((1, 2, 4, 8, 16, 32), (91.0, 87.8, 81.6, 71.3, 46.5, 23.1), (1, 2, 4, 8, 16, 32)),
+    "l2": ((40, 80, 160, 320, 640, 2560), (90.1, 86.4, 79.6, 67.3, 49.9, 17.3), (150, 300, 600, 1200, 2400, 4800)),
+    "l1": ((195, 390, 780, 1560, 6240, 24960), (92.2, 90.0, 83.2, 73.8, 47.4, 35.3), (9562.5, 19125, 76500, 153000, 306000, 612000)),
+    "jpeg-linf": ((0.03125, 0.0625, 0.125, 0.25, 0.5, 1), (89.7, 87.0, 83.1, 78.6, 69.7, 35.4), (0.0625, 0.125, 0.25, 0.5, 1, 2)),
+    "jpeg-l2": ((0.25, 0.5, 1, 2, 4, 8), (92.2, 91.0, 88.4, 85.8, 81.3, 72.0), (8, 16, 32, 64, 128, 256)),
+    "jpeg-l1": ((2, 8, 64, 256, 512, 1024), (91.4, 88.1, 80.2, 68.9, 56.3, 37.7), (256, 1024, 4096, 16384, 65536, 131072)),
+    "elastic": ((0.125, 0.25, 0.5, 1, 2, 8), (87.4, 81.3, 72.1, 58.2, 45.4, 27.8), (0.25, 0.5, 2, 4, 8, 16)),
+    "fog": ((128, 256, 512, 2048, 4096, 8192), None, (128, 256, 512, 2048, 4096, 8192)),
+    "gabor": ((6.25, 12.5, 25, 400, 800, 1600), None, (6.25, 12.5, 25, 400, 800, 1600)),
+    "snow": ((0.0625, 0.125, 0.25, 2, 4, 8), None, (0.0625, 0.125, 0.25, 2, 4, 8)),
+}
+
+
+def unforeseen(
+    loss: Callable[[Tensor], Tensor], x: Tensor, kind: str, eps: float, steps: int = 200, generator: torch.Generator | None = None
+) -> Tensor:
+    """One of Kang et al.'s attacks: images like x that raise `loss`, within the attack's own ball of radius `eps`.
+
+    loss, x: as for `pgd`. kind, eps: a key of UNFORESEEN and a radius in its unit. generator: source of the random start.
+    Steps are eps / sqrt(steps) long, of fog, gabor and snow, whose parameters lie in [0, 1] or [-1, 1], sqrt(0.001 / steps).
+    Returns images in [0, 1]. Raises ValueError for an unknown kind.
+    """
+    if kind not in UNFORESEEN:
+        raise ValueError(f"kind must be one of {', '.join(UNFORESEEN)}, not {kind!r}")
+    x, step = x.detach(), eps / math.sqrt(steps)
+    b, _, h, w = x.shape
+
+    def uniform(*shape: int) -> Tensor:  # in [-1, 1]
+        return 2 * torch.rand(b, *shape, generator=generator, device=x.device) - 1
+
+    def climb(p: Tensor, image: Callable[[Tensor], Tensor], update: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+        """The image after `steps` updates of the parameters p."""
+        for i in range(steps):
+            with torch.enable_grad():
+                leaf = p.detach().requires_grad_()
+                (grad,) = torch.autograd.grad(loss(image(leaf)).sum(), leaf)
+            p = update(p.detach(), grad, i)
+        return image(p).detach().clamp(0, 1)
+
+    def in_box(low: float, high: float, step: float) -> Callable:
+        return lambda p, grad, i: (p + step * grad.sign()).clamp(low, high)
+
+    if kind in ("linf", "l2"):
+        return pgd(loss, x, eps=eps / 255, norm=kind, steps=steps, step_size=step / 255, generator=generator)
+    if kind == "l1":
+        start = _in_l1_ball(torch.zeros_like(x), eps / 255, generator)
+        start = start.clamp(-x, 1 - x)  # shorter only
+        return climb(start, lambda p: x + p, lambda p, grad, i: _frank_wolfe(p, grad, i, -x, 1 - x, eps / 255))
+    if kind.startswith("jpeg"):
+        coefficients = _to_jpeg(x)
+        radius, step, bound = eps / 2, step / 2, torch.ones_like(coefficients)  # the code halves what its flags say
+
+        def image(p: Tensor) -> Tensor:
+            return _from_jpeg(coefficients + p, h, w).clamp(0, 1)
+
+        if kind == "jpeg-linf":
+            return climb(radius * uniform(coefficients.shape[1]), image, in_box(-radius, radius, step))
+        if kind == "jpeg-l1":
+            start = _in_l1_ball(torch.zeros_like(coefficients), radius, generator)
+            return climb(start, image, lambda p, grad, i: _frank_wolfe(p, grad, i, -bound, bound, radius))
+
+        def step_l2(p: Tensor, grad: Tensor, i: int) -> Tensor:
+            p = p + step * grad / (l2_norm(grad) + 1e-12)
+            return (p * (radius / l2_norm(p).clamp(min=radius))).clamp(-bound, bound)
+
+        start = torch.randn(coefficients.shape, generator=generator, device=x.device)
+        length = torch.rand(b, 1, generator=generator, device=x.device) ** (1 / start.shape[1])
+        return climb(radius * length * start / l2_norm(start), image, step_l2)
+    if kind == "elastic":
+        return climb(eps * uniform(2, h, w), lambda p: _warp(x, p), in_box(-eps, eps, step))
+    gentle = math.sqrt(0.001 / steps)
+    if kind == "fog":
+        levels = int(math.log2(max(h, w))) + 1  # the cloud is up to twice as wide as the image
+        sizes = [2**i for i in range(levels) for _ in range(3)]
+        brightest, trim = x.amax((2, 3), keepdim=True), (2**levels - h) // 2
+
+        def in_fog(p: Tensor) -> Tensor:
+            noise = [n.view(b, s, s) for n, s in zip((2 * p - 1).split([s * s for s in sizes], 1), sizes, strict=True)]
+            cloud = plasma(noise, 2.0)[:, None, trim : trim + h, trim : trim + w]
+            return ((x + eps / 255 * cloud) / (brightest + eps / 255)).clamp(0, 1)
+
+        return climb(0.5 + 0.5 * uniform(sum(s * s for s in sizes)), in_fog, in_box(0, 1, gentle))
+    if kind == "gabor":
+        kernels = _gabor_kernels(b, generator, x.device)
+        sparse = torch.rand(b, h, w, generator=generator, device=x.device) < 1 / 14
+        # The code moves all parameters but these and sets these to 0 in its first step, which it hardly can have meant.
+        return climb(
+            uniform(h, w) * sparse, lambda p: (x + eps / 255 * _gabor_noise(p, kernels)).clamp(0, 1),
+            lambda p, grad, i: (p + gentle * grad.sign()).clamp(-1, 1) * sparse,
+        )  # fmt: skip
+    kernels = _snow_kernels(generator).to(x.device)  # snow
+    side = math.ceil(max(h, w) / 4)
+
+    def in_budget(p: Tensor) -> Tensor:  # at most 0.2 on average over 8 x 8 places
+        p = p.clamp(1e-9, 1)
+        mean = F.adaptive_avg_pool2d(p, max(1, side // 8))
+        return p * F.interpolate(0.2 / mean.clamp(min=0.2), (side, side))
+
+    start = torch.exp((uniform(7, side, side) + 1) / -0.4)
+    return climb(start, lambda p: _snow(x, p, kernels, eps), lambda p, grad, i: in_budget(p + gentle * grad.sign()))
+
+
+def _in_l1_ball(like: Tensor, radius: float, generator: torch.Generator | None) -> Tensor:
+    """Uniform in the l1 ball (Barthe et al. 2005, theorem 1)."""
+    rows = -torch.rand(len(like), like[0].numel() + 1, generator=generator, device=like.device).clamp(min=1e-9).log()
+    signs = torch.randint(0, 2, (len(like), like[0].numel()), generator=generator, device=like.device) * 2 - 1
+    return (radius * signs * rows[:, :-1] / rows.sum(1, keepdim=True)).view_as(like)
+
+
+def _frank_wolfe(p: Tensor, grad: Tensor, i: int, low: Tensor, high: Tensor, radius: float) -> Tensor:
+    """Step i of Frank and Wolfe: towards the point of largest inner product with `grad` in the l1 ball within [low, high], which spends
+    the radius on the entries of largest gradient, each up to its bound. p is an average of such points, so it stays inside."""
+    size, order = grad.flatten(1).abs().sort(1, descending=True)
+    bound = torch.where(grad > 0, high, -low).flatten(1).gather(1, order)
+    spent = bound.cumsum(1) - bound
+    amount = torch.zeros_like(bound).scatter(1, order, torch.minimum((radius - spent).clamp(min=0), bound) * (size > 0))
+    return p + (grad.sign() * amount.view_as(p) - p) / (i + 1)
+
+
+# Quantisation of JPEG at quality 50 (ITU-T T.81, tables K.1 and K.2).
+JPEG_LUMINANCE = (
+    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56), (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92), (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
+)  # fmt: skip
+JPEG_CHROMINANCE = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))  # and 99 everywhere else
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+def _jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(quantisation of Y, of Cb and Cr, the discrete cosine transform), 8 x 8 each."""
+    chrominance = torch.full((8, 8), 99.0)
+    chrominance[:4, :4] = torch.tensor(JPEG_CHROMINANCE)
+    n = torch.arange(8)
+    cosines = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2  # row: frequency
+    cosines[0] /= math.sqrt(2)
+    return torch.tensor(JPEG_LUMINANCE, device=device).float(), chrominance.to(device), cosines.to(device)
+
+
+def _to_jpeg(x: Tensor) -> Tensor:
+    """Images to coefficients (B, n), not rounded: 8 x 8 blocks of Y, then of Cb and Cr at half the size. Sides are filled up to 16 s."""
+    luminance, chrominance, dct = _jpeg_tables(x.device)
+    h, w = x.shape[2:]
+    x = F.pad(x, (0, -w % 16, 0, -h % 16), mode="replicate") * 255
+    y, cb, cr = (torch.einsum("dc,bchw->bdhw", torch.tensor(YCBCR, device=x.device), x)).split(1, 1)
+    parts = []
+    for plane, table in (y - 128, luminance), (F.avg_pool2d(cb, 2), chrominance), (F.avg_pool2d(cr, 2), chrominance):
+        blocks = plane.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).squeeze(1).permute(0, 1, 3, 2, 4)  # (B, rows, cols, 8, 8)
+        parts.append((dct @ blocks @ dct.T / table).flatten(1))
+    return torch.cat(parts, 1)
+
+
+def _from_jpeg(coefficients: Tensor, h: int, w: int) -> Tensor:
+    """Coefficients to images (B, 3, h, w), not clipped."""
+    luminance, chrominance, dct = _jpeg_tables(coefficients.device)
+    rows, cols = -(-h // 16), -(-w // 16)
+    planes = []
+    for part, table, k in zip(coefficients.split([256 * rows * cols, *[64 * rows * cols] * 2], 1), (luminance, chrominance, chrominance), (2, 1, 1), strict=True):
+        blocks = dct.T @ (part.view(-1, k * rows, k * cols, 8, 8) * table) @ dct
+        plane = blocks.permute(0, 1, 3, 2, 4).reshape(-1, 8 * k * rows, 8 * k * cols)
+        planes.append(plane if k == 2 else plane.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    planes[0] = planes[0] + 128
+    to_rgb = torch.linalg.inv(torch.tensor(YCBCR, device=coefficients.device))
+    return torch.einsum("cd,bdhw->bchw", to_rgb, torch.stack(planes, 1))[:, :, :h, :w] / 255
+
+
+def _warp(x: Tensor, flow: Tensor) -> Tensor:
+    """Move pixels by `flow` (B, 2, H, W) in pixels, (x, y), smoothed by a Gaussian of 3 pixels at 224."""
+    h, w = x.shape[2:]
+    radius, sigma = max(2, round(12 * h / 224)), 3 * h / 224
+    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
+    kernel = (line[:, None] * line / line.sum() ** 2).expand(2, 1, -1, -1)
+    flow = F.conv2d(F.pad(flow, (radius,) * 4, mode="reflect"), kernel, groups=2)
+    ys, xs = torch.meshgrid(torch.linspace(-1, 1, h, device=x.device), torch.linspace(-1, 1, w, device=x.device), indexing="ij")
+    return F.grid_sample(x, torch.stack([xs, ys], -1) + flow.permute(0, 2, 3, 1) * 2 / h, align_corners=True)
+
+
+def plasma(noise: list[Tensor], decay: float) -> Tensor:
+    """Clouds in [0, 1], (B, size, size), by the diamond-square algorithm on a torus. noise: for each halving of the grid, from one cell to
+    `size` / 2 cells per side, three tensors (B, cells, cells) in [-1, 1]; every halving divides their weight by `decay`."""
+    size, weight = 2 * noise[-1].shape[1], 1.0
+    cloud, step = noise[0].new_zeros(len(noise[0]), size, size), size
+    left = iter(noise)
+    while step >= 2:
+        half = step // 2
+
+        def around(total: Tensor) -> Tensor:
+            return total / 4 + weight * next(left)
+
+        corners = cloud[:, ::step, ::step]
+        across = corners + corners.roll(-1, 1)
+        cloud[:, half::step, half::step] = around(across + across.roll(-1, 2))  # centres of the squares
+        centres = cloud[:, half::step, half::step]
+        cloud[:, ::step, half::step] = around(centres + centres.roll(1, 1) + corners + corners.roll(-1, 2))  # edges
+        cloud[:, half::step, ::step] = around(centres + centres.roll(1, 2) + corners + corners.roll(-1, 1))
+        step, weight = half, weight / decay
+    cloud = cloud - cloud.amin((1, 2), keepdim=True)
+    return cloud / cloud.amax((1, 2), keepdim=True)
+
+
+def _gabor_kernels(b: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(B, 23, 23): for each image 1 to 10 waves of one length, with evenly spread directions, under a Gaussian."""
+    width, length, turn, waves = torch.rand(4, b, 1, 1, generator=generator, device=device)
+    line = torch.linspace(-0.5, 0.5, 23, device=device)
+    y, x = line[:, None], line
+    envelope = torch.exp(-0.5 * (x**2 + y**2) / (0.1 + 0.3 * width + 0.001) ** 2)
+    total, sides = 0, (10 * waves).floor() + 1
+    for i in range(10):
+        angle = math.pi * (turn + i / sides)
+        total = total + (i < sides) * torch.cos(2 * math.pi * (3 + 2.75 * length) * (x * angle.cos() + y * angle.sin()))
+    return envelope * total
+
+
+def _gabor_noise(p: Tensor, kernels: Tensor) -> Tensor:
+    """p (B, H, W) convolved with an image's own kernel, its contrast evened out, in [0, 1]: (B, 1, H, W)."""
+    v = F.conv2d(p[None], kernels[:, None], padding=11, groups=len(p))[0]
+    v = v - v.mean((1, 2), keepdim=True)
+    with torch.no_grad():
+        size = v.abs()
+        even = 1.001 / (0.001 + size / size.amax((1, 2), keepdim=True).clamp(min=1e-12))
+    v = (v * even)[:, None]
+    low, high = v.detach().amin((2, 3), keepdim=True), v.detach().amax((2, 3), keepdim=True)
+    return (v - low) / (high - low).clamp(min=1e-12)
+
+
+def _snow_kernels(generator: torch.Generator | None) -> Tensor:
+    """(7, 13, 13): blurred strokes through the centre, all towards the same side."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    mirrored, *drawn = torch.rand(29, generator=generator, device=device).tolist()
+    at = torch.arange(13) - 6
+    kernels = []
+    for i in range(7):
+        down, across, thick, blur = drawn[4 * i : 4 * i + 4]
+        down, across = 2 + int(5 * down), 2 + int(5 * across)  # where the stroke ends, from the centre
+        width = (1 if thick < 0.6 else 3 if thick < 0.9 else 5) * math.hypot(down, across) / max(down, across) / 2
+        slope, along, off = min(down, across) / max(down, across), at[None], at[:, None]
+        stroke = (1 + width / 2 - (off - slope * along).abs()).clamp(0, 1) * (along.abs() <= max(down, across))
+        stroke = stroke.T if down > across else stroke
+        line = torch.exp(-0.5 * (torch.arange(-1, 2) / (0.41 + 0.19 * blur)) ** 2)
+        line = line / line.sum()
+        kernels.append(F.conv2d(stroke[None, None], (line[:, None] * line)[None, None], padding=1)[0, 0])
+    return torch.stack(kernels).flip(2) if mirrored < 0.5 else torch.stack(kernels)
+
+
+def _snow(x: Tensor, flakes: Tensor, kernels: Tensor, eps: float) -> Tensor:
+    """x, paler, under snow; `flakes` (B, 7, side, side) in [0, 1] are the strokes' brightness, each on every 4th pixel of a grid of its own."""
+    h, w = x.shape[2:]
+    side = flakes.shape[2]
+    grids = x.new_zeros(len(x), 7, 4 * side, 4 * side)
+    for i in range(7):
+        row, col = (0, i) if i < 4 else (i - 3, 0)
+        grids[:, i, row::4, col::4] = flakes[:, i] ** 4
+    snow = F.conv2d(grids[:, :, :h, :w], kernels[None], padding=6)  # (B, 1, H, W)
+    grey = (x * torch.tensor([0.2126, 0.7152, 0.0722], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5) + eps * snow).clamp(0, 1)
 
 
 # ---- reporting -----------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from common import (
     Images, Run, UserError, batches, ce_per_image, cli, eps_name, full_precision, load_checkpoint, load_data, load_model,
-    open_folder, pgd_attack, place_model, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
+    open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
     suite_attacks, with_progress, world, write_atomically, write_results,
 )  # fmt: skip
 
@@ -372,29 +372,10 @@ def fog(x: Tensor, s: int, g: torch.Generator) -> Tensor:
     thickness, decay = [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)][s]
     b, _, h, w = x.shape
     brightest = x.amax((1, 2, 3), keepdim=True)
-    cloud = plasma(b, 2 ** math.ceil(math.log2(max(h, w))), decay, g)[:, None, :h, :w]
+    cells = [2**i for i in range(math.ceil(math.log2(max(h, w)))) for _ in range(3)]
+    noise = [2 * torch.rand(b, n, n, generator=g) - 1 for n in cells]
+    cloud = plasma(noise, decay**2)[:, None, :h, :w]  # squared, as in make_cifar_c.py
     return (x + thickness * cloud) * brightest / (brightest + thickness)
-
-
-def plasma(b: int, size: int, decay: float, g: torch.Generator) -> Tensor:
-    """Random clouds in [0, 1], (B, size, size), by the diamond-square algorithm on a torus; size a power of two."""
-    cloud = torch.zeros(b, size, size)
-    step, wibble = size, 100.0  # of the noise; every halving of the step divides it by `decay`
-    while step >= 2:
-        half = step // 2
-
-        def around(total: Tensor) -> Tensor:
-            return total / 4 + wibble**2 * (2 * torch.rand(total.shape, generator=g) - 1)  # squared, as in make_cifar_c.py
-
-        corners = cloud[:, ::step, ::step]
-        across = corners + corners.roll(-1, 1)
-        cloud[:, half::step, half::step] = around(across + across.roll(-1, 2))  # centres of the squares
-        centres = cloud[:, half::step, half::step]
-        cloud[:, ::step, half::step] = around(centres + centres.roll(1, 1) + corners + corners.roll(-1, 2))  # edges
-        cloud[:, half::step, ::step] = around(centres + centres.roll(1, 2) + corners + corners.roll(-1, 1))
-        step, wibble = half, wibble / decay
-    cloud = cloud - cloud.amin((1, 2), keepdim=True)
-    return cloud / cloud.amax((1, 2), keepdim=True)
 
 
 def brightness(x: Tensor, s: int, g: torch.Generator) -> Tensor:

@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from chen_pretrain_finetune import TASKS, Args, Objective, Pretext, log_det, make_view, task_loss  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_STATS, Network, amp_dtype, batchnorm_mode, choose_device, device_name, jigsaw_permutations, pgd, place_model, print_table,
+    IMAGENET_STATS, Network, amp_dtype, batchnorm_mode, choose_device, device_name, fast_second_derivatives, input_gradients_only,
+    jigsaw_permutations, pgd, place_model, print_table,
 )  # fmt: skip
 
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -38,6 +39,7 @@ def make(args: Args, device: torch.device, amp: str | None):
         model.features = lambda x, *more: model.trunk((x - model.mean) / model.std, *more)  # without its channels_last line
     else:
         place_model(model, device, amp)
+        fast_second_derivatives(model)
     return model.train(), torch.optim.SGD(model.parameters(), 0.001, momentum=0.9, weight_decay=1e-4)
 
 
@@ -77,7 +79,7 @@ def our_step(model, opt, x, permutations, args: Args) -> None:
         total, h = objective.adversarial(dict(zip(views, zip(z.split(3, 1), targets, strict=True), strict=True)), True)
         return total + args.dpe_lambda * h
 
-    with batchnorm_mode(model, "train"):
+    with batchnorm_mode(model, "train"), input_gradients_only(model):
         z = pgd(loss, torch.cat([v for v, _ in views.values()], 1), eps=EPS, steps=args.attack_steps, step_size=ALPHA)
     attacked = dict(zip(views, zip(z.split(3, 1), targets, strict=True), strict=True))
     opt.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from chen_pretrain_finetune import (
     Args, Average, Objective, Pretext, Selfie, cells, finetune, inherit, log_det, main, make_view, pretrain, task_loss, to_upright, transfer,
 )  # fmt: skip
 from common import (
-    Network, UserError, batches, build_model, jigsaw_permutations, load_checkpoint, load_model, load_splits, pgd_attack, robust_accuracy, start_run,
+    Network, UserError, batches, batchnorm_mode, build_model, fast_second_derivatives, jigsaw_permutations, load_checkpoint, load_model, load_splits, pgd_attack, robust_accuracy, start_run,
 )  # fmt: skip
 
 TINY = dict(
@@ -192,6 +192,51 @@ def test_the_ensembles_attack_keeps_every_ball_and_raises_eq_3(permutations):
         (g,) = torch.autograd.grad(F.cross_entropy(model.features(start, "rotation", k), k, reduction="sum"), start)
         start = torch.clamp(start + max(2 / 255, 0.02) * g.sign(), lower, upper)
     assert torch.allclose(z_adv[:, 3:6], start, atol=1e-6)
+
+
+@pytest.mark.parametrize(("frames", "mode"), [("own", "train"), ("aligned", "train"), ("own", "eval")])
+def test_one_task_at_a_time_gives_the_same_gradients(permutations, frames, mode):
+    """--low-memory against the joint graph, for the images and for all weights, and the same running statistics of BatchNorm."""
+    torch.manual_seed(0)
+    args = tiny(frames=frames, width=1 / 32)
+    models = [Network(Pretext(chen.TASKS, args), {}, (0.5,) * 3, (0.5,) * 3).double().train(mode == "train")]
+    for m in models[0].modules():
+        if isinstance(m, (torch.nn.Dropout, torch.nn.MultiheadAttention)):
+            m.p = m.dropout = 0.0  # the two draw other masks
+    models.append(copy.deepcopy(models[0]))
+    joint, one = (Objective(model, permutations, args) for model in models)
+    fast_second_derivatives(one)
+    x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    clean, attacked = ({task: make_view(task, x, permutations, 0.1) for task in chen.TASKS} for _ in range(2))
+    ready = {task: (v.clone().requires_grad_(), target) for task, (v, target) in attacked.items()}
+    with batchnorm_mode(models[0], mode), batchnorm_mode(models[1], mode):
+        total, h = joint.adversarial(ready, True)
+        want = torch.cat(torch.autograd.grad((total + args.dpe_lambda * h).sum(), [v for v, _ in ready.values()]), 1)
+        assert torch.allclose(one.image_gradient(attacked), want, rtol=1e-6, atol=1e-9)
+    loss = joint(clean, attacked, True)
+    loss.backward()
+    assert one.backward(clean, attacked).item() == pytest.approx(loss.item(), rel=1e-6)  # which is kept in float32
+    for (name, a), b in zip(joint.named_parameters(), one.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-6, atol=1e-8), name
+    for (name, a), b in zip(joint.named_buffers(), one.buffers(), strict=True):
+        assert torch.allclose(a, b), name
+
+
+def test_the_two_passes_of_a_task_drop_the_same(permutations):
+    """Else the weights v of --low-memory would be of another network than the gradients they multiply: eq. 4 is a sum over tasks of <v, g>
+    up to a constant, and g has length-free direction, so <v_i, g_i> = 0 if both are of the same network."""
+    torch.manual_seed(0)
+    args = tiny(width=1 / 32)
+    objective = Objective(Network(Pretext(chen.TASKS, args), {}, (0.5,) * 3, (0.5,) * 3).double().train(), permutations, args)
+    x = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    before = torch.get_rng_state()
+    torch.randint(2**31, ())
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    _, passes = objective.one_by_one({task: make_view(task, x, permutations, 0.1) for task in ("selfie",)} | {"rotation": (x, torch.arange(4))})
+    for _, _, term in passes:
+        assert term.abs().max() < 1e-9  # h does not change with the length of a gradient (Euler), so its derivative is orthogonal to it
+    del after
 
 
 def test_p3_with_eps_0_is_p2(tmp_path):
@@ -372,13 +417,17 @@ def test_stage_by_stage_equals_one_run(tmp_path):
     assert [r["accuracy"] for r in one["rows"]] == [r["accuracy"] for r in two["rows"]]
 
 
-def test_ensemble_noise_and_subsets(tmp_path):
-    ensemble = tiny(task="ensemble", batch_size=16, accumulate=2, label_fraction=32 / 1437, attack_steps=1, pretrain_images=20, out=str(tmp_path / "e"))
+@pytest.mark.parametrize("low", [False, True])
+def test_ensemble_and_subsets(tmp_path, low):
+    ensemble = tiny(task="ensemble", batch_size=16, low_memory=low, label_fraction=32 / 1437, attack_steps=1, pretrain_images=20, out=str(tmp_path / "e"))
     results = main(ensemble)
     assert {r["task"] for r in results["rows"]} == {"ensemble"}
     assert load_checkpoint(tmp_path / "e" / "pretrain-P3-ensemble.pt")["images"] == 20
     line = json.loads((tmp_path / "e" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"val_selfie", "val_rotation", "val_jigsaw"} <= line.keys() and math.isfinite(line["loss"])
+
+
+def test_noise_in_place_of_the_attack(tmp_path):
     noisy = main(tiny(task="jigsaw", pretrain="RS", finetune="F2", out=str(tmp_path / "n")))
     assert noisy["rows"][0]["pair"] == "RSF2"
 
