@@ -869,7 +869,7 @@ def show_cells(mine: dict, args: dict) -> None:
             key = (task, pair) if (task, pair) in mine else ("", pair)  # P1 is the same for all tasks
             ours += numbers_of(*mine[key]) if key in mine else [""] * 3
             known = key in mine and mine[key][0]["paper"] is not None
-            name = ("dpe" if args["dpe_lambda"] > 0 else "se") if task == "ensemble" else key[0]
+            name = ("dpe" if args["dpe_lambda"] > 0 else "se") if key[0] == "ensemble" else key[0]
             papers += printed(PAPER[name, pair]) if known else [""] * 3
         table += [ours] + ([papers] if any(papers[1:]) else [])
     print_table(["", *(f"{task} {what}".strip() for task in tasks for what in ("TA", "RA", "epoch"))], table)

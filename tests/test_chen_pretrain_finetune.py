@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import flags, same_state
+from conftest import flags, replace, same_state
 
 import chen_pretrain_finetune as chen
 from chen_pretrain_finetune import (
@@ -403,11 +403,93 @@ def test_all_cells_of_a_task_then_compare_and_resume(tmp_path, capsys, monkeypat
     for file in ("pretrain-P2-rotation.pt", "P1F4.ra.pt", "rotation-P2F3.ra.pt", "rotation-P3F4.ra.pt"):
         a, b = (load_checkpoint(tmp_path / f / file)["model"] for f in ("a", "b"))
         assert same_state(a, b), file
-    models = tuple(str(tmp_path / "a" / f) for f in ("rotation-P3F4.ta.pt", "P1F4.ta.pt"))
-    compared = main(tiny(stage="compare", models=models, out=str(tmp_path / "c")))
-    names = [r["name"] for r in compared["rows"]]
-    assert "rotation-P3F4.ta -> P1F4.ta" in names and "rotation-P3F4.ta + P1F4.ta" in names and len(names) == 4 + 2 * 3
-    assert load_model(models[0])(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+    assert load_model(tmp_path / "a" / "P1F4.ta.pt")(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+
+
+@pytest.fixture(scope="module")
+def cell_runs(tmp_path_factory):
+    """Two tiny runs of one cell each."""
+    folder = tmp_path_factory.mktemp("cells")
+    main(tiny(out=str(folder / "a"))), main(tiny(pretrain="P1", out=str(folder / "b")))
+    return folder
+
+
+def test_compare_gives_tables_4_and_6_figure_5_and_resumes_among_the_unforeseen(tmp_path, cell_runs, capsys, monkeypatch):
+    models = tuple(str(cell_runs / f) for f in ("a/rotation-P3F4.ta.pt", "b/P1F4.ta.pt", "b/P1F4.ra.pt"))
+    args = tiny(stage="compare", models=models, unforeseen="l1, fog", unforeseen_steps=2, out=str(tmp_path / "c"))
+    rows = main(args)["rows"]
+    kinds = {kind: [r for r in rows if r["kind"] == kind] for kind in ("transfer", "venn", "average", "unforeseen")}
+    assert [len(v) for v in kinds.values()] == [9, 3, 2 * 7, 3 * (1 + 2 * 6)] and sum(map(len, kinds.values())) == len(rows)
+    assert all(r["paper"] is None and r["examples"] == 60 for r in rows)
+    rate = {(r["source"], r["target"]): 100 - r["accuracy"] for r in kinds["transfer"]}
+    for r in kinds["venn"]:  # no more fall for it together than apart
+        assert 100 - r["accuracy"] <= min(rate[r["source"], r["target"]], rate[r["source"], r["other"]]) + 0.01
+    alone = {r["name"]: r["accuracy"] for r in kinds["average"] if len(r["models"]) == 1 and r["attack"] != "none"}
+    clean = {r["name"]: r["accuracy"] for r in kinds["average"] if len(r["models"]) == 1 and r["attack"] == "none"}
+    assert all(abs(100 - rate[name, name] - alone[name]) < 4 for name in alone)  # two random starts, 60 images
+    assert {r["name"]: r["accuracy"] for r in kinds["unforeseen"] if r["strength"] == 0} == clean
+    assert {(r["attack"], r["strength"]): r["eps"] for r in kinds["unforeseen"]}["l1", 6] == 24960
+    out = capsys.readouterr().out
+    assert "Table 4" in out and "Table 6" in out and "Figure 5, made for P1F4.ta: fools" in out and "2 steps at a random wrong class" in out
+    calls, accuracy = [], chen.robust_accuracy
+
+    def interrupted(*a, **k):
+        calls.append(1)
+        if len(calls) == 14 + 20:
+            raise KeyboardInterrupt
+        return accuracy(*a, **k)
+
+    monkeypatch.setattr(chen, "robust_accuracy", interrupted)
+    again = replace(args, out=str(tmp_path / "d"), resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        main(again)
+    assert main(again)["rows"] == rows and len(calls) == 14 + 20 + 14 + 39 - 19  # only the tables before are made once more
+
+
+def test_unforeseen_attacks_aim_where_they_are_told(three, tmp_path):
+    """At a wrong class they are weaker than away from the right one (with these few steps always)."""
+    models, data = three
+    _, _, test = load_splits(tiny(label_fraction=1.0, eval_examples=100), CPU)
+    accuracy = {}
+    for targeted in (True, False):
+        args = tiny(stage="compare", unforeseen="l2", unforeseen_steps=5, targeted=targeted, out=str(tmp_path / str(targeted)))
+        run = start_run(args, "chen_pretrain_finetune")
+        run.begin()
+        accuracy[targeted] = [r["accuracy"] for r in chen.meet_unforeseen(run, args, {"a": models[0]}, test)]
+    assert accuracy[True][0] == accuracy[False][0] == pytest.approx(robust_accuracy(models[0], data), abs=0.01)
+    assert sum(accuracy[False]) < sum(accuracy[True]) < 7 * accuracy[True][0]
+
+
+def test_a_runs_own_tables_are_printed_beside_the_papers(capsys):
+    """As with the paper's settings; the numbers are made up."""
+
+    def cell(task, pair, ta, ra, epoch, **more):
+        about = {"name": chen.label(task, pair), "norm": "linf", "examples": 10_000, "task": task, "pair": pair, "pick": "ta", "best_epoch": epoch, "images": 45_000}
+        known = chen.paper(task, pair, Args())
+        return [about | {"attack": "none", "eps": 0, "accuracy": ta, "paper": known[0]}, about | {"attack": "pgd-20", "eps": 8 / 255, "accuracy": ra, "paper": known[1]}]
+
+    rows = [*cell("", "P1F4", 80, 40, 9), *cell("selfie", "P3F4", 81, 41, 8), *cell("jigsaw", "P3F4", 82, 42, 7), *cell("ensemble", "P3F4", 83, 43, 6)]
+    rows += [{"kind": "transfer", "name": "a -> b", "source": s, "target": t, "accuracy": 60, "paper": 100 - 38.96 if s != t else None} for s in "ab" for t in "ab"]
+    chen.show({"args": vars(Args()), "rows": rows, "seconds": 1}, "runs/x")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "P1F4 80.00 40.00 9 80.00 40.00 9 80.00 40.00 9" in lines and "the paper 84.72 47.22 99 84.72 47.22 99 84.72 47.22 99" in lines
+    assert "P3F4 81.00 41.00 8 82.00 42.00 7 83.00 43.00 6" in lines and "the paper 86.02 51.05 50 84.50 49.61 48 83.00 52.22 56" in lines
+    assert "jigsaw 82.00 42.00 7 83.74 48.83 48" in lines and "AP + DPE 83.00 43.00 6 83.00 52.22 56" in lines  # Table 5
+    assert "AP + SE 84.44 49.53 47" in lines and "rotation 85.66 50.40 46" in lines
+    assert "the paper 38.96" in lines and "b 40.00 40.00" in lines
+    chen.show({"args": vars(Args(pretrain_images=30_000)), "rows": cell("rotation", "P3F2", 70, 30, 5), "seconds": 1}, "runs/x")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "45,000 rotation P3F2 70.00 30.00 5" in lines and "the paper, 150,000 P3F4 85.18 50.61 55" in lines
+
+
+def test_the_papers_tables_4_to_7_agree_with_each_other():
+    """Table 4's diagonal is 100 - RA of Tables 3 and 5; headline gains of the abstract."""
+    for task in chen.TASKS:
+        ra = chen.PAPER_TABLE5_JIGSAW[1] if task == "jigsaw" else chen.PAPER[task, "P3F4"][1]
+        assert chen.PAPER_TABLE4[task, task] == pytest.approx(100 - ra)
+    best = chen.PAPER_TABLE6[frozenset(chen.TASKS)][1]
+    assert best - chen.PAPER["selfie", "P3F4"][1] == pytest.approx(3.59) and chen.PAPER["selfie", "P3F4"][1] - chen.PAPER["", "P1F4"][1] == pytest.approx(3.83)
+    assert chen.PAPER_TABLE7[150_000, "P3F4"][1] - chen.PAPER_TABLE7[30_000, "P3F4"][1] == pytest.approx(0.97)
 
 
 def test_stage_by_stage_equals_one_run(tmp_path):
@@ -452,7 +534,7 @@ def test_the_papers_numbers():
     [
         ({"stage": "compare"}, "wants checkpoints"), ({"norm": "l2", "task": "ensemble"}, "use linf"), ({"task": "jigsaw", "image_size": 18}, "no multiple"), ({"task": "selfie", "image_size": 8}, "smaller than 4 pixels"),
         ({"table3": True, "init": "x.pt"}, "is for one cell"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"pretrain_images": 5000}, "there are"),
-        ({"lr_steps": "a,b"}, "not a list of numbers"), ({"whole": 2.0}, "--whole 2 must be"), ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"),
+        ({"lr_steps": "a,b"}, "not a list of numbers"), ({"whole": 2.0}, "--whole 2 must be"), ({"unforeseen": "l1,rain"}, "--unforeseen rain is not known"), ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"),
     ],
 )  # fmt: skip
 def test_wrong_flags(one_sentence, tmp_path, changes, match):
@@ -468,4 +550,9 @@ def test_wrong_checkpoints(one_sentence, tmp_path):
     assert "holds no pre-trained trunk" in one_sentence(chen, *flags(TINY | {"init": tmp_path / "classifier.pt", "out": tmp_path / "r"}))
     compare = flags(TINY | {"stage": "compare", "out": tmp_path / "r"})
     assert "no classifier of the 10 classes" in one_sentence(chen, str(tmp_path / "seven.pt"), *compare)
+    for folder in ("x/f", "y/f"):
+        (tmp_path / folder).mkdir(parents=True)
+        torch.save({"network": model.spec, "model": model.state_dict()}, tmp_path / folder / "best.pt")
+    same = "two of the checkpoints have the same name"
+    assert same in one_sentence(chen, str(tmp_path / "x/f/best.pt"), str(tmp_path / "y/f/best.pt"), *compare)
     assert "are for --stage compare" in one_sentence(chen, str(tmp_path / "classifier.pt"), *flags(TINY | {"out": tmp_path / "r"}))
