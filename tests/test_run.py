@@ -446,6 +446,58 @@ def test_batchnorm_sees_the_images_of_all_ranks(tmp_path):
         torch.testing.assert_close(state, dict(model.state_dict()), **close)
 
 
+ENSEMBLE = """
+import torch.distributed as dist
+import chen_pretrain_finetune as chen
+def objective():
+    torch.manual_seed(0)
+    args = chen.Args(task="ensemble", arch="resnet26v2", width=1 / 32, num_permutations=5)
+    model = common.Network(chen.Pretext(chen.TASKS, args), {}, (0.5,) * 3, (0.5,) * 3).train()
+    for m in model.modules():
+        if isinstance(m, (torch.nn.Dropout, torch.nn.MultiheadAttention)):
+            m.p = m.dropout = 0.0
+    common.fast_second_derivatives(model)
+    return chen.Objective(model, common.jigsaw_permutations(4, 5), args)
+x, order, k, j = torch.rand(12, 3, 16, 16), torch.randperm(16), torch.arange(12) % 4, torch.arange(12) % 6
+def views(part):
+    views = {"selfie": (x[part], order), "rotation": (common.rotate(x, k)[part], k[part])}
+    return views | {"jigsaw": (common.jigsaw(x, common.jigsaw_permutations(4, 5)[j])[part], j[part])}
+def gradients(one, ddp, part):
+    with common.batchnorm_mode(one.model, "train"), common.input_gradients_only(one.model):
+        found = {"images": one.image_gradient(views(part))}
+    loss = ddp(views(part), views(part), True)
+    loss.backward()
+    found |= {"loss": loss.detach()} | {f"joint {n}": p.grad.clone() for n, p in one.named_parameters()}
+    one.zero_grad()
+    found |= {"low": one.backward(views(part), views(part))} | {f"low {n}": p.grad for n, p in one.named_parameters()}
+    return found | {n: b for n, b in one.named_buffers() if "running" in n}
+"""
+ENSEMBLE_RANKS = """
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+one = objective()
+torch.save(gradients(one, common.distribute(one), slice(6 * rank, 6 * rank + 6)), f"{rank}.pt")
+"""
+
+
+def test_two_ranks_of_the_ensemble_agree_with_one(tmp_path):
+    """Second derivatives pass through BatchNorm over both ranks, jointly and one task at a time (chen_pretrain_finetune.py)."""
+    head = ATTACK + "torch.manual_seed(1)\n" + ENSEMBLE
+    out = torchrun(code=head + ENSEMBLE_RANKS, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    names: dict = {}
+    exec(head + "one = objective(); whole = gradients(one, one, slice(12))", names)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    want = names["whole"]
+    assert torch.allclose(torch.cat([r["images"] for r in ranks]), want["images"], rtol=1e-3, atol=1e-3 * want["images"].abs().max().item())
+    largest = max(v.abs().max().item() for key, v in want.items() if key.startswith("joint"))
+    for key in want.keys() - {"images", "loss", "low"}:  # some gradients are 0, as BatchNorm undoes a scale or shift
+        assert all(torch.allclose(r[key], want[key], rtol=2e-3, atol=1e-5 * largest) for r in ranks), key
+    for key in ("loss", "low"):
+        assert sum(r[key] for r in ranks).item() / 2 == pytest.approx(want[key].item(), rel=1e-4)
+    assert want["low"].item() == pytest.approx(want["loss"].item(), rel=1e-4)
+
+
 def test_two_ranks_run_every_script(tmp_path):
     """Pre-training with a target network and heads (byorl.py), and an evaluation of a head (eval_cifar10c.py)."""
     argv = dict(
