@@ -492,7 +492,7 @@ def test_two_ranks_of_the_ensemble_agree_with_one(tmp_path):
     assert torch.allclose(torch.cat([r["images"] for r in ranks]), want["images"], rtol=1e-3, atol=1e-3 * want["images"].abs().max().item())
     largest = max(v.abs().max().item() for key, v in want.items() if key.startswith("joint"))
     for key in want.keys() - {"images", "loss", "low"}:  # some gradients are 0, as BatchNorm undoes a scale or shift
-        assert all(torch.allclose(r[key], want[key], rtol=2e-3, atol=1e-5 * largest) for r in ranks), key
+        assert all(torch.allclose(r[key], want[key], rtol=2e-3, atol=2e-4 * largest) for r in ranks), key
     for key in ("loss", "low"):
         assert sum(r[key] for r in ranks).item() / 2 == pytest.approx(want[key].item(), rel=1e-4)
     assert want["low"].item() == pytest.approx(want["loss"].item(), rel=1e-4)
