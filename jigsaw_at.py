@@ -81,7 +81,7 @@ class Args:
     image_size: int = 32  # side in pixels; other images are resized
     label_fraction: float = 1.0  # share of the training images that is used, at most those not held out for validation
     flip: bool = True  # mirror images at random in training
-    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"  # trunk (paper: resnet18, resnet34)
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # trunk (paper: resnet18, resnet34; Chen et al. 2020: resnet50v2)
     width: float = 1.0  # multiplies the number of channels
     stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
     # optimiser (section 4.2; batch size and weight decay: the robustness library)

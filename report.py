@@ -17,6 +17,13 @@ Gowal et al. 2021 (byorl.py):
     gowal-jitter-*.png       Figure 5: accuracy over --jitter-strength
     landscape-*.png          Figures 9 and 10 for any checkpoint: python report.py runs/X/byorl-robust-100%.pt
 
+Chen et al. 2020 (chen_pretrain_finetune.py):
+
+    chen-tables.md           Tables 3-8 and the unforeseen attacks, as far as there are runs of ours, below the paper's rows
+    chen-summary-*.png       Figure 1: robust over clean accuracy; the larger a marker, the more epochs; hollow: the paper
+    chen-venn-*.png          Figure 5: which images, attacked for one model, fool two others; one picture per results.json
+    chen-unforeseen-*.png    like Figures 3 and 4 for the attacks of Kang et al. (on corruptions they are kucer-corruptions-*.png)
+
 This is the only file that needs matplotlib; without it only the tables are written.
 """
 import json
@@ -24,21 +31,31 @@ import math
 import re
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import byorl
+import chen_pretrain_finetune
 import jigsaw_at
 import rotation_at
 from common import (
     UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, write_atomically,
 )  # fmt: skip
+from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
+from chen_pretrain_finetune import PAPER as CHEN_PAPER
 from jigsaw_at import PAPER as JIGSAW_PAPER
 from rotation_at import PAPER, PAPER_EPS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -56,6 +73,15 @@ NOT_THE_SETTING = {
 # What names a run by itself, so that a setting's description need not.
 NAMED = {"dataset", "arch", "width", "epochs", "norm", "eps", "variant", "eval_steps", "eval_attack", "method", "extra_data"}
 JIGSAW_ONLY = {"grid", "num_permutations", "permutations"}
+# chen_pretrain_finetune.py: which cells a run fills or compares, and what matters to some of them only (see `text_of`).
+CHEN_CELLS = {
+    "task", "pretrain", "finetune", "table3", "dpe_lambda", "frames", "models", "stage", "init", "low_memory", "unforeseen", "unforeseen_steps", "targeted",
+}  # fmt: skip
+# What its rows hold besides, by kind; those of Table 3 have none.
+CHEN_ROWS = {
+    None: {"task", "pair", "pick", "best_epoch", "images"}, "transfer": {"source", "target"}, "venn": {"source", "target", "other"},
+    "average": {"models"}, "unforeseen": {"strength", "steps", "targeted", "ata"},
+}  # fmt: skip
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -74,6 +100,14 @@ def read(paths: tuple[str, ...]) -> list[dict]:
             result = json.loads(file.read_text())
             needed = {"name", "attack", "norm", "eps", "examples", "accuracy", "paper"}
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
+            if result["script"] == "chen_pretrain_finetune":
+                args |= {"models", "init", "dpe_lambda", "select", "pretrain_images", "extra_data"}
+                made = {(row.get("source"), row.get("target")) for row in result["rows"] if row.get("kind") == "transfer"}
+                for row in result["rows"]:
+                    if not CHEN_ROWS[row.get("kind")] <= row.keys():
+                        raise ValueError
+                    if row.get("kind") == "venn" and not {(row["source"], row["target"]), (row["source"], row["other"])} <= made:
+                        raise ValueError
             if not result["rows"] or not args <= result["args"].keys() or not all(needed <= row.keys() for row in result["rows"]):
                 raise ValueError
         except (OSError, ValueError, AttributeError, TypeError, KeyError):
@@ -90,19 +124,48 @@ def dataset_name(result: dict) -> str:
     return result.get("dataset_name", f"folder {Path(a['data_dir']).name}" if a["dataset"] == "folder" else a["dataset"])
 
 
+def unusual(result: dict, names: Iterable[str]) -> list[str]:
+    """Those of the flags `names` that a run has set to something else than usual, as one types them."""
+    args = result["args"]
+    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl, "chen_pretrain_finetune": chen_pretrain_finetune}[result["script"]]
+    usual = vars(script.Args()) | (script.Args.QUICK if args["quick"] else {})
+    parts = []
+    for k in names:
+        v, flag = args[k], k.replace("_", "-")
+        if v != usual.get(k, v):
+            parts.append((f"--{flag}" if v else f"--no-{flag}") if isinstance(v, bool) else f"--{flag} {v:g}" if isinstance(v, float) else f"--{flag} {v}")
+    return parts
+
+
 def describe(result: dict) -> str:
     """The setting of a run in a few words, for tables and legends."""
     a = result["args"]
-    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl}[result["script"]]
-    usual = vars(script.Args()) | (script.Args.QUICK if a["quick"] else {})
     attack = f"PGD-{a['eval_steps']}" if a.get("eval_attack", "pgd20") == "pgd20" else a["eval_attack"]
-    parts = [dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['uat_epochs' if a.get('method') == 'uat-ft' else 'epochs']} epochs", attack]
-    parts += ["--quick"] if a["quick"] else []
-    for k, v in a.items():
-        if k not in NOT_THE_SETTING | NAMED and v != usual.get(k, v):
-            flag = k.replace("_", "-")
-            parts.append((f"--{flag}" if v else f"--no-{flag}") if isinstance(v, bool) else f"--{flag} {v:g}" if isinstance(v, float) else f"--{flag} {v}")
-    return ", ".join(parts)
+    unsaid = NOT_THE_SETTING | NAMED
+    if result["script"] == "chen_pretrain_finetune":  # whose tables have no place of their own for these
+        attack += f" {a['norm']} {eps_name(a['eps'])}"
+        unsaid = (unsaid | CHEN_CELLS) - {"extra_data"}
+    network = [f"{a['arch']} x{a['width']:g}", f"{a['uat_epochs' if a.get('method') == 'uat-ft' else 'epochs']} epochs"]
+    parts = [dataset_name(result), *([] if a.get("models") else network), attack, *(["--quick"] if a["quick"] else [])]  # models: have their own
+    return ", ".join(parts + unusual(result, [k for k in a if k not in unsaid]))
+
+
+def mean_sd(values: Iterable[float], digits: int = 2) -> str:
+    """'47.57', or '47.57 ± 0.31' (standard deviation over seeds), or '' if there are none."""
+    values = list(values)
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}" if values else ""
+
+
+def count_seeds(*counts: int) -> str:
+    """'1 seed', '3 seeds', or '1-3 seeds' where the numbers beside it are of so many."""
+    return f"{'-'.join(map(str, sorted({min(counts), max(counts)})))} seed{'s' if max(counts) > 1 else ''}"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    header = list(header)
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 @dataclass
@@ -117,15 +180,10 @@ class Curve:
     seeds: set[int]
 
     def mean(self, eps: float) -> float:
-        return sum(self.accuracy[eps]) / len(self.accuracy[eps])
+        return fmean(self.accuracy[eps])
 
     def show(self, eps: float) -> str:
-        """'47.57', or '47.57 ± 0.31' (standard deviation over seeds)."""
-        values = self.accuracy.get(eps, [])
-        if len(values) < 2:
-            return f"{values[0]:.2f}" if values else ""
-        spread = math.sqrt(sum((v - self.mean(eps)) ** 2 for v in values) / (len(values) - 1))
-        return f"{self.mean(eps):.2f} ± {spread:.2f}"
+        return mean_sd(self.accuracy.get(eps, []))
 
 
 def curves(results: list[dict]) -> list[Curve]:
@@ -191,28 +249,48 @@ def tables(found: list[Curve]) -> str:
     text = ["# Kucer et al. 2021, Tables 1-4\n", "Accuracy in percent over the radius of the attack; ± is the standard deviation over seeds."]
     for table, (norm, caption, rows) in TABLES.items():
         eps, radius = PAPER_EPS[norm], TRAINED_AT[norm]
-        text.append(f"\n## {table}: {caption}\n\n| | setting | " + " | ".join(map(eps_name, eps)) + " |")
-        text.append("|" + "---|" * (len(eps) + 2))
+        lines = []
         for label, scripts, name, paper in rows:
-            text.append(f"| {label} | the paper | " + " | ".join("" if v is None else f"{v:.2f}" for v in paper) + " |")
+            lines.append([label, "the paper", *("" if v is None else f"{v:.2f}" for v in paper)])
             for curve in found:
                 if curve.script in scripts and curve.name == name and (curve.args["norm"], curve.args["eps"]) == (norm, radius):
-                    setting = f"{curve.setting}, {len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''}"
-                    text.append(f"| {label} | ours: {setting} | " + " | ".join(curve.show(e) for e in eps) + " |")
+                    lines.append([label, f"ours: {curve.setting}, {count_seeds(len(curve.seeds))}", *map(curve.show, eps)])
+        text.append(f"\n## {table}: {caption}\n\n" + markdown(["", "setting", *map(eps_name, eps)], lines))
     return "\n".join(text) + "\n"
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_eps: float, norm: str, title: str, path: Path) -> None:
-    """Figure 3: all curves above; below, the difference to the first line up to the radius of training, the curves around it,
-    and the curves beyond. lines: {label: (radii, accuracies, matplotlib style)}; the first is the baseline."""
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot, drawing to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a picture and forget it."""
+    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    pyplot().close(figure)
+
+
+def grouped_bars(ax: "Axes", groups: list[str], heights: dict[str, list[float]]) -> None:
+    """A bar per group and name, one colour per name; heights: {name: one per group}."""
+    width = 0.8 / len(heights)
+    for i, (name, values) in enumerate(heights.items()):
+        ax.bar([j + (i - (len(heights) - 1) / 2) * width for j in range(len(groups))], values, width, label=name, color=f"C{i % 10}")
+    ax.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups], rotation=45, ha="right")
+    ax.grid(axis="y", alpha=0.3)
+
+
+def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_eps: float, norm: str, title: str, path: Path) -> None:
+    """Figure 3: all curves above; below, the difference to the first line up to the radius of training, the curves around it,
+    and the curves beyond. lines: {label: (radii, accuracies, matplotlib style)}; the first is the baseline."""
+    plt = pyplot()
     scale, unit = (255, " (in 255ths)") if norm == "linf" else (1, "")
     figure = plt.figure(figsize=(9, 7), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[3, 2])
@@ -244,8 +322,7 @@ def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_ep
     below[0].set(ylabel=f"accuracy minus that of\n{next(iter(lines))} (points)", title="difference, up to training radius")
     below[1].set(ylabel="accuracy (%)", title="around it (dotted)")
     below[2].set(ylabel="accuracy (%)", title="beyond")
-    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
-    plt.close(figure)
+    save(figure, path)
 
 
 def points(curve: Curve) -> tuple[list[float], list[float]]:
@@ -332,11 +409,7 @@ def figure4(results: list[dict], path: Path) -> None:
 
     results: those of eval_cifar10c.py. Dashed lines are the means the paper gives, where the setting is its own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows, seen = [], []
     for i, result in enumerate(results):
         mine = {row["name"] for row in result["rows"]}
@@ -352,13 +425,13 @@ def figure4(results: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(len(panels), 1, figsize=(max(6, 0.55 * len(types) + 1), 3 * len(panels) + 1), sharex=True, squeeze=False, layout="constrained")
     for ax, clean in zip(axes[:, 0], panels, strict=True):
         mine = [row for row in cells if (row["attack"] == "none") == clean]
-        for i, name in enumerate(names):
-            heights = []
+        heights = defaultdict(list)
+        for name in names:
             for kind in types:
                 values = [row["accuracy"] for row in mine if (row["name"], row["corruption"]) == (name, kind)]
-                heights.append(sum(values) / len(values) if values else 0)
-            width = 0.8 / len(names)
-            ax.bar([j + (i - (len(names) - 1) / 2) * width for j in range(len(types))], heights, width, label=name, color=f"C{i % 10}")
+                heights[name].append(fmean(values) if values else 0)
+        grouped_bars(ax, types, heights)
+        for i, name in enumerate(names):
             for row in rows:
                 if row["severity"] == "all" and row["paper"] is not None and row["name"] == name and (row["attack"] == "none") == clean:
                     ax.axhline(row["paper"], color=f"C{i % 10}", linestyle="--", linewidth=1, label=f"{name}, the paper's mean")
@@ -366,7 +439,6 @@ def figure4(results: list[dict], path: Path) -> None:
         balls = dict.fromkeys(f"{row['norm']} {eps_name(row['eps'])}" for row in mine)
         what = "clean" if clean else f"under {mine[0]['attack'].upper()}\n{', '.join(balls)}; {mine[0]['examples']:,} images"
         ax.set_ylabel(f"accuracy (%) {what}")
-        ax.grid(axis="y", alpha=0.3)
     args = results[0]["args"]
     made = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}.get(args["dataset"], dataset_name(results[0]))
     if args["generate"]:
@@ -374,9 +446,7 @@ def figure4(results: list[dict], path: Path) -> None:
     axes[0, 0].set_title(f"{made}; mean over severities {args['severities']}")
     legend = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(legend.values(), legend.keys(), fontsize=9, ncols=4, loc="outside lower center")
-    axes[-1, 0].set_xticks(range(len(types)), [kind.replace("_", " ") for kind in types], rotation=45, ha="right")
-    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
-    plt.close(figure)
+    save(figure, path)
 
 
 # ---- Gowal et al. --------------------------------------------------------------------------------------------------
@@ -429,26 +499,21 @@ def all_heads(results: list[dict]) -> list[Head]:
 
 def gowal_table(heads: list[Head]) -> str:
     """All heads in Markdown, the paper's numbers beside them."""
-    text = ["# Gowal et al. 2021\n", "Accuracy in percent; means over seeds.\n"]
-    text += ["| setting | ball | encoder, head | labels | clean | robust | paper: clean | paper: robust |", "|" + "---|" * 8]
+    rows = []
     for h in heads:
-        paper = ["" if v is None else f"{v:.2f}" for v in h.paper]
-        seeds = f", {len(h.clean)} seeds" if len(h.clean) > 1 else ""
-        text.append(
-            f"| {describe(h.result)}{seeds} | {h.row['norm']} {eps_name(h.row['eps'])} | {h.name()} | {100 * h.row['label_fraction']:g}% | "
-            f"{fmean(h.clean):.2f} | {fmean(h.robust):.2f} | {' | '.join(paper)} |"
-        )
-    return "\n".join(text) + "\n"
+        seeds = f", {count_seeds(len(h.clean))}" if len(h.clean) > 1 else ""
+        rows.append([
+            describe(h.result) + seeds, f"{h.row['norm']} {eps_name(h.row['eps'])}", h.name(), f"{100 * h.row['label_fraction']:g}%",
+            f"{fmean(h.clean):.2f}", f"{fmean(h.robust):.2f}", *("" if v is None else f"{v:.2f}" for v in h.paper),
+        ])  # fmt: skip
+    header = ["setting", "ball", "encoder, head", "labels", "clean", "robust", "paper: clean", "paper: robust"]
+    return "# Gowal et al. 2021\n\nAccuracy in percent; means over seeds.\n\n" + markdown(header, rows) + "\n"
 
 
 def accuracy_figures(heads: list[Head], over: str, out: Path) -> list[Path]:
     """Robust accuracy on the left, clean on the right, over the share of labels or --jitter-strength; one line per encoder and head,
     a picture per setting. Stars are the paper's numbers. Returns what was written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     labels = over == "label_fraction"
     groups, written = defaultdict(list), []
     for head in heads:
@@ -484,8 +549,7 @@ def accuracy_figures(heads: list[Head], over: str, out: Path) -> list[Path]:
         axes[0].legend(fontsize=8)
         kind = "labels" if labels else "jitter"
         path = unused(out / file_name(f"gowal-{kind}-{row['norm']}-{eps_name(row['eps'])}-{setting}"), written)
-        write_atomically(path, lambda f, figure=figure: figure.savefig(f, dpi=110, format="png"))
-        plt.close(figure)
+        save(figure, path)
         written.append(path)
     return written
 
@@ -512,11 +576,7 @@ def landscape(
 
 def landscape_figure(checkpoint: str, out: Path, taken: list[Path], images: int = 4) -> Path:
     """Figures 9 and 10 for a checkpoint: `images` random test images of the data set it was trained on, the ball drawn in."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     state = load_checkpoint(checkpoint)
     args = state.get("args", {})
     if not {"dataset", "data_dir", "image_size", "norm", "eps"} <= args.keys() or not state["network"].get("heads", {}).get("class"):
@@ -542,9 +602,357 @@ def landscape_figure(checkpoint: str, out: Path, taken: list[Path], images: int 
     name = Path(checkpoint).parent.name + "-" + Path(checkpoint).stem
     figure.suptitle(f"{name}: margin around {images} test images; black: the {norm} ball of radius {eps_name(eps)}; red: margin 0", fontsize=10)
     path = unused(out / file_name(f"landscape-{name}"), taken)
-    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
-    plt.close(figure)
+    save(figure, path)
     return path
+
+
+# ---- Chen et al. ---------------------------------------------------------------------------------------------------
+
+# Table 5, and Figure 1 with it, have another Jigsaw than Table 3.
+CHEN_TABLE5 = {task: CHEN_PAPER[task, "P3F4"] for task in TASKS} | {"jigsaw": PAPER_TABLE5_JIGSAW}
+CHEN_TABLE5 |= {"AP+SE": CHEN_PAPER["se", "P3F4"], "AP+DPE": CHEN_PAPER["dpe", "P3F4"]}
+CHEN_TABLE6 = {tuple(sorted(names)): known for names, known in PAPER_TABLE6.items()}
+STRENGTHS = range(1, 7)  # of Kang et al.'s attacks
+Values = dict[tuple, dict[int, float]]  # {what (see `measured`): {seed: value}}
+
+
+@dataclass
+class Setting:
+    """What runs measured that differ in nothing but the seed and CHEN_CELLS."""
+
+    result: dict  # of the first such run
+    values: dict[tuple[str, str], Values]  # by kind of row and `text_of`
+    paper: bool = False  # do rows carry the paper's numbers?
+
+    def of(self, kind: str) -> list[tuple[str, Values]]:
+        """[(text, values)] of a kind."""
+        return [(text, values) for (of, text), values in self.values.items() if of == kind]
+
+
+def text_of(result: dict, row: dict) -> str:
+    """`describe`, and what else tells a row from others of its Setting: where it started, the ensemble's flags, whose checkpoints."""
+    args, names = result["args"], []
+    if args["models"]:
+        return f"{describe(result)}, checkpoints of {', '.join(dict.fromkeys(str(Path(model).parent) for model in args['models']))}"
+    if not row.get("pair", "").startswith("P1"):
+        names += ["init", "pretrain_epochs"]
+    if row.get("task") == "ensemble":
+        names += ["frames"] + (["dpe_lambda"] if args["dpe_lambda"] > 0 else [])
+    return ", ".join([describe(result), *unusual(result, names)])
+
+
+def ours(text: str, *numbers: dict[int, float]) -> str:
+    """What stands beside numbers of ours."""
+    return f"ours: {text}, {count_seeds(*(len(n) for n in numbers if n))}"
+
+
+def measured(result: dict, row: dict) -> dict[tuple, float]:
+    """What a row says. Of a cell's two checkpoints the one that --select names is reported."""
+    args, kind, value = result["args"], row.get("kind"), row["accuracy"]
+    clean = row["attack"] == "none"
+    if kind is None and row["pick"] == ("ta" if args["select"] == "clean" else "ra"):
+        task = ("AP+DPE" if args["dpe_lambda"] > 0 else "AP+SE") if row["task"] == "ensemble" else row["task"]
+        cell = (task, row["pair"])
+        return {(*cell, "TA"): value} if clean else {(*cell, "RA"): value, (*cell, "epochs"): row["best_epoch"], (*cell, "images"): row["images"] or 0}
+    if kind == "transfer":
+        return {(row["source"], row["target"]): 100 - value}
+    if kind == "average":
+        return {(tuple(row["models"]), "TA" if clean else "RA"): value}
+    if kind == "unforeseen":
+        aim = ", targeted" if row["targeted"] else ""
+        return {(row["name"], row["attack"], f"{row['steps']} steps{aim}", row["examples"], row["strength"], row["eps"], row["ata"]): value}
+    return {}  # of "venn" there is a picture per run, not a table
+
+
+def chen_settings(results: list[dict]) -> list[Setting]:
+    """Those of all runs of chen_pretrain_finetune.py, seeds gathered."""
+    found: dict[str, Setting] = {}
+    mine = [result for result in results if result["script"] == "chen_pretrain_finetune"]
+    for result in sorted(mine, key=lambda r: bool(r["args"]["models"])):  # first those that trained: they describe the setting
+        args, seed, again = result["args"], result["args"]["seed"], False
+        ignored = (NOT_THE_SETTING | CHEN_CELLS) - ({"data_dir"} if args["dataset"] == "folder" else set())
+        key = json.dumps([{k: v for k, v in args.items() if k not in ignored}, dataset_name(result)], sort_keys=True)
+        setting = found.setdefault(key, Setting(result, defaultdict(lambda: defaultdict(dict))))
+        setting.paper |= any(row["paper"] is not None for row in result["rows"])
+        for row in result["rows"]:
+            for what, value in measured(result, row).items():
+                seeds = setting.values[row.get("kind", "cell"), text_of(result, row)][what]
+                again |= seed in seeds
+                seeds.setdefault(seed, value)
+        if again:
+            print(f"left out: what was measured before with the same arguments and seed ({describe(result)}, seed {seed}).")
+    return list(found.values())
+
+
+def cell_row(label: str, text: str, values: Values, cells: list[tuple[str, str]]) -> list[list[str]]:
+    """Our row of TA, RA and epochs of one or more cells (task, pair), if there is anything of them."""
+    numbers = [values.get((*cell, what), {}) for cell in cells for what in ("TA", "RA", "epochs")]
+    shown = [mean_sd(n.values(), 0 if i % 3 == 2 else 2) for i, n in enumerate(numbers)]
+    return [[label, ours(text, *numbers), *shown]] if any(numbers) else []
+
+
+def paper_row(label: str, known: list[tuple | None]) -> list[list[str]]:
+    """The paper's, likewise."""
+    return [[label, "the paper", *(n for k in known for n in ((f"{k[0]:.2f}", f"{k[1]:.2f}", f"{k[2]}") if k else [""] * 3))]] if any(known) else []
+
+
+def cell_rows(settings: list[Setting], lines: Iterable[tuple[str, list[tuple[str, str]], list[tuple | None]]]) -> list[list[str]]:
+    """The paper's row and ours for each of lines: (label, [(task, pair)], the paper's numbers for each)."""
+    rows = []
+    for label, cells, known in lines:
+        rows += paper_row(label, known)
+        for setting in settings:
+            for text, values in setting.of("cell"):
+                rows += cell_row(label, text, values, cells)
+    return rows
+
+
+def asr_blocks(settings: list[Setting]) -> list[str]:
+    """Table 4: a small table per setting, the paper's first."""
+
+    def block(title: str, names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+        return f"{title}\n\n" + markdown(["evaluated", *(f"made for {name}" for name in names)], rows)
+
+    blocks = [block("the paper (P3F4):", TASKS, [[t, *(f"{PAPER_TABLE4[s, t]:.2f}" for s in TASKS)] for t in TASKS])]
+    for setting in settings:
+        for text, values in setting.of("transfer"):
+            names = list(dict.fromkeys(source for source, _ in values))
+            rows = [[t, *(mean_sd(values.get((s, t), {}).values()) for s in names)] for t in names]
+            blocks.append(block(ours(text, *values.values()) + ":", names, rows))
+    return blocks
+
+
+def subset(models: Iterable[str]) -> tuple[str, ...]:
+    """Models as the paper names them, 'rotation' for 'rotation-P3F4.ta'; others by their own names."""
+    return tuple(sorted(re.sub(r"-P3F4(\.[tr]a)?$", "", model) for model in models))
+
+
+def average_rows(settings: list[Setting]) -> list[list[str]]:
+    """Table 6."""
+    found = defaultdict(list)
+    for setting in settings:
+        for text, values in setting.of("average"):
+            for models in dict.fromkeys(models for models, _ in values):
+                numbers = [values.get((models, what), {}) for what in ("TA", "RA")]
+                row = [" + ".join(models), ours(text, *numbers), *(mean_sd(n.values()) for n in numbers)]
+                found[subset(models)].append(row)
+    rows = []
+    for names in dict.fromkeys([*CHEN_TABLE6, *found]):
+        if names in CHEN_TABLE6:
+            rows.append([" + ".join(names), "the paper", *(f"{v:.2f}" for v in CHEN_TABLE6[names])])
+        rows += found[names]
+    return rows
+
+
+def size_rows(settings: list[Setting]) -> list[list[str]]:
+    """Table 7, if there is a run with --pretrain-images or --extra-data."""
+    if not any(setting.result["args"][flag] for setting in settings for flag in ("pretrain_images", "extra_data")):
+        return []
+    pairs = ("P3F2", "P3F4")
+    rows = [row for n in dict.fromkeys(n for n, _ in PAPER_TABLE7) for row in paper_row(f"{n:,}", [PAPER_TABLE7[n, pair] for pair in pairs])]
+    sized = []
+    for setting in settings:
+        for text, values in setting.of("cell"):
+            for task in CHEN_TABLE5:
+                images = [n for pair in pairs for n in values.get((task, pair, "images"), {}).values()]
+                sized += [(max(images), row) for row in cell_row(f"{max(images):,}, {task}", text, values, [(task, pair) for pair in pairs])] if images else []
+    return rows + [row for _, row in sorted(sized, key=lambda of: of[0])]
+
+
+def by_attack(values: Values) -> dict[tuple, dict[int, tuple]]:
+    """Accuracies under unforeseen attacks: {(model, attack, how, examples): {strength: (radius, ATA, {seed: accuracy})}}"""
+    found = defaultdict(dict)
+    for (*key, strength, eps, ata), seeds in values.items():
+        found[tuple(key)][strength] = (eps, ata, seeds)
+    return found
+
+
+def uar(strengths: dict[int, tuple]) -> list[float]:
+    """Kang et al.'s UAR (%) per seed: the sum of the accuracies over that of networks trained against each strength (ATA)."""
+    if not all(k in strengths and strengths[k][1] for k in STRENGTHS):
+        return []
+    _, ata, accuracies = zip(*(strengths[k] for k in STRENGTHS), strict=True)
+    return [100 * sum(a[seed] for a in accuracies) / sum(ata) for seed in accuracies[0] if all(seed in a for a in accuracies)]
+
+
+def unforeseen_rows(settings: list[Setting]) -> list[list[str]]:
+    """A row per model and attack: clean accuracy, that at each strength, UAR."""
+    rows = []
+    for setting in settings:
+        for text, values in setting.of("unforeseen"):
+            found = by_attack(values)
+            clean = {model: next(iter(strengths.values()))[2] for (model, attack, *_), strengths in found.items() if attack == "none"}
+            for (model, attack, how, _), strengths in found.items():
+                numbers = [strengths[k][2] if k in strengths else {} for k in STRENGTHS]
+                if attack == "none" or not any(numbers):
+                    continue
+                radii = ", ".join(f"{strengths[k][0]:g}" for k in STRENGTHS if k in strengths)
+                shown = [mean_sd(n.values()) for n in (clean.get(model, {}), *numbers)]
+                rows.append([attack, model, ours(text, *numbers), how, radii, *shown, mean_sd(uar(strengths))])
+    return sorted(rows, key=lambda row: list(dict.fromkeys(r[0] for r in rows)).index(row[0]))  # the models of an attack together
+
+
+def chen_tables(settings: list[Setting]) -> str:
+    """Tables 3-8 and the unforeseen attacks in Markdown: those of which there is something of ours; '' if there is nothing."""
+    cells = dict.fromkeys(what[:2] for setting in settings for _, values in setting.of("cell") for what in values)
+    by_task = [f"{task.capitalize()} {what}" for task in TASKS for what in ("TA", "RA", "epochs")]
+
+    def pairs(known: tuple[str, ...], smoothed: bool) -> list[list[str]]:
+        lines = []
+        for pair in dict.fromkeys([*known, *(pair for _, pair in cells if pair.startswith("RS") == smoothed)]):
+            row = [("" if pair.startswith("P1") else task, pair) for task in TASKS]
+            lines.append((pair, row, [CHEN_PAPER.get(cell) for cell in row]))
+        return cell_rows(settings, lines)
+
+    single = [(task, [(task, "P3F4")], [known]) for task, known in CHEN_TABLE5.items()]
+    single += [(f"{task}, {pair}", [(task, pair)], []) for task, pair in cells if task.startswith("AP+") and pair != "P3F4"]
+    found = {
+        "Table 3: pairs of pre-training and fine-tuning": (["pair", "setting", *by_task], pairs(PAIRS, False)),
+        "Table 5: pre-training on one task and on all (P3F4)": (["pre-training", "setting", "TA", "RA", "epochs"], cell_rows(settings, single)),
+        "Table 6: averaged predictions (P3F4)": (["models", "setting", "TA", "RA"], average_rows(settings)),
+        "Table 7: number of images in pre-training (the paper names no task)": (
+            ["images", "setting", *(f"{pair} {what}" for pair in ("P3F2", "P3F4") for what in ("TA", "RA", "epochs"))], size_rows(settings),
+        ),
+        "Table 8: pre-training on noisy images": (["pair", "setting", *by_task], pairs(("RSF2", "RSF4"), True)),
+        "Unforeseen attacks (Kang et al. 2019)": (
+            ["attack", "model", "setting", "how", "radii", "clean", *map(str, STRENGTHS), "UAR"], unforeseen_rows(settings),
+        ),
+    }  # fmt: skip
+    sections = {title: markdown(*table) for title, table in found.items() if any(cell.startswith("ours: ") for row in table[1] for cell in row)}
+    blocks = asr_blocks(settings)
+    if len(blocks) > 1:
+        sections["Table 4: share (%) of images that, attacked for one model, another gets wrong"] = "\n\n".join(blocks)
+    if not sections:
+        return ""
+    what = "TA: clean accuracy (%), RA: under attack, epochs: that of the best RA on held-out images; ± is the standard deviation over seeds."
+    return "\n\n".join(["# Chen et al. 2020", what] + [f"## {title}\n\n{sections[title]}" for title in sorted(sections)]) + "\n"
+
+
+def summary_figures(settings: list[Setting], out: Path) -> list[Path]:
+    """Figure 1: RA over TA, one picture per setting; the cross-hair is at P1F4. Returns what was written."""
+    plt, written = pyplot(), []
+    paper = {("", "P1F4"): CHEN_PAPER["", "P1F4"]} | {(task, "P3F4"): known for task, known in CHEN_TABLE5.items()}
+    paper |= {names: (*known, sum(CHEN_TABLE5[name][2] for name in names)) for names, known in CHEN_TABLE6.items()}
+    for setting in settings:
+        marks, epochs = [], {}  # [(key of `paper`, label, TA, RA, epochs or None, marker)], {model: epochs}
+        for text, values in setting.of("cell"):
+            for task, pair, what in values:
+                if what != "epochs" or (task, pair, "TA") not in values:
+                    continue
+                ta, ra, epoch = (fmean(values[task, pair, w].values()) for w in ("TA", "RA", what))
+                epochs.setdefault(f"{'ensemble' if task.startswith('AP+') else task}-{pair}".removeprefix("-"), epoch)
+                if (task, pair) in paper:
+                    label = "P1F4 (no pre-training)" if pair == "P1F4" else task
+                    marks.append(((task, pair), label + text.removeprefix(describe(setting.result)), ta, ra, epoch, "o"))
+        averages = [(text, models, values) for text, values in setting.of("average") for models, what in values if what == "RA" and len(models) > 1]
+        for text, models, values in averages:
+            if (models, "TA") in values:
+                of = [epochs.get(re.sub(r"\.[tr]a$", "", model)) for model in models]
+                marker = "*" if len(models) == max(len(m) for _, m, _ in averages) else "s"
+                ta, ra = (fmean(values[models, w].values()) for w in ("TA", "RA"))
+                label = f"average of {', '.join(subset(models))}" + "".join(text.partition(", checkpoints")[1:])
+                marks.append((subset(models), label, ta, ra, None if None in of else sum(of), marker))
+        if len(marks) < 2:
+            continue
+        shown = {mark[0]: paper[mark[0]] for mark in marks if setting.paper and mark[0] in paper}
+        largest = max([known[2] for known in shown.values()] + [mark[4] or 1 for mark in marks])
+        figure, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+        for i, (key, label, ta, ra, epoch, marker) in enumerate(marks):
+            look = dict(marker=marker, zorder=3, alpha=0.8)
+            color = "black" if key == ("", "P1F4") else f"C{i % 10}"
+            ax.scatter(ta, ra, 20 + 380 * (epoch or 0) / largest, color=color, label=textwrap.fill(label + ("" if epoch is None else f" ({epoch:g})"), 45), **look)
+            if key in shown:
+                known = shown.pop(key)
+                ax.scatter(*known[:2], 20 + 380 * known[2] / largest, facecolors="none", edgecolors=color, **look)
+            if key == ("", "P1F4"):
+                ax.axvline(ta, color="black", linewidth=0.8, linestyle="--")
+                ax.axhline(ra, color="black", linewidth=0.8, linestyle="--")
+        ax.set(xlabel="TA: clean accuracy (%)", ylabel="RA: accuracy under attack (%)")
+        ax.margins(0.12)
+        ax.grid(alpha=0.3)
+        ax.set_title(textwrap.fill(describe(setting.result), 90), fontsize=10)
+        title = "area of a marker, (n): epochs" + ("\nhollow: the paper" if setting.paper else "")
+        legend = figure.legend(title=title, fontsize=8, title_fontsize=8, alignment="left", labelspacing=0.8, loc="outside right upper")
+        for handle in legend.legend_handles:
+            handle.set_sizes([50])
+        path = unused(out / file_name(f"chen-summary-{describe(setting.result)}"), written)
+        save(figure, path)
+        written.append(path)
+    return written
+
+
+def circles(a: float, b: float, both: float) -> tuple[float, float, float]:
+    """Radii of two circles and the distance of their centres, such that their areas are a and b and that of what they share `both`."""
+    r, q = (max(math.sqrt(area / math.pi), 1e-6) for area in (a, b))
+    near, far = abs(r - q), r + q
+    for _ in range(50):  # the shared area falls as they move apart
+        d = (near + far) / 2
+        x = (d * d + r * r - q * q) / (2 * d)  # of the line through the two points where they meet
+        shared = sum(s * s * math.acos(max(-1, min(1, t / s))) - t * math.sqrt(max(0, s * s - t * t)) for s, t in ((r, x), (q, d - x)))
+        near, far = (d, far) if shared > both else (near, d)
+    return r, q, d
+
+
+def venn_figures(results: list[dict], out: Path) -> list[Path]:
+    """Figure 5: of the images attacked for one model, those that fool two others; a picture per run. Returns what was written."""
+    plt, written = pyplot(), []
+    for result in results:
+        rows = [row for row in result["rows"] if row.get("kind") == "venn"]
+        if not rows:
+            continue
+        asr = {(row["source"], row["target"]): 100 - row["accuracy"] for row in result["rows"] if row.get("kind") == "transfer"}
+        wide = min(3, len(rows))
+        big = math.sqrt(max(1, *(asr[row["source"], row[other]] for row in rows for other in ("target", "other"))) / math.pi)  # largest radius
+        high = math.ceil(len(rows) / wide)
+        figure, axes = plt.subplots(high, wide, figsize=(max(4 * wide, 6), 2.8 * high + 0.6), squeeze=False, layout="constrained")
+        for ax in axes.flat:
+            ax.axis("off")
+        for ax, row in zip(axes.flat, rows, strict=False):
+            a, b = asr[row["source"], row["target"]], asr[row["source"], row["other"]]
+            both = 100 - row["accuracy"]
+            r, q, d = circles(a, b, both)
+            middle = (d + q - r) / 2
+            for x, radius, side, name, share, color in (0, r, -1, row["target"], a, "green"), (d, q, 1, row["other"], b, "mediumvioletred"):
+                align = "left" if side > 0 else "right"
+                ax.add_patch(plt.Circle((x, 0), radius, facecolor=color, edgecolor="black", alpha=0.3))
+                ax.text(x + side * (radius + 0.1 * big), 0, f"only\n{max(0, share - both):.2f}%", ha=align, va="center")
+                ax.text(middle + side * 0.1 * big, -1.15 * big, f"{name}\n{share:.2f}%", ha=align, va="top", color=color)
+            ax.text((d - q + r) / 2, 0, f"{both:.2f}%", ha="center", va="center", weight="bold")
+            ax.set(xlim=(middle - 2.5 * big, middle + 2.5 * big), ylim=(-1.75 * big, 1.05 * big), aspect="equal")
+            ax.set_title(f"attacked for {row['source']}", fontsize=10)
+        shown = f"{describe(result)}, seed {result['args']['seed']}; of {rows[0]['examples']:,} images those that fool either model and both"
+        figure.suptitle(textwrap.fill(shown, 45 * wide), fontsize=10)
+        path = unused(out / file_name(f"chen-venn-s{result['args']['seed']}-{describe(result)}"), written)
+        save(figure, path)
+        written.append(path)
+    return written
+
+
+def unforeseen_figures(settings: list[Setting], out: Path) -> list[Path]:
+    """Bars per attack, the mean over its six strengths, one colour per model; a picture per data set, number of images and of steps, and aim."""
+    plt, written = pyplot(), []
+    groups = defaultdict(lambda: defaultdict(dict))  # {(data, examples, how): {(model, setting): {attack: accuracy}}}
+    for setting in settings:
+        for text, values in setting.of("unforeseen"):
+            for (model, attack, how, examples), strengths in by_attack(values).items():
+                if all(k in strengths for k in STRENGTHS):
+                    mean = fmean(fmean(strengths[k][2].values()) for k in STRENGTHS)
+                    groups[dataset_name(setting.result), examples, how][model, text][attack] = mean
+    for (data, examples, how), models in groups.items():
+        attacks = list(dict.fromkeys(attack for heights in models.values() for attack in heights))
+        names = [model for model, _ in models]
+        heights = {
+            f"{model}{f' ({where})' if names.count(model) > 1 else ''}": [of.get(attack, math.nan) for attack in attacks]
+            for (model, where), of in models.items()
+        }  # fmt: skip
+        figure, ax = plt.subplots(figsize=(max(6, 0.9 * len(attacks) + 2), 4.5), layout="constrained")
+        grouped_bars(ax, attacks, heights)
+        ax.set(ylabel="accuracy (%), mean over six strengths", title=f"{data}: {examples:,} test images, {how}")
+        figure.legend(fontsize=9, ncols=3 if max(map(len, heights)) < 30 else 1, loc="outside lower center")
+        path = unused(out / file_name(f"chen-unforeseen-{data}-{examples}-{how}"), written)
+        save(figure, path)
+        written.append(path)
+    return written
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -561,14 +969,12 @@ def main(args: Args) -> list[Path]:
     except OSError as e:
         raise UserError(f"cannot make the folder {out} ({e.strerror}); choose another --out.") from None
     written = []
-    found = curves(results)
-    if found:
-        write_atomically(out / "kucer-tables.md", lambda f: f.write(tables(found).encode()))
-        written.append(out / "kucer-tables.md")
-    heads = all_heads(results)
-    if heads:
-        write_atomically(out / "gowal-table.md", lambda f: f.write(gowal_table(heads).encode()))
-        written.append(out / "gowal-table.md")
+    found, heads, settings = curves(results), all_heads(results), chen_settings(results)
+    texts = {"kucer-tables.md": found and tables(found), "gowal-table.md": heads and gowal_table(heads), "chen-tables.md": chen_tables(settings)}
+    for name, text in texts.items():
+        if text:
+            write_atomically(out / name, lambda f: f.write(text.encode()))
+            written.append(out / name)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -576,6 +982,7 @@ def main(args: Args) -> list[Path]:
     else:
         written += curve_figures(found, out)
         written += accuracy_figures(heads, "label_fraction", out) + accuracy_figures(heads, "jitter_strength", out)
+        written += summary_figures(settings, out) + venn_figures(results, out) + unforeseen_figures(settings, out)
         for checkpoint in checkpoints:
             written.append(landscape_figure(checkpoint, out, written))
         groups = defaultdict(list)  # runs on the same data with the same attack go into one picture

@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,17 +74,23 @@ def plain_step(model, opt, x, permutations, args: Args) -> None:
 def our_step(model, opt, x, permutations, args: Args) -> None:
     objective = Objective(model, permutations, args)
     views = {task: make_view(task, x, permutations, args.whole) for task in TASKS}
-    targets = [target for _, target in views.values()]
+
+    def split(z):
+        return {task: (x, target) for x, (task, (_, target)) in zip(z.split(3, 1), views.items(), strict=True)}
 
     def loss(z):
-        total, h = objective.adversarial(dict(zip(views, zip(z.split(3, 1), targets, strict=True), strict=True)), True)
+        if args.low_memory:
+            return (z * objective.image_gradient(split(z))).flatten(1).sum(1)
+        total, h = objective.adversarial(split(z), True)
         return total + args.dpe_lambda * h
 
     with batchnorm_mode(model, "train"), input_gradients_only(model):
         z = pgd(loss, torch.cat([v for v, _ in views.values()], 1), eps=EPS, steps=args.attack_steps, step_size=ALPHA)
-    attacked = dict(zip(views, zip(z.split(3, 1), targets, strict=True), strict=True))
     opt.zero_grad(set_to_none=True)
-    objective(views, attacked, True).backward()
+    if args.low_memory:
+        objective.backward(views, split(z))
+    else:
+        objective(views, split(z), True).backward()
     opt.step()
 
 
@@ -103,7 +110,11 @@ def main() -> None:
     for batch in flags.batch_size or ([4] if on_cpu else [32, 128]):
         x = torch.rand(batch, 3, 32, 32, device=device)
         plain, ours = make(args, device, None), make(args, device, flags.amp)
-        steps = {"plain": lambda: plain_step(*plain, x, permutations, args), "ours": lambda: our_step(*ours, x, permutations, args)}  # noqa: B023
+        steps = {
+            "plain": lambda: plain_step(*plain, x, permutations, args),  # noqa: B023
+            "ours": lambda: our_step(*ours, x, permutations, args),  # noqa: B023
+            "ours, --low-memory": lambda: our_step(*ours, x, permutations, replace(args, low_memory=True)),  # noqa: B023
+        }
         seconds, peak = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             for i in range(-1, flags.rounds or (2 if on_cpu else 5)):  # a negative round warms up

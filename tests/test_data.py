@@ -120,6 +120,21 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_class_may_be_made_of_folders_and_links(folder, tmp_path_factory):
+    """As the restricted ImageNet of Chen et al. is: 10 classes out of 190."""
+    root = tmp_path_factory.mktemp("super")
+    for split in ("train", "val"):
+        (root / split / "thing").mkdir(parents=True)
+        (root / split / "animal").mkdir()
+        for c in ("cat", "dog"):
+            (root / split / "animal" / c).symlink_to(folder / split / c)
+        (root / split / "thing" / "0.png").symlink_to(folder / split / "cat" / "0.png")
+    train, _ = load_data("folder", str(root), CPU, image_size=32, workers=0)
+    assert train.classes == ["animal", "thing"] and train.labels.tolist() == [0] * 12 + [1]
+    kept, _ = load_data("folder", str(folder), CPU, image_size=32, workers=0)
+    assert torch.equal(train.pixels[:12], kept.pixels)
+
+
 def test_a_folder_streamed_and_in_memory_is_the_same(folder, monkeypatch):
     kept, kept_test = load_data("folder", str(folder), CPU, image_size=32, workers=0)
     assert isinstance(kept.pixels, torch.Tensor) and kept.pixels.shape == (12, 3, 32, 32)

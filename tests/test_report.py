@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, flags
 
 import byorl
+import chen_pretrain_finetune as chen
 import report
 from common import build_model, save_checkpoint
 from jigsaw_at import Args as JigsawArgs
@@ -248,3 +249,236 @@ def test_the_results_of_this_repository_can_be_reported(tmp_path):
     written = report.main(report.Args(results=tuple(files), out=str(tmp_path)))
     assert {"kucer-tables.md", "gowal-table.md"} <= {p.name for p in written}
     assert "BYORL, plain head | 100% | 34.90 | 24.40" in (tmp_path / "gowal-table.md").read_text()
+
+
+# ---- Chen et al. ----
+
+
+ABOUT = {"attack": "pgd-20", "norm": "linf", "eps": 8 / 255, "examples": 10_000, "paper": None}
+CLEAN = ABOUT | {"attack": "none", "eps": 0}
+
+
+def cell(task, pair, ta, ra, epoch=50, pick="ta", known=(None, None), images=45_000) -> list[dict]:
+    rest = {"name": f"{task}-{pair}".removeprefix("-"), "task": task, "pair": pair, "pick": pick, "best_epoch": epoch, "epoch": epoch,
+            "images": images if task else None}  # fmt: skip
+    return [CLEAN | rest | {"accuracy": ta, "paper": known[0]}, ABOUT | rest | {"accuracy": ra, "paper": known[1]}]
+
+
+def compared(joint: dict[tuple, float], models=("selfie-P3F4", "rotation-P3F4", "jigsaw-P3F4")) -> list[dict]:
+    """Transfer and Venn rows; joint: {(made for, evaluated) or (made for, evaluated, the other): share fooled}."""
+    rows = []
+    for (source, target, *other), share in joint.items():
+        names = {"source": models[source], "target": models[target]} | ({"other": models[other[0]]} if other else {})
+        rows.append(ABOUT | {"kind": "venn" if other else "transfer", "name": " -> ".join(names.values()), "accuracy": 100 - share} | names)
+    return rows
+
+
+def average(models: tuple[str, ...], ta: float, ra: float) -> list[dict]:
+    names = {"kind": "average", "models": list(models), "name": " + ".join(models)}
+    return [CLEAN | names | {"accuracy": ta}, ABOUT | names | {"accuracy": ra}]
+
+
+def kang(name: str, base: float, attacks=("elastic", "jpeg-linf", "fog"), strengths=range(1, 7), targeted=True) -> list[dict]:
+    rows = [CLEAN | {"kind": "unforeseen", "name": name, "strength": 0, "steps": 200, "targeted": targeted, "ata": None, "accuracy": 85.0}]
+    for i, attack in enumerate(attacks):
+        for k in strengths:
+            ata = None if attack == "fog" else 100.0 - 10 * k
+            rows.append(CLEAN | {"kind": "unforeseen", "name": name, "attack": attack, "norm": attack, "eps": 0.125 * 2**k, "strength": k, "steps": 200,
+                                 "targeted": targeted, "ata": ata, "accuracy": base - 5 * k - i})  # fmt: skip
+    return rows
+
+
+def chen_result(*rows: list[dict], **changes) -> dict:
+    return {"script": "chen_pretrain_finetune", "args": vars(chen.Args(**changes)), "device": "CPU", "torch": "2", "seconds": 1.0, "rows": sum(rows, [])}
+
+
+def chen_text(*results: dict) -> str:
+    return report.chen_tables(report.chen_settings(list(results)))
+
+
+ASR = {(0, 0): 48.0, (0, 1): 38.0, (0, 2): 37.0, (0, 1, 2): 24.5, (1, 0): 36.0, (1, 1): 49.0, (1, 2): 39.5, (1, 0, 2): 30.0,
+       (2, 0): 35.0, (2, 1): 36.0, (2, 2): 51.0, (2, 0, 1): 35.0}  # fmt: skip
+
+
+def table3(seed=0, paper=False, **changes) -> dict:
+    """All cells of Table 3, transfer, Figure 5 and Table 6; `seed` is added to all accuracies."""
+    rows = []
+    for (task, pair), (ta, ra, epoch) in chen.PAPER.items():
+        if pair in chen.PAIRS and task not in ("se", "dpe"):
+            rows += cell(task, pair, ta - 1 + seed, ra - (ra > 0) + seed, epoch + seed, known=(ta, ra) if paper else (None, None))
+            rows += cell(task, pair, 1.0, 1.0, epoch, "ra")
+    models = [f"{task}-P3F4" for task in chen.TASKS]
+    for chosen in ((0,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
+        rows += average([models[i] for i in chosen], 85.0 + seed, 50.0 + len(chosen) + seed)
+    return chen_result(rows, compared({k: v - seed for k, v in ASR.items()}), table3=True, seed=seed, **changes)
+
+
+def test_chen_tables_hold_the_papers_numbers():
+    ours = [cell(t, p, 50, 20) for t in chen.TASKS for p in (*chen.PAIRS, "RSF2", "RSF4") if p[:2] != "P1"]
+    ours += [cell("", "P1F4", 50, 20), compared({(0, 0): 40.0}), average(("a", "b"), 60, 30)]
+    text = chen_text(chen_result(*ours), chen_result(cell("rotation", "P3F2", 50, 20), pretrain_images=30_000))
+    for pair in (*chen.PAIRS, "RSF2", "RSF4"):
+        known = [chen.PAPER["" if pair[:2] == "P1" else task, pair] for task in chen.TASKS]
+        assert f"| {pair} | the paper | " + " | ".join(f"{ta:.2f} | {ra:.2f} | {e}" for ta, ra, e in known) + " |" in text
+    table5 = text.split("## Table 5")[1].split("\n## ")[0]
+    assert "| jigsaw | the paper | 83.74 | 48.83 | 48 |" in table5 and "84.50 | 49.61" not in table5
+    for name, key in ("AP+SE", "se"), ("AP+DPE", "dpe"):
+        assert f"| {name} | the paper | " + " | ".join(f"{v:.2f}" for v in chen.PAPER[key, "P3F4"][:2]) + " | " in table5
+    for known in "| rotation | 38.92 | 49.60 | 38.12 |", "| jigsaw + rotation + selfie | the paper | 86.04 | 54.64 |":
+        assert known in text
+    assert "| 150,000 | the paper | 67.73 | 30.24 | 95 | 85.18 | 50.61 | 55 |" in text
+    for table in text.split("\n## ")[1:]:  # well-formed Markdown tables
+        for part in table.split("\n\n"):
+            rows = [x for x in part.splitlines() if x.startswith("|")]
+            assert len({row.count("|") for row in rows}) <= 1 and (not rows or set(rows[1]) == {"|", "-"})
+
+
+def test_chen_tables_hold_our_numbers_and_average_seeds():
+    dpe, se = (chen_result(cell("ensemble", "P3F4", 70, 40, e), task="ensemble", dpe_lambda=v) for v, e in ((0.1, 56), (0.0, 47)))
+    text = chen_text(table3(0), table3(2), dpe, se, chen_result(cell("rotation", "P3F4", 60, 30), task="rotation", seed=1))
+    assert line(text, "Table 3", "P3F4") == ["86.02 ± 1.41", "51.05 ± 1.41", "51 ± 1", "77.11 ± 14.85", "43.60 ± 11.82", "48 ± 2",
+                                             "84.50 ± 1.41", "49.61 ± 1.41", "49 ± 1"]  # fmt: skip
+    assert "2-3 seeds" in text and "| P1F3 | ours: cifar10, resnet50v2 x1, 100 epochs, PGD-20 linf 8/255, 2 seeds |" in text
+    assert line(text, "Table 3", "P1F4") == ["84.72 ± 1.41", "47.22 ± 1.41", "100 ± 1"] * 3
+    assert line(text, "Table 5", "AP+DPE") == ["70.00", "40.00", "56"] and line(text, "Table 5", "AP+SE") == ["70.00", "40.00", "47"]
+    asr = text.split("## Table 4")[1].split("\n## ")[0].split("ours: ")[1]
+    assert "| evaluated | made for selfie-P3F4 | made for rotation-P3F4 | made for jigsaw-P3F4 |" in asr
+    assert "| rotation-P3F4 | 37.00 ± 1.41 | 48.00 ± 1.41 | 35.00 ± 1.41 |" in asr
+    assert line(text, "Table 6", "selfie-P3F4 + rotation-P3F4 + jigsaw-P3F4") == ["86.00 ± 1.41", "54.00 ± 1.41"]
+    assert line(text, "Table 6", "selfie-P3F4") == ["86.00 ± 1.41", "52.00 ± 1.41"]
+    assert "Table 7" not in text and "Table 8" not in text and "Unforeseen" not in text
+
+
+def test_the_checkpoint_that_select_names_is_reported():
+    rows = cell("rotation", "P3F4", 80, 40), cell("rotation", "P3F4", 75, 45, pick="ra")
+    assert line(chen_text(chen_result(*rows)), "Table 3", "P3F4")[3:6] == ["80.00", "40.00", "50"]
+    text = chen_text(chen_result(*rows, select="robust"))
+    assert line(text, "Table 3", "P3F4")[3:6] == ["75.00", "45.00", "50"] and "--select robust" in text
+
+
+def test_chen_settings_are_not_averaged(capsys):
+    """Other flags, another start, other epochs of pre-training, another lambda, other checkpoints: all are rows of their own."""
+
+    def run(seed, ra, task="rotation", pair="P3F4", **changes):
+        return chen_result(cell(task, pair, 80, ra), seed=seed, **changes)
+
+    runs = [run(0, 10), run(1, 12), run(2, 14, eps=4 / 255), run(3, 16, init="a/pretrain-P3-rotation.pt"), run(4, 18, pretrain_epochs=5),
+            run(5, 20, extra_data="tiny.npz"), run(6, 21, dataset="folder", data_dir="x/a")]  # fmt: skip
+    text = chen_text(*runs)
+    ours = [x.split("|")[2:] for x in text.split("## Table 5")[0].splitlines() if x.startswith("| P3F4 | ours")]
+    assert [x[5].strip() for x in ours] == ["11.00 ± 1.41", "16.00", "18.00", "14.00", "20.00", "21.00"]
+    for x, word in zip(ours, ("2 seeds", "--init a/pretrain-P3-rotation.pt", "--pretrain-epochs 5", "linf 4/255", "--extra-data tiny.npz", "folder a"), strict=True):
+        assert word in x[0]
+    ensembles = enumerate((0.1, 0.5, 0.0))
+    text = chen_text(*(chen_result(cell("ensemble", "P3F4", 80, 10 + i), seed=i, task="ensemble", dpe_lambda=v) for i, v in ensembles))
+    assert text.count("| AP+DPE | ours") == 2 and "--dpe-lambda 0.5" in text and "| AP+SE | ours" in text and "±" not in text.split("## Table 5")[1]
+    ones = [chen_result(average(("x", "y"), 80, ra), stage="compare", models=(f"{where}/x.pt", f"{where}/y.pt"), seed=i)
+            for i, (where, ra) in enumerate((("a", 30), ("a", 34), ("b", 50)))]  # fmt: skip
+    text = chen_text(*ones)
+    assert "checkpoints of a, 2 seeds | 80.00 ± 0.00 | 32.00 ± 2.83 |" in text and "checkpoints of b, 1 seed | 80.00 | 50.00 |" in text
+    # P1 has no pre-training, so that its epochs make no other setting; the same run twice is taken once.
+    capsys.readouterr()
+    text = chen_text(run(0, 10, "", "P1F4"), run(1, 12, "", "P1F4", pretrain_epochs=5), run(1, 99, "", "P1F4"))
+    assert "10.00" not in text and "11.00 ± 1.41" in text and "left out" in capsys.readouterr().out
+
+
+def test_sizes_of_pre_training():
+    """Table 7: by number of images; it is not there for runs on all images only."""
+    runs = [chen_result(cell("rotation", "P3F4", 80, 10 + i, images=n or 45_000), cell("rotation", "P3F2", 70, 5, images=n or 45_000), pretrain_images=n)
+            for i, n in enumerate((0, 30_000, 5_000))]  # fmt: skip
+    table = chen_text(*runs).split("## Table 7")[1].split("\n## ")[0]
+    assert re.findall(r"\| ([\w,]+), rotation \| ours", table) == ["5,000", "30,000", "45,000"]
+    assert "--pretrain-images 5000, 1 seed | 70.00 | 5.00 | 50 | 80.00 | 12.00 | 50 |" in table
+    assert "## Table 7" not in chen_text(runs[0])
+
+
+def test_unforeseen_attacks():
+    models = dict(stage="compare", models=("a/x.pt",))
+    runs = [chen_result(kang("x", 80), seed=0, **models), chen_result(kang("x", 84), seed=1, **models)]
+    text = chen_text(*runs, chen_result(kang("y", 80, strengths=(1, 2)), stage="compare", models=("b/y.pt",)))
+    rows = {tuple(c.strip() for c in x.split("|")[1:3]): [c.strip() for c in x.split("|")[3:-1]] for x in text.splitlines() if x.startswith("| ")}
+    elastic = rows["elastic", "x"]
+    assert elastic[1:5] == ["200 steps, targeted", "0.25, 0.5, 1, 2, 4, 8", "85.00 ± 0.00", "77.00 ± 2.83"]
+    # accuracies 75, 70, ..., 50, in all 375 (399 for the other seed), ATA 90, 80, ..., 40, in all 390
+    assert elastic[-1] == f"{100 * (375 + 399) / 2 / 390:.2f} ± {100 * 24 / 390 / 2**0.5:.2f}"
+    assert rows["fog", "x"][-1] == "" and rows["fog", "x"][-2] == "50.00 ± 2.83"  # no ATA
+    assert rows["elastic", "y"][3:] == ["85.00", "75.00", "70.00", "", "", "", "", ""]
+    assert text.count("## ") == 1
+    both = chen_text(runs[0], chen_result(kang("x", 60, targeted=False), seed=1, targeted=False, **models))  # not another seed of the same
+    assert "| 200 steps, targeted | " in both and "| 200 steps | " in both and "±" not in both.split("## Unforeseen")[1]
+
+
+def test_chen_pictures_show_what_was_measured(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.axes
+
+    calls = []
+    for kind in ("scatter", "text", "bar", "axvline", "axhline"):
+        real = getattr(matplotlib.axes.Axes, kind)
+        monkeypatch.setattr(matplotlib.axes.Axes, kind, lambda *a, kind=kind, real=real, **k: calls.append((kind, a[1:], k)) or real(*a, **k))
+    ensemble = chen_result(cell("ensemble", "P3F4", 83, 52, 56), task="ensemble")
+    settings = report.chen_settings([table3(0, paper=True), table3(2, paper=True), ensemble])
+    (path,) = report.summary_figures(settings, tmp_path)  # runs of one setting, one picture
+    points = {k["label"]: a for kind, a, k in calls if kind == "scatter" and "label" in k}
+    hollow = [a[:2] for kind, a, k in calls if kind == "scatter" and k.get("facecolors") == "none"]
+    assert points["selfie (51)"][:2] == pytest.approx((86.02, 51.05)) and points["AP+DPE (56)"][:2] == (83, 52)
+    assert points["average of jigsaw, rotation, selfie (147)"][:2] == (86, 54) and points["P1F4 (no pre-training) (100)"][:2] == pytest.approx((84.72, 47.22))
+    sizes = [points[name][2] for name in ("rotation (47)", "AP+DPE (56)", "P1F4 (no pre-training) (100)", "average of jigsaw, rotation, selfie (147)")]
+    assert sizes == sorted(sizes) and len(points) == 9
+    assert sorted(hollow) == sorted([(84.72, 47.22), (86.02, 51.05), (85.66, 50.40), (83.74, 48.83), (83.00, 52.22), (85.36, 53.08), (85.64, 53.32),
+                                     (86.51, 53.83), (86.04, 54.64)])  # fmt: skip
+    lines = [(kind, a[0]) for kind, a, _ in calls if kind.startswith("ax")]
+    assert lines == [("axvline", pytest.approx(84.72)), ("axhline", pytest.approx(47.22))]
+    calls.clear()
+    report.summary_figures(report.chen_settings([table3(width=0.5)]), tmp_path)
+    assert not [k for kind, _, k in calls if kind == "scatter" and k.get("facecolors") == "none"]
+
+    calls.clear()
+    report.venn_figures([table3()], tmp_path)
+    words = [a[2].replace("\n", " ") for kind, a, _ in calls if kind == "text"]
+    assert words[:5] == ["only 13.50%", "rotation-P3F4 38.00%", "only 12.50%", "jigsaw-P3F4 37.00%", "24.50%"] and len(words) == 15
+
+    calls.clear()
+    runs = [chen_result(kang(n, 80), stage="compare", models=(f"{n}/x.pt",), seed=s, eval_steps=e) for n, s, e in (("x", 0, 20), ("x", 1, 20), ("y", 0, 10))]
+    (path,) = report.unforeseen_figures(report.chen_settings(runs), tmp_path)
+    bars = {k["label"]: a[1] for kind, a, k in calls if kind == "bar"}
+    assert bars == {"x": [62.5, 61.5, 60.5], "y": [62.5, 61.5, 60.5]}
+
+
+def test_circles_have_the_areas_asked_for():
+    for a, b, both in (39, 38, 24), (10, 40, 3), (20, 20, 20), (30, 10, 10), (30, 10, 0), (0, 10, 0):
+        r, q, d = report.circles(a, b, both)
+        n = 400
+        y, x = torch.meshgrid(torch.linspace(-4, 12, 4 * n), torch.linspace(-4, 12, 4 * n), indexing="ij")
+        one, other = x**2 + y**2 < r * r, (x - d) ** 2 + y**2 < q * q
+        share = [float(v.sum()) * (16 / (4 * n - 1)) ** 2 for v in (one, other, one & other)]
+        assert share == pytest.approx((a, b, both), abs=0.3), (a, b, both)
+
+
+def test_chen_files_are_written_as_far_as_there_are_runs(tmp_path, command):
+    pytest.importorskip("matplotlib")
+    runs = [table3(), chen_result(kang("x", 80), stage="compare", models=("a/x.pt",)), chen_result(cell("rotation", "P3F4", 80, 40), norm="l2")]
+    folders = write(tmp_path, *runs)
+    for i, names in enumerate((["summary", "tables", "venn"], ["tables", "unforeseen"], ["tables"])):
+        code, _, _ = command(report, folders[i], "--out", tmp_path / f"report{i}")
+        files = sorted((tmp_path / f"report{i}").iterdir())
+        assert code == 0 and [f.name.split("-")[1].split(".")[0] for f in files] == names and all(f.name.startswith("chen-") for f in files)
+        for file in files:
+            if file.suffix == ".png":
+                from PIL import Image
+
+                picture = Image.open(file).convert("RGB")
+                assert picture.width > 500 and len(picture.getcolors(10**6)) > 50
+    assert (tmp_path / "report1" / "chen-tables.md").read_text().count("## ") == 1
+
+
+def test_incomplete_chen_results_are_refused(tmp_path, one_sentence):
+    complete = table3()["rows"] + kang("x", 80)
+    for row in [complete[0], *({r["kind"]: r for r in complete if "kind" in r}.values())]:
+        for key in {"pair", "pick", "best_epoch", "images", "target", "targeted", "other", "models", "strength", "ata", "accuracy"} & row.keys():
+            (tmp_path / "bad.json").write_text(json.dumps(chen_result([{k: v for k, v in row.items() if k != key}])))
+            assert "is not a results.json" in one_sentence(report, tmp_path / "bad.json")
+    for rows in compared({(0, 1, 2): 20.0}), [complete[0] | {"kind": "new"}]:  # the Venn picture needs the success rates too
+        (tmp_path / "bad.json").write_text(json.dumps(chen_result(rows)))
+        assert "is not a results.json" in one_sentence(report, tmp_path / "bad.json")
