@@ -4,34 +4,44 @@ self-supervised pre-training to fine-tuning, CVPR 2020).
 Pre-training teaches a trunk theta_p (the stem and first three stages of a ResNet-50v2) a task without labels; fine-tuning puts a new last
 stage and a linear layer theta_f on it and learns the classes. Either may be adversarial (eq. 1: minimise E max over delta of the loss):
 
-    P1  none                    F1  theta_f only, theta_p frozen, clean images (ST)
-    P2  the task on clean images                F2  theta_f only, adversarial training (AT)
-    P3  the task, adversarially                 F3  everything, ST
-    RS  the task on noisy images (Table 8)      F4  everything, AT
+    P1  none                                F1  theta_f only, theta_p frozen, clean images (ST)
+    P2  the task on clean images            F2  theta_f only, adversarial training (AT)
+    P3  the task, adversarially             F3  everything, ST
+    RS  the task on noisy images (Table 8)  F4  everything, AT
 
 Tasks: rotation (which of 4 turns), jigsaw (which of 31 permutations of 4 x 4 tiles), Selfie (which of the masked patches belongs here),
-and all three at once (eq. 2-4), each on its own perturbed image, with a term that makes their input gradients orthogonal:
+and all three at once (eq. 2-4), each on its own perturbed image:
 
     minimise over theta, maximise over delta:  sum_i loss_i(x + delta_i) + lambda log det(G^T G),  G = normalised input gradients
 
-    python chen_pretrain_finetune.py --quick                                   # digits, rotation, the eight pairs of Table 3
-    python chen_pretrain_finetune.py --task selfie --pretrain P3 --finetune F4     # one cell of Table 3
-    python chen_pretrain_finetune.py --table3                                  # all 24, then Tables 4 and 6
-    python chen_pretrain_finetune.py --task ensemble                           # Table 5: AP+DPE; AP+SE: --dpe-lambda 0
-    python chen_pretrain_finetune.py --stage compare runs/X/*P3F4.ta.pt        # Tables 4 and 6, Figure 5, of any checkpoints
+log det(G^T G) <= 0 is largest where the tasks' gradients are orthogonal: the attack looks for diverse directions, the weights are trained
+against them (so eq. 2-3 and the code; Pang et al., whom the paper follows, let the weights maximise it).
+
+    python chen_pretrain_finetune.py --quick                                # digits, rotation, the eight pairs of Table 3
+    python chen_pretrain_finetune.py --task selfie --pretrain P3 --finetune F4   # one cell of Table 3
+    python chen_pretrain_finetune.py --table3                               # all 24 (20 runs: P1 has no task), then Tables 4-6
+    python chen_pretrain_finetune.py --task ensemble                        # Table 5: AP+DPE; AP+SE: --dpe-lambda 0
+    python chen_pretrain_finetune.py --stage compare runs/X/*P3F4.ta.pt     # Tables 4 and 6, Figure 5, of any checkpoints
+    python chen_pretrain_finetune.py --stage compare A.pt B.pt --unforeseen all    # Figures 3 and 4, Kang et al.'s attacks
     torchrun --nproc-per-node=8 chen_pretrain_finetune.py --table3
 
 The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Selfie 86.02 / 51.05, of three models 86.04 / 54.64.
 
 Differs from the paper, or from its published code where that says more, or is our choice where both are silent:
-- an adversarial pre-training step averages the loss on clean and on attacked images (code; eq. 1 has the attacked ones only);
+- an adversarial pre-training step averages the loss over tasks and over clean and attacked images (code; eq. 1 has the attacked ones
+  only), and adds lambda log det undivided; the attack sums the tasks' losses (eq. 3);
+- pre-training hands on its last epoch (the code keeps the best on held-out images, for jigsaw on the test set); "TA" and "RA" of fine-tuning
+  pick the epoch by clean or PGD-20 accuracy on 10% of the training images, which are not augmented (in the code they are);
 - BatchNorm uses batch statistics in training attacks (code), but these passes leave the running ones alone (in the code they do not);
-- Selfie: cross-entropy of a softmax of a softmax (code; --no-double-softmax), one permutation per batch, 13 layers; no Nesterov;
+- Selfie: cross-entropy of a softmax of a softmax (code; --no-double-softmax), summed over the masked places, 13 layers, one order of patches
+  for the whole batch (on each GPU), exact GELU (code: tanh);
 - the ensemble's trunk has the stem's BatchNorm, which the published one lacks; frozen parts stay in eval mode (F1, F2 were not published);
-- gradients in G are of the turned, the shuffled and the upright image; --frames aligned turns them back first (code: own);
-- rates: those of the paper (batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001,
-  cosine), a warm-up of 200 steps and numbers of epochs from the code; the code's own fine-tuning: --batch-size 128 --lr-steps 60,80;
-- "TA" and "RA" pick the epoch by clean or PGD-20 accuracy on 10% of the training images (the code: jigsaw by the test set).
+- gradients in G are of the turned, the shuffled and the upright image, as in the code: they are what the attack follows. --frames aligned
+  turns and unshuffles them first;
+- RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither);
+- rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001, cosine: so the
+  published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for Selfie and the ensemble) and the epochs of
+  pre-training are the code's. No Nesterov (code: in Selfie and the ensemble). The code's fine-tuning: --batch-size 128 --lr-steps 60,80.
 """
 import contextlib
 import itertools
@@ -50,14 +60,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, cli,
-    count_batches, distribute, draw, eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw,
+    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_batches,
+    cli, count_batches, distribute, draw, eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw,
     jigsaw_permutations, join, load_checkpoint, load_extra, load_splits, load_weights, numbers, pgd_attack, place_model, print_table, random_crop_flip, robust_accuracy, rotate,
     seed_step, start_run, sync_buffers, unforeseen, with_progress, world, write_results,
 )  # fmt: skip
 
 TASKS = ("selfie", "rotation", "jigsaw")
-Views = dict[str, tuple[Tensor, Tensor]]  # task: (image, target)
+Views = dict[str, tuple[Tensor, Tensor]]  # {task: (images (B, 3, S, S), target: (B,), of Selfie the order of patches)}
 PAIRS = ("P1F3", "P1F4", "P2F3", "P2F4", "P3F1", "P3F2", "P3F3", "P3F4")  # the rows of Table 3
 
 
@@ -76,7 +86,7 @@ class Args:
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: Table 3 for one task in two minutes on two CPU cores
     # method
-    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # of pre-training; ensemble: all three at once; all: one after the other
+    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # task of pre-training; ensemble: all three at once; all: one after the other
     pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # see above; all: P1, P2 and P3 with what Table 3 pairs them with
     finetune: Literal["F1", "F2", "F3", "F4", "all"] = "F4"  # see above
     table3: bool = False  # the 24 cells of Table 3: all tasks, all pairs; each pre-training is done once
@@ -86,23 +96,23 @@ class Args:
     data_dir: str = "data"  # where the data are, or are downloaded to
     data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     image_size: int = 32  # side in pixels; other images are resized
-    label_fraction: float = 1.0  # share of the training images that is used, at most those not held out for validation
+    label_fraction: float = 1.0  # share of the training images that is used, in pre-training too, at most those not held out for validation
     extra_data: str = ""  # FILE.npz or .npy with more images for pre-training, uint8 (N, size, size, 3)
     pretrain_images: int = 0  # number of images to pre-train on, drawn at random (Table 7); 0: all
-    flip: bool = True  # mirror images at random in training (not for Selfie, as in the code)
+    flip: bool = True  # mirror images at random in training (never in Selfie's pre-training, as in the code)
     arch: Literal["resnet26v2", "resnet50v2"] = "resnet50v2"  # trunk (paper: resnet50v2)
     width: float = 1.0  # multiplies the number of channels
     stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
     # optimiser: SGD with momentum 0.9
     epochs: int = 100  # epochs of fine-tuning
     batch_size: int = 256  # images per step over all GPUs (paper: 256; restricted ImageNet 64)
-    low_memory: bool = False  # the ensemble one task after the other: the same gradients with half the memory, 1.4 times as long
+    low_memory: bool = False  # the ensemble's tasks one after the other: the same gradients with a third of the memory, but up to 1.4 times as long
     lr: float = 0.1  # initial learning rate of fine-tuning
-    lr_steps: str = "30,50"  # epochs at which it is divided by 10 (code: 60,80)
-    weight_decay: float = 3e-4  # on all weights (code; 1e-4 for Selfie and the ensemble)
-    warmup_steps: int = 200  # steps in which the rate rises from a tenth at the start of a training (code)
+    lr_steps: str = "30,50"  # epochs at which the rate of fine-tuning is divided by 10 (code: 60,80)
+    weight_decay: float = 3e-4  # on all weights (code); a third of it in pre-training with Selfie and the ensemble
+    warmup_steps: int = 200  # steps in which the rate rises from a tenth, at the start of fine-tuning and of pre-training with rotation or jigsaw (code)
     pretrain_epochs: int = 0  # epochs of pre-training; 0: rotation and jigsaw 100 (P2: 200), Selfie 200, ensemble 150 (code)
-    pretrain_lr: float = 0.0  # its highest rate, then a cosine; 0: rotation and jigsaw 0.1, Selfie 0.025, ensemble 0.001
+    pretrain_lr: float = 0.0  # highest rate of pre-training, then a cosine; 0: rotation and jigsaw 0.1, Selfie 0.025, ensemble 0.001
     # attack in training
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
     eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units
@@ -113,28 +123,28 @@ class Args:
     grid: int = 4  # jigsaw tiles and Selfie patches per side
     num_permutations: int = 30  # permutations of jigsaw besides the identity
     whole: float = 0.1  # probability that jigsaw leaves an image whole, besides that of drawing the identity (code)
-    double_softmax: bool = True  # Selfie as in the code
+    double_softmax: bool = True  # Selfie's loss takes a softmax of the scores for scores, as in the code
     dpe_lambda: float = 0.1  # lambda of eq. 3; 0: AP+SE
-    frames: Literal["own", "aligned"] = "own"  # pixel frames in which the ensemble's gradients are compared
+    frames: Literal["own", "aligned"] = "own"  # compare the ensemble's gradients as the tasks see the image (own), or turned and unshuffled to the upright image (aligned)
     sigma: float = 0.25  # standard deviation of the noise of RS
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the model (section 4.1)
-    select: Literal["clean", "robust"] = "clean"  # which of the two models that are reported the tables compare with the paper's
+    select: Literal["clean", "robust"] = "clean"  # print and compare the epoch of best clean (TA) or of best robust (RA) validation accuracy; both are kept and evaluated
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
     eval_steps: int = 20  # PGD steps
     eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
-    unforeseen: str = ""  # attacks of Kang et al. that the P3F4 networks, or MODELS, meet besides: comma-separated (l1, elastic, ...; `all`)
-    unforeseen_steps: int = 200  # their steps
-    targeted: bool = True  # they aim at one random wrong class, as Kang et al.'s do; off: away from the right class, which is stronger
+    unforeseen: str = ""  # attacks of Kang et al. that the networks meet besides (P3F4 if there are any, or MODELS): comma-separated (l1, elastic, ...; `all`)
+    unforeseen_steps: int = 200  # steps of these attacks
+    targeted: bool = True  # these attacks aim at one random wrong class, as Kang et al.'s do; off: away from the right class, which is stronger
 
     QUICK: ClassVar[dict] = dict(
-        dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all", finetune="all", epochs=7, batch_size=128, lr=0.1,
+        dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all", finetune="all", epochs=7, batch_size=128,
         lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, unforeseen_steps=20,
     )  # fmt: skip
 
 
-# (TA, RA, epochs) in Tables 3, 5, 7 (with all CIFAR-10 images: Table 3) and 8: {(task, pair): ...}; P1 has no task.
+# (TA, RA, epochs) in Tables 3, 5 (se, dpe) and 8: {(task, pair): ...}; P1 has no task. RSF4 of jigsaw is printed so: P2F4's numbers once more.
 PAPER = {
     ("", "P1F3"): (94.24, 0.00, 92), ("", "P1F4"): (84.72, 47.22, 99),
     ("selfie", "P2F3"): (95.09, 0.00, 97), ("rotation", "P2F3"): (95.45, 0.00, 92), ("jigsaw", "P2F3"): (93.93, 0.00, 89),
@@ -163,12 +173,14 @@ PAPER_TABLE7 = {  # (TA, RA, epochs), by number of images to pre-train on, from 
     (30_000, "P3F2"): (65.65, 30.00, 70), (30_000, "P3F4"): (85.29, 49.64, 42), (50_000, "P3F2"): (66.87, 30.42, 87),
     (50_000, "P3F4"): (85.26, 49.66, 61), (150_000, "P3F2"): (67.73, 30.24, 95), (150_000, "P3F4"): (85.18, 50.61, 55),
 }  # fmt: skip
-# The flags whose values the paper states, or which would change what its numbers mean.
-STATED = (
-    "dataset", "image_size", "arch", "width", "stem", "epochs", "batch_size", "lr", "lr_steps", "norm", "eps", "attack_steps", "label_fraction",
-    "extra_data", "pretrain_images", "pretrain_lr", "val_fraction", "eval_attack", "eval_steps", "eval_examples", "eval_amp", "init",
+# The flags that the paper or its code state, or that would change what its numbers mean: of a training, and of an evaluation.
+TRAINING = (
+    "dataset", "image_size", "arch", "width", "stem", "norm", "eps", "attack_steps", "step_size", "attack_bn", "label_fraction", "extra_data",
+    "pretrain_images", "flip", "epochs", "batch_size", "lr", "lr_steps", "weight_decay", "warmup_steps", "pretrain_epochs", "pretrain_lr",
+    "grid", "num_permutations", "whole", "double_softmax", "sigma", "frames", "val_fraction", "init",
 )  # fmt: skip
-FIRST_ID = {"pretrain": 0, "finetune": 100_000}  # added to an epoch's number, so that these two draw other random numbers
+EVALUATION = ("dataset", "image_size", "norm", "eps", "eval_attack", "eval_steps", "eval_examples", "eval_amp")
+FIRST_ID = {"pretrain": 0, "finetune": 100_000}  # for seeds: added to an epoch's number, so that the two draw other random numbers
 
 
 # ---- the tasks -----------------------------------------------------------------------------------------------------
@@ -180,10 +192,11 @@ class Selfie(nn.Module):
     def __init__(self, dim: int, grid: int, layers: int = 13):
         super().__init__()
         self.grid, self.masked = grid, grid * grid // 4  # a quarter
-        self.first = nn.Parameter(torch.zeros(1, 1, dim))
-        layer = nn.TransformerEncoderLayer(dim, max(1, dim // 64), 2 * dim, activation=F.gelu, batch_first=True)  # dropout 0.1
+        self.first = nn.Parameter(torch.zeros(1, 1, dim))  # its output stands for all visible patches
+        heads = max(h for h in range(1, dim // 64 + 2) if dim % h == 0 and h <= max(1, dim // 64))  # of 64 channels at full width
+        layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, activation=F.gelu, batch_first=True)  # dropout 0.1
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.row, self.col = nn.Parameter(torch.randn(grid, dim)), nn.Parameter(torch.zeros(grid, dim))
+        self.row, self.col = nn.Parameter(torch.randn(grid, dim)), nn.Parameter(torch.zeros(grid, dim))  # (code)
 
     def forward(self, patches: Tensor, order: Tensor) -> Tensor:
         """patches (B, N, dim), row by row; the first quarter of `order` (N,) is masked -> scores (B, masked, masked): row i says how
@@ -201,7 +214,7 @@ class Pretext(nn.Module):
     def __init__(self, tasks: tuple[str, ...], args: Args):
         super().__init__()
         self.resnet = build_trunk(args.arch, args.width, args.stem)
-        last_stages = [self.resnet.layer4, build_trunk(args.arch, args.width, args.stem).layer4]  # rotation and jigsaw have their own
+        last_stages = [self.resnet.layer4, build_trunk(args.arch, args.width, args.stem).layer4]  # one for rotation, one for jigsaw
         del self.resnet.layer4  # what is left is inherited
         self.branches = nn.ModuleDict()
         for task in tasks:
@@ -234,7 +247,7 @@ def make_view(task: str, x: Tensor, permutations: Tensor, whole: float) -> tuple
         k = torch.randint(len(permutations), (b,), device=device)
         k = torch.where(torch.rand(b, device=device) < whole, 0, k)
         return jigsaw(x, permutations[k]), k
-    return x, torch.randperm(permutations.shape[1], device=device)
+    return x, torch.randperm(permutations.shape[1], device=device)  # (patches,)
 
 
 def task_loss(model: Network, task: str, x: Tensor, target: Tensor, double_softmax: bool) -> Tensor:
@@ -294,11 +307,13 @@ class Objective(nn.Module):
             total = sum(self.task_loss(task, x, target) for task, (x, target) in views.items())
         if not diverse:
             return total, torch.zeros_like(total)
-        gradients = torch.autograd.grad(total.sum(), [x for x, _ in views.values()], create_graph=True)  # a loss depends on its own image only
+        # A task's loss depends on that task's images only, so one call gives all gradients (with BatchNorm's batch statistics, of all its images).
+        gradients = torch.autograd.grad(total.sum(), [x for x, _ in views.values()], create_graph=True)
         return total, self.diversity(views, gradients)
 
     def forward(self, clean: Views, attacked: Views | None, diverse: bool) -> Tensor:
-        """The loss to be minimised: mean over the images and tasks, over clean and attacked images, plus lambda times eq. 4."""
+        """The loss to be minimised: mean over the images and tasks, over clean and attacked images, plus lambda times eq. 4: the weights lower
+        what the attack raises."""
         loss = self.adversarial(clean, False)[0].mean() / len(clean)
         if attacked is None:
             return loss
@@ -311,8 +326,8 @@ class Objective(nn.Module):
     # is that of <v_i, g_i> with v_i = dh/dg_i held constant. Each task is passed through once more for that, with the same dropout.
 
     def one_by_one(self, views: Views) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor, Tensor]]]:
-        """(eq. 4 (B,), for each task: its image as a leaf, its loss (B,) and a term (B,) with the derivatives of eq. 4)."""
-        seed = int(torch.randint(2**31, ()))
+        """(lambda * eq. 4 (B,), for each task: its images as a leaf, its loss (B,), a term (B,) with the derivatives of lambda * eq. 4)."""
+        seed, lam = int(torch.randint(2**31, ())), self.args.dpe_lambda
 
         def gradient(i: int, task: str, create_graph: bool) -> tuple[Tensor, Tensor, Tensor]:
             x = views[task][0].detach().requires_grad_()
@@ -321,22 +336,27 @@ class Objective(nn.Module):
                 loss = self.task_loss(task, x, views[task][1])
             return x, loss, torch.autograd.grad(loss.sum(), x, create_graph=create_graph)[0]
 
+        def with_terms(weights: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for i, (task, v) in enumerate(zip(views, weights, strict=True)):
+                x, loss, g = gradient(i, task, True)
+                yield x, loss, lam * (v * g).flatten(1).sum(1)
+
+        def without() -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # AP+SE
+            for task, (x, target) in views.items():
+                x = x.detach().requires_grad_()
+                loss = self.task_loss(task, x, target)
+                yield x, loss, torch.zeros_like(loss)
+
+        if lam == 0:
+            return torch.zeros(len(next(iter(views.values()))[0]), device=self.permutations.device), without()
         with batchnorm_mode(self.model, "train" if self.model.training else "eval"):  # moves no running statistics
             gradients = [gradient(i, task, False)[2].requires_grad_() for i, task in enumerate(views)]
         h = self.diversity(views, gradients)
-        weights = torch.autograd.grad(h.sum(), gradients)
-
-        def passes() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for i, (task, v) in enumerate(zip(views, weights, strict=True)):
-                x, loss, g = gradient(i, task, True)
-                yield x, loss, (v * g).flatten(1).sum(1)
-
-        return h.detach(), passes()
+        return lam * h.detach(), with_terms(torch.autograd.grad(h.sum(), gradients))
 
     def image_gradient(self, views: Views) -> Tensor:
         """Gradient of eq. 3 for the images, (B, 3 * tasks, S, S)."""
-        lam = self.args.dpe_lambda
-        return torch.cat([torch.autograd.grad((loss + lam * term).sum(), x)[0] for x, loss, term in self.one_by_one(views)[1]], 1)
+        return torch.cat([torch.autograd.grad((loss + term).sum(), x)[0] for x, loss, term in self.one_by_one(views)[1]], 1)
 
     def backward(self, clean: Views, attacked: Views) -> Tensor:
         """loss.backward() of what `forward` returns, and its value; with several ranks averaged over them."""
@@ -345,27 +365,33 @@ class Objective(nn.Module):
             loss = 0.5 * self.task_loss(task, x, target).mean() / len(clean)
             loss.backward()
             value += loss.detach()
-        h, passes = self.one_by_one(attacked)
+        diversity, passes = self.one_by_one(attacked)
         for _, loss, term in passes:
             loss = 0.5 * loss.mean() / len(clean)
-            (loss + self.args.dpe_lambda * term.mean()).backward()
+            (loss + term.mean()).backward()
             value += loss.detach()
         if world()[1] > 1:
             for p in self.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= world()[1]
-        return value + self.args.dpe_lambda * h.mean()
+        return value + diversity.mean()
 
 
 # ---- pre-training --------------------------------------------------------------------------------------------------
 
 
-def recipe(task: str, kind: str, args: Args) -> tuple[int, float, float, float]:
-    """(epochs, highest rate, lowest rate, weight decay) of pre-training."""
+def recipe(task: str, kind: str, args: Args) -> tuple[int, float, float, int, float]:
+    """(epochs, highest rate, lowest rate, steps of warm-up, weight decay) of pre-training."""
     epochs = {"selfie": 200, "ensemble": 150}.get(task, 200 if kind == "P2" else 100)
     high = {"selfie": 0.025, "ensemble": 0.001}.get(task, 0.1)
-    decay = args.weight_decay / 3 if task in ("selfie", "ensemble") else args.weight_decay
-    return args.pretrain_epochs or epochs, args.pretrain_lr or high, 1e-8 if task == "ensemble" else 1e-6, decay
+    low = 1e-8 if task == "ensemble" else 1e-6
+    steps, decay = (0, args.weight_decay / 3) if task in ("selfie", "ensemble") else (args.warmup_steps, args.weight_decay)
+    return args.pretrain_epochs or epochs, args.pretrain_lr or high, low, steps, decay
+
+
+def warmup(step: int, steps: int) -> float:
+    """Factor of the rate: from 0.1 to 1 in the first `steps` steps of a training (code)."""
+    return min(1.0, 0.1 + 0.9 * step / steps) if steps else 1.0
 
 
 def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set: Images) -> dict:
@@ -374,14 +400,18 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
     if (done := run.load(f"{name}.pt")) is not None:
         return done  # before the run was resumed
     tasks = TASKS if task == "ensemble" else (task,)
-    epochs, high, low, decay = recipe(task, kind, args)
+    epochs, high, low, warmup_steps, decay = recipe(task, kind, args)
     torch.manual_seed(args.seed)
     model = Network(Pretext(tasks, args), {}, *IMAGENET_STATS)
     diverse = len(tasks) > 1 and args.dpe_lambda > 0
     place_model(model, run.device, args.amp, args.compile and not diverse)  # what is compiled has no second derivative
     if diverse:
         fast_second_derivatives(model)
-    permutations = jigsaw_permutations(args.grid, args.num_permutations, "random", args.seed).to(run.device)
+        if model.amp == torch.float16:  # whose gradient scale would be taken off the second derivatives once too often
+            run.say("note: float16 has no place for second derivatives; this pre-training computes in float32.")
+            model.amp = None
+    count = args.num_permutations if "jigsaw" in tasks else 0
+    permutations = jigsaw_permutations(args.grid, count, "random", args.seed).to(run.device)
     objective = Objective(model, permutations, args)
     opt = torch.optim.SGD(model.parameters(), high, momentum=0.9, weight_decay=decay)
     state = run.resume(name, model, opt)
@@ -389,6 +419,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
     ddp = distribute(objective, args.sync_bn)
     steps = count_batches(len(images), args.batch_size)
     attack = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    low_memory = args.low_memory and len(tasks) > 1
 
     def perturb(views: Views) -> Views:
         """Each task's image gets a perturbation of its own, which maximise eq. 3 together: the images lie one after the other in the
@@ -398,7 +429,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
             return {task: (x, target) for x, (task, (_, target)) in zip(z.split(3, 1), views.items(), strict=True)}
 
         def loss(z: Tensor) -> Tensor:  # (B,)
-            if diverse and args.low_memory:
+            if low_memory:
                 return (z * objective.image_gradient(split(z))).flatten(1).sum(1)  # its gradient is what the attack wants
             total, h = objective.adversarial(split(z), diverse)
             return total + args.dpe_lambda * h
@@ -424,14 +455,15 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
                 seed_step(args.seed, epoch_id, log.step)
                 rate = low + (high - low) * 0.5 * (1 + math.cos(math.pi * (epoch * steps + log.step) / (epochs * steps)))
                 for group in opt.param_groups:
-                    group["lr"] = rate * warmup(epoch * steps + log.step, args) if task in ("rotation", "jigsaw") else rate
-                x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip and "selfie" not in tasks)
+                    group["lr"] = rate * warmup(epoch * steps + log.step, warmup_steps)
+                selfie = task == "selfie"  # crops less and is not mirrored (code)
+                x = random_crop_flip(x, pad=args.image_size // (16 if selfie else 8), flip=args.flip and not selfie)
                 clean = {task: make_view(task, x, permutations, args.whole) for task in tasks}
                 if kind == "RS":  # the noisy images alone, not clipped (our choice)
                     clean = {task: (v + args.sigma * torch.randn_like(v), target) for task, (v, target) in clean.items()}
                 attacked = perturb(clean) if kind == "P3" and args.eps > 0 else None
                 opt.zero_grad(set_to_none=True)
-                if diverse and attacked and args.low_memory:
+                if low_memory and attacked:
                     loss = objective.backward(clean, attacked)
                 else:
                     loss = ddp(clean, attacked, diverse)
@@ -440,10 +472,10 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
                 log.update(len(x), loss=loss)
                 if log.interrupted():
                     break
-        if log.interrupted():
-            save(epoch, log.step, log.shared_sums())
-            raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
         sync_buffers(model)
+        save(epoch, log.step, log.shared_sums())  # before validation too: it can be long
+        if log.interrupted():
+            raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
         seed_step(args.seed, epoch_id, log.step)
         run.log(
             history, name, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
@@ -455,11 +487,6 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
         "kind": kind, "stage": "pretrain", "epoch": epochs, "images": len(images),
     })  # fmt: skip
     return run.load(f"{name}.pt")
-
-
-def warmup(step: int, args: Args) -> float:
-    """Factor of the rate: from 0.1 to 1 in the first --warmup-steps (code)."""
-    return min(1.0, 0.1 + 0.9 * step / max(1, args.warmup_steps))
 
 
 @torch.no_grad()
@@ -479,9 +506,9 @@ def task_accuracy(model: Network, tasks: tuple[str, ...], val_set: Images, permu
 # ---- fine-tuning ---------------------------------------------------------------------------------------------------
 
 
-def inherit(model: Network, start: dict, source: str) -> int:
-    """Give the classifier theta_p of a pre-training checkpoint, all of it and nothing else; returns the number of parameters (8,533,696
-    for ResNet-50v2). Raises UserError if they do not fit: the published code goes on with random weights then."""
+def inherit(model: Network, start: dict, source: str) -> None:
+    """Give the classifier theta_p of a pre-training checkpoint, all of it and nothing else (8,533,696 parameters of ResNet-50v2).
+    Raises UserError if they do not fit: the published code goes on with random weights then."""
     trunk = {k: v for k, v in model.trunk.state_dict().items() if not k.startswith("layer4.")}
     found = {k.removeprefix("trunk.resnet."): v for k, v in start["model"].items() if k.startswith("trunk.resnet.")}
     if not found:
@@ -490,7 +517,6 @@ def inherit(model: Network, start: dict, source: str) -> int:
     if wrong:
         raise UserError(f"{source} is of another architecture: {min(wrong)} does not fit ({len(wrong)} such; check --arch and --width).")
     model.trunk.load_state_dict(found, strict=False)  # all but layer4, as we have seen
-    return sum(p.numel() for name, p in model.trunk.named_parameters() if not name.startswith("layer4."))
 
 
 def shared_parts(model: Network) -> list[nn.Module]:
@@ -538,14 +564,15 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         shuffle = args.seed * 1_000_003 + epoch_id
         stream = batches(train_set, args.batch_size, run.device, shuffle=shuffle, skip=skip, workers=args.workers)
-        model.train(), freeze()
+        drops = sum(epoch >= at for at in numbers(args.lr_steps))
+        model.train()
+        freeze()
         with Epoch(epoch, len(train_set), steps, run.device, skip, sums) as log:
             for x, y in stream:  # (B, 3, S, S), (B,)
                 sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
-                drops = sum(epoch >= at for at in numbers(args.lr_steps))
                 for group in opt.param_groups:
-                    group["lr"] = args.lr * 0.1**drops * warmup(epoch * steps + log.step, args)
+                    group["lr"] = args.lr * 0.1**drops * warmup(epoch * steps + log.step, args.warmup_steps)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
                 if robust:
                     with batchnorm_mode(model, args.attack_bn):
@@ -573,7 +600,8 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
                 best[pick] = score
                 run.save(files[pick], {
                     "network": model.spec, "model": model.state_dict(), "args": vars(args), "name": name, "epoch": epoch + 1,
-                    "stage": "train" if robust and pick == "ta" else "plain",  # what `evaluate` takes a picture of and doubts
+                    # `evaluate` takes a picture of attacks on what it is told to be of stage "train", and doubts its robustness.
+                    "stage": "train" if robust and pick == chosen(args) else "plain",
                 })  # fmt: skip
         save(epoch + 1)
     run.save(f"{name}.done.pt", {"network": {}, "model": {}})
@@ -609,8 +637,9 @@ class Average(nn.Module):
 
 
 def transfer(models: list[nn.Module], data: Iterable[tuple[Tensor, Tensor]], attack: Callable) -> Tensor:
-    """joint[s, t, u]: share (%) of the images whose adversarial version, made for model s, fools both t and u; joint[s, t, t] is the
-    attack success rate of Table 4, errors on clean images included, so that joint[s, s, s] = 100 - RA of s."""
+    """joint[s, t, u]: share (%) of the images whose adversarial version, made for model s, both t and u get wrong; joint[s, t, t] is the
+    attack success rate of Table 4 (of all images, footnote 2). s itself is also fooled by what it gets wrong without attack, so that
+    joint[s, s, s] = 100 - RA of s."""
     device = next(models[0].parameters()).device
     n = len(models)
     joint, seen = torch.zeros(n, n, n, device=device), torch.zeros((), device=device)
@@ -624,7 +653,8 @@ def transfer(models: list[nn.Module], data: Iterable[tuple[Tensor, Tensor]], att
             for s, source in enumerate(models):
                 x_adv = attack(lambda z: ce_per_image(source(z), y), x)
                 with torch.no_grad():
-                    fooled = wrong | torch.stack([model(x_adv).argmax(1) != y for model in models])
+                    fooled = torch.stack([model(x_adv).argmax(1) != y for model in models])
+                fooled[s] |= wrong[s]
                 joint[s] += fooled.float() @ fooled.float().T
     if world()[1] > 1:
         dist.all_reduce(joint), dist.all_reduce(seen)
@@ -641,8 +671,9 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
     generator = torch.Generator(run.device)
     attack = pgd_attack(args.norm, args.eps, args.eval_steps, generator=generator)
     about = {"attack": f"pgd-{args.eval_steps}", "norm": args.norm, "eps": args.eps, "examples": len(test_set)}
-    as_paper = all(as_the_paper(settings) for settings in (vars(args), *(state.get("args", {}) for state in states.values())))
-    tasks = {name: str(state.get("name")).removesuffix("-P3F4") if as_paper else "" for name, state in states.items()}
+    usual = as_usual(vars(args), EVALUATION) and all(as_usual(state.get("args", {}), TRAINING) for state in states.values())
+    tasks = {name: str(state.get("name")).removesuffix("-P3F4") if usual else "" for name, state in states.items()}
+    usual = usual and len(set(tasks.values())) == len(tasks)  # not two networks of one task
 
     def stream(label: str) -> Iterable[tuple[Tensor, Tensor]]:
         generator.manual_seed(args.seed + world()[0])
@@ -654,7 +685,7 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
             precision.enter_context(full_precision(model))
         joint = transfer(list(models.values()), stream("transfer"), attack).tolist()
         for (s, made_for), (t, other) in itertools.product(enumerate(models), repeat=2):
-            known = PAPER_TABLE4.get((tasks[made_for], tasks[other]))
+            known = PAPER_TABLE4.get((tasks[made_for], tasks[other])) if usual else None
             rows.append(about | {
                 "kind": "transfer", "name": f"{made_for} -> {other}", "source": made_for, "target": other,
                 "accuracy": round(100 - joint[s][t][t], 2), "paper": None if known is None else round(100 - known, 2),
@@ -666,10 +697,10 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
                     "accuracy": round(100 - joint[s][t][u], 2), "paper": None,
                 })  # fmt: skip
         sizes = range(1, len(models) + 1) if len(models) <= 4 else (1, len(models))
-        for chosen in itertools.chain.from_iterable(itertools.combinations(models, k) for k in sizes):
-            average = Average([models[name] for name in chosen])
-            row = about | {"kind": "average", "name": " + ".join(chosen), "models": list(chosen)}
-            known = PAPER_TABLE6.get(frozenset(tasks[name] for name in chosen), (None, None))
+        for subset in itertools.chain.from_iterable(itertools.combinations(models, k) for k in sizes):
+            average = Average([models[name] for name in subset])
+            row = about | {"kind": "average", "name": " + ".join(subset), "models": list(subset)}
+            known = PAPER_TABLE6.get(frozenset(tasks[name] for name in subset) if usual else None, (None, None))
             clean = robust_accuracy(average, stream(row["name"]))
             robust = robust_accuracy(average, stream(row["name"]), lambda x, y: attack(lambda z: ce_per_image(average(z), y), x))  # noqa: B023
             rows.append(row | {"attack": "none", "eps": 0, "accuracy": round(clean, 2), "paper": known[0]})
@@ -699,7 +730,8 @@ def meet_unforeseen(run: Run, args: Args, models: dict[str, Network], test_set: 
         todo = [("none", 0, 0.0, None)]
         for kind in unforeseen_kinds(args):
             radii, ata, large = UNFORESEEN[kind]
-            ata = ata if args.dataset == "cifar10" and args.image_size == 32 and args.targeted else None  # what it is comparable to
+            comparable = args.dataset == "cifar10" and args.image_size == 32 and args.targeted and args.unforeseen_steps == 200 and not args.eval_amp
+            ata = ata if comparable else None
             for i, eps in enumerate(radii if args.image_size < 64 else large):
                 todo.append((kind, i + 1, float(eps), ata and ata[i]))
         for kind, strength, eps, ata in todo:
@@ -731,8 +763,8 @@ def cells(args: Args) -> list[tuple[str, str]]:
     """[(task, pair)] of Table 3 that are asked for; P1 has no task."""
     tasks = TASKS if args.table3 or args.task == "all" else (args.task,)
     kind, last = ("all", "all") if args.table3 else (args.pretrain, args.finetune)
-    if args.task == "ensemble" and "all" in (kind, last):
-        kind, last = "P3", "F4"  # Table 5
+    if tasks == ("ensemble",):  # Table 5
+        kind, last = "P3" if kind == "all" else kind, "F4" if last == "all" else last
     pairs = [pair for pair in (*PAIRS, "RSF2", "RSF4") if kind in (pair[:2], "all" if pair in PAIRS else "") and last in (pair[2:], "all")]
     if "all" not in (kind, last):
         pairs = [kind + last]
@@ -746,25 +778,49 @@ def label(task: str, pair: str) -> str:
 
 def main(args: Args) -> dict:
     """Pre-train, fine-tune, evaluate, print the tables; returns what results.json holds."""
-    numbers(args.lr_steps), unforeseen_kinds(args)  # raise if they are none
+    run = start_run(args, "chen_pretrain_finetune")
     if args.stage == "compare" and not args.models:
         raise UserError("--stage compare wants checkpoints: python chen_pretrain_finetune.py --stage compare runs/X/*.ta.pt")
     if args.models and args.stage != "compare":
         raise UserError(f"{args.models[0]}: checkpoints are for --stage compare (--init takes a pre-trained trunk).")
-    if args.norm == "l2" and args.task == "ensemble" and args.stage != "compare":
-        raise UserError("--task ensemble has three images in one attack, so --norm l2 would be a ball around all three; use linf.")
-    if args.image_size % args.grid and (args.table3 or args.task != "rotation"):
-        raise UserError(f"--image-size {args.image_size} is no multiple of --grid {args.grid}.")
-    # Besides, PyTorch 2.15's bf16 double backward of a 3x3 convolution with stride 2 on a single pixel gives inf now and then (CPU).
-    if args.image_size < 4 * args.grid and (args.table3 or args.task not in ("rotation", "jigsaw")):
-        raise UserError(f"--image-size {args.image_size}: Selfie's patches would be smaller than 4 pixels, the trunk's stride; take {4 * args.grid} or more.")
-    if args.init and (len(cells(args)) > 1 or cells(args)[0][0] == ""):
-        raise UserError("--init is for one cell with pre-training: name one --task, --pretrain and --finetune.")
-    run = start_run(args, "chen_pretrain_finetune")
+    unforeseen_kinds(args)  # raises if there is no such attack
+    if args.stage != "compare":
+        check_training(args)
     results = run.finished() or run_cells(run, args)
     if results and world()[0] == 0:
         show(results, str(run.folder))
     return results
+
+
+def check_training(args: Args) -> None:
+    """Raises UserError for flags that do not go together."""
+    tasks = {task for task, _ in cells(args)} - {""}
+    selfie, puzzle = bool(tasks & {"selfie", "ensemble"}), bool(tasks & {"jigsaw", "ensemble"})
+    numbers(args.lr_steps)  # raises if it is none
+    if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
+        raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
+    if args.norm == "l2" and "ensemble" in tasks:
+        raise UserError("--task ensemble has three images in one attack, so --norm l2 would be a ball around all three; use linf.")
+    if not args.val_fraction:
+        raise UserError("no validation images to select the best epoch by: raise --val-fraction.")
+    if args.table3 and (args.task, args.pretrain, args.finetune) not in {(Args.task, Args.pretrain, Args.finetune), (Args.task, "all", "all")}:
+        raise UserError("--table3 stands for all tasks and pairs: leave out --task, --pretrain and --finetune.")
+    if args.stage == "pretrain" and (args.init or not tasks):
+        raise UserError("--stage pretrain has nothing to do with --init or --pretrain P1.")
+    if args.init and (len(cells(args)) > 1 or not tasks):
+        raise UserError("--init is for one cell with pre-training: name one --task, --pretrain and --finetune.")
+    if selfie and args.grid < 3:
+        raise UserError("--grid 2 leaves Selfie a single masked patch, among which there is nothing to choose; take 3 or more.")
+    if (selfie or puzzle) and args.image_size % args.grid:
+        raise UserError(f"--image-size {args.image_size} is no multiple of --grid {args.grid}.")
+    if puzzle:
+        jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many
+    # On single pixels a 3x3 convolution with stride 2 sometimes has NaN in its bf16 weight gradient (PyTorch 2.14 and 2.15, CPU).
+    stride = 16 if args.stem == "imagenet" else 4  # of the trunk without its last stage
+    if selfie and args.image_size < stride * args.grid:
+        raise UserError(f"--image-size {args.image_size}: Selfie's patches would be smaller than {stride} pixels, the trunk's stride; take {stride * args.grid} or more.")
+    if args.image_size <= stride:
+        raise UserError(f"--image-size {args.image_size}: one pixel would be left for the last stage; take more than {stride}.")
 
 
 def run_cells(run: Run, args: Args) -> dict:
@@ -782,11 +838,19 @@ def run_cells(run: Run, args: Args) -> dict:
         raise UserError(f"--pretrain-images {args.pretrain_images}: there are {len(images)} (see --extra-data).")
     if args.pretrain_images:
         images = draw(images, args.pretrain_images, seed=args.seed)
+        check_batches(len(images), args.batch_size)
     for name, state in states.items():
         if state["network"].get("heads", {}).get("class") != len(test_set.classes):
             raise UserError(f"{name} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
     if given:
+        ((task, pair),) = cells(args)
+        if (found := (given.get("task", task), given.get("kind", pair[:2]))) != (task, pair[:2]):
+            raise UserError(f"{args.init} is {found[1]} on {found[0]}: say --task {found[0]} --pretrain {found[1]}.")
         inherit(build_model(args.arch, {"class": 1}, width=args.width, stem=args.stem), given, args.init)  # does it fit?
+    if min(numbers(args.lr_steps), default=0) >= args.epochs and args.stage == "all":
+        run.say(f"note: with --epochs {args.epochs} the rate of fine-tuning is never lowered (--lr-steps {args.lr_steps}).")
+    if 0 < args.step_size * args.attack_steps < args.eps:
+        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
     run.begin()
     began = time.perf_counter()
     if args.stage == "compare":
@@ -799,52 +863,62 @@ def run_cells(run: Run, args: Args) -> dict:
             continue
         name = label(task, pair)
         picks = finetune(name, pair, run, args, start, train_set, val_set)
-        models[name] = picks["ta" if args.select == "clean" else "ra"]
+        models[name] = picks[chosen(args)]
         if any(row["name"] == name for row in rows):
             continue
         for pick, state in picks.items():
             if pick == "ra" and state["epoch"] == picks["ta"]["epoch"]:  # the same network
-                judged = [row | {"pick": "ra"} for row in rows[-2:]]
+                judged = rows[-2:]
             else:
                 judged = evaluate(run, name, state, test_set, [0, args.eps], {})
-            known = paper(task, pair, args)
+            known = paper(task, pair, args) if pick == chosen(args) else (None, None)
             cell = {"task": task, "pair": pair, "pick": pick, "best_epoch": picks["ra"]["epoch"], "images": start and start.get("images")}
             rows += [row | cell | {"paper": number} for row, number in zip(judged, known, strict=True)]
         run.write("judged.json", json.dumps({"script": "chen_pretrain_finetune", "rows": rows}, indent=1))
     if args.stage == "pretrain":
         run.say(f"The pre-trained trunks are in {run.folder}; go on with --init.")
         return {}
-    finals = {name: state for name, state in models.items() if name.endswith("P3F4")}
+    finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
     if len(finals) > 1 or args.unforeseen:
         rows = rows + compare(run, args, finals or models, test_set)
     last = run.load("last.pt")
     return write_results(run, rows, last["seconds"] if last else 0.0)
 
 
-def as_the_paper(settings: dict) -> bool:
-    """Have all flags the values that the paper states?"""
+def chosen(args: Args) -> str:
+    """Which of the two checkpoints of a cell is printed and compared: 'ta' or 'ra'."""
+    return "ta" if args.select == "clean" else "ra"
+
+
+def as_usual(settings: dict, flags: tuple[str, ...]) -> bool:
+    """Do `flags` have their defaults, which are the paper's?"""
     usual = vars(Args())
-    return all(settings.get(k) == usual[k] for k in STATED)
+    return all(settings.get(k) == usual[k] for k in flags)
+
+
+def paper_key(task: str, dpe_lambda: float) -> str:
+    """Under which name PAPER knows a task."""
+    return ("dpe" if dpe_lambda > 0 else "se") if task == "ensemble" else task
 
 
 def paper(task: str, pair: str, args: Args) -> tuple[float | None, float | None]:
-    """The paper's (TA, RA) of a cell, if the run has the settings it states."""
-    if not as_the_paper(vars(args)):
+    """The paper's (TA, RA) of a cell, if the run has its settings."""
+    lambdas = (0.0, Args.dpe_lambda) if task == "ensemble" else (args.dpe_lambda,)
+    if not as_usual(vars(args), TRAINING + EVALUATION) or args.dpe_lambda not in lambdas:
         return None, None
-    key = {True: "dpe", False: "se"}[args.dpe_lambda > 0] if task == "ensemble" else task
-    return PAPER.get((key, pair), (None, None))[:2]
+    return PAPER.get((paper_key(task, args.dpe_lambda), pair), (None, None))[:2]
 
 
 def show(results: dict, folder: str) -> None:
     """Print all that results.json holds as the paper's tables, its own numbers below ours where the setting is its own."""
     args, rows = results["args"], results["rows"]
-    cells = [row for row in rows if "pair" in row and row["pick"] == ("ta" if args["select"] == "clean" else "ra")]
-    mine = {(clean["task"], clean["pair"]): (clean, robust) for clean, robust in zip(cells[::2], cells[1::2], strict=True)}
-    if cells:
-        attack = cells[1]["attack"]
+    picked = [row for row in rows if "pair" in row and row["pick"] == ("ta" if args["select"] == "clean" else "ra")]
+    mine = {(clean["task"], clean["pair"]): (clean, robust) for clean, robust in zip(picked[::2], picked[1::2], strict=True)}
+    if picked:
+        attack = picked[1]["attack"]
         print(
             f"\n{args['dataset']}, {args['arch']} x{args['width']:g}; TA: clean accuracy (%), RA: under {attack.upper()} ({args['norm']} eps "
-            f"{eps_name(args['eps'])}), on {cells[0]['examples']:,} test images; epoch: that of the best RA on held-out images.\n"
+            f"{eps_name(args['eps'])}), on {picked[0]['examples']:,} test images; epoch: that of the best RA on held-out images.\n"
             f"Checkpoints: best {'TA' if args['select'] == 'clean' else 'RA'} on held-out images. {results['seconds']:.0f} s of training.\n"
         )
         show_cells(mine, args)
@@ -855,7 +929,7 @@ def show(results: dict, folder: str) -> None:
 def show_cells(mine: dict, args: dict) -> None:
     """Table 3 (or 8): a line per pair, TA, RA and the epoch of best RA per task. Then Tables 5 and 7, if there is something for them."""
 
-    def numbers_of(clean: dict, robust: dict) -> list[str]:
+    def measured(clean: dict, robust: dict) -> list[str]:
         return [f"{clean['accuracy']:.2f}", f"{robust['accuracy']:.2f}", str(clean["best_epoch"])]
 
     def printed(numbers: tuple) -> list[str]:
@@ -867,23 +941,22 @@ def show_cells(mine: dict, args: dict) -> None:
         ours, papers = [pair], ["  the paper"]
         for task in tasks:
             key = (task, pair) if (task, pair) in mine else ("", pair)  # P1 is the same for all tasks
-            ours += numbers_of(*mine[key]) if key in mine else [""] * 3
+            ours += measured(*mine[key]) if key in mine else [""] * 3
             known = key in mine and mine[key][0]["paper"] is not None
-            name = ("dpe" if args["dpe_lambda"] > 0 else "se") if key[0] == "ensemble" else key[0]
-            papers += printed(PAPER[name, pair]) if known else [""] * 3
+            papers += printed(PAPER[paper_key(key[0], args["dpe_lambda"]), pair]) if known else [""] * 3
         table += [ours] + ([papers] if any(papers[1:]) else [])
     print_table(["", *(f"{task} {what}".strip() for task in tasks for what in ("TA", "RA", "epoch"))], table)
     single = [task for task in TASKS if (task, "P3F4") in mine]
     if len(single) > 1 or ("ensemble", "P3F4") in mine:
         table = []
         for task, name in [*((task, task) for task in TASKS), ("se", "AP + SE"), ("dpe", "AP + DPE")]:
-            ensemble = "ensemble" if task == ("dpe" if args["dpe_lambda"] > 0 else "se") else task
-            ours = numbers_of(*mine[ensemble, "P3F4"]) if (ensemble, "P3F4") in mine else [""] * 3
+            key = ("ensemble" if task == paper_key("ensemble", args["dpe_lambda"]) else task, "P3F4")
+            ours = measured(*mine[key]) if key in mine else [""] * 3
             table.append([name, *ours, *printed(PAPER_TABLE5_JIGSAW if task == "jigsaw" else PAPER[task, "P3F4"])])
         print("\nTable 5; the paper's: CIFAR-10, ResNet-50v2, linf 8/255 (AP + SE, AP + DPE: --task ensemble)\n")
         print_table(["P3F4 after", "TA", "RA", "epoch", "paper: TA", "RA", "epoch"], table)
     if args["pretrain_images"] or args["extra_data"]:
-        table = [[f"{clean['images']:,} {task}", pair, *numbers_of(clean, robust)] for (task, pair), (clean, robust) in mine.items() if clean["images"]]
+        table = [[f"{clean['images']:,} {task}", pair, *measured(clean, robust)] for (task, pair), (clean, robust) in mine.items() if clean["images"]]
         table += [[f"  the paper, {n:,}", pair, *printed(numbers)] for (n, pair), numbers in PAPER_TABLE7.items()]
         print("\nTable 7; the paper's images are others (80 Million Tiny Images), and it does not name the task\n")
         print_table(["pre-training images", "", "TA", "RA", "epoch"], table)

@@ -284,7 +284,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         z = x.float()  # (B, C, ...)
-        n = torch.full((1,), x.numel() / x.shape[1])
+        n = torch.full((1,), x.numel() / x.shape[1], device=x.device)
         total = all_reduce(torch.cat([z.sum(dims), n]))
         n = total[-1].detach()
         mean = total[:-1] / n  # (C,)
@@ -1041,7 +1041,7 @@ def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images
         train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
     )
     check_batches(len(train_set), args.batch_size)
-    if not len(val_set) and args.select != "last":
+    if not len(val_set) and args.select != "last" and getattr(args, "stage", "") != "compare":
         raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
     if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
         order = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))
@@ -2448,7 +2448,10 @@ def doubts(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: floa
 
 # ---- unforeseen attacks: Kang et al. 2019, Testing robustness against unforeseen adversaries (arXiv:1908.08016) -------------
 # An image is a differentiable function of some parameters (a flow of pixels, snowflakes, ...); signed gradients move these within
-# a box or ball of their own. Definitions, constants and the radii are those of the published code, where not said otherwise.
+# a box or ball of their own. Definitions, constants and radii are those of the published code, but: its Gabor noise moves the
+# parameters it should leave at 0 (see below); clouds are scaled for each image and not for a batch, and their edges are the mean of
+# nearest neighbours; jpeg-l1 bounds coefficients around 0 and not around where they are; snow keeps to its budget in the last step too.
+# Radii are for 32 (or 224) pixels and are not scaled to other sizes.
 
 # {kind: (six radii of calibrated strength for CIFAR-10, accuracy (%) of the best network trained against each (ATA), radii for 224 pixels)};
 # fog, gabor and snow were calibrated for 224 pixels only. linf, l2, l1, fog, gabor: in 255ths; jpeg: in steps of quantisation; elastic: in
@@ -2669,7 +2672,7 @@ def _gabor_kernels(b: int, generator: torch.Generator | None, device: torch.devi
 def _gabor_noise(p: Tensor, kernels: Tensor) -> Tensor:
     """p (B, H, W) convolved with an image's own kernel, its contrast evened out, in [0, 1]: (B, 1, H, W)."""
     v = F.conv2d(p[None], kernels[:, None], padding=11, groups=len(p))[0]
-    v = v - v.mean((1, 2), keepdim=True)
+    v = v - v.mean((1, 2), keepdim=True).detach()
     with torch.no_grad():
         size = v.abs()
         even = 1.001 / (0.001 + size / size.amax((1, 2), keepdim=True).clamp(min=1e-12))
@@ -2687,9 +2690,9 @@ def _snow_kernels(generator: torch.Generator | None) -> Tensor:
     for i in range(7):
         down, across, thick, blur = drawn[4 * i : 4 * i + 4]
         down, across = 2 + int(5 * down), 2 + int(5 * across)  # where the stroke ends, from the centre
-        width = (1 if thick < 0.6 else 3 if thick < 0.9 else 5) * math.hypot(down, across) / max(down, across) / 2
         slope, along, off = min(down, across) / max(down, across), at[None], at[:, None]
-        stroke = (1 + width / 2 - (off - slope * along).abs()).clamp(0, 1) * (along.abs() <= max(down, across))
+        width = (1 if thick < 0.6 else 3 if thick < 0.9 else 5) * math.sqrt(1 + slope) / 2
+        stroke = (1 + width / 2 - (off - slope * along).abs()).clamp(0, 1) * (along.abs() <= max(down, across)) * (off * along >= 0)
         stroke = stroke.T if down > across else stroke
         line = torch.exp(-0.5 * (torch.arange(-1, 2) / (0.41 + 0.19 * blur)) ** 2)
         line = line / line.sum()
