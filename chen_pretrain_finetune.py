@@ -106,7 +106,7 @@ class Args:
     # optimiser: SGD with momentum 0.9
     epochs: int = 100  # epochs of fine-tuning
     batch_size: int = 256  # images per step over all GPUs (paper: 256; restricted ImageNet 64)
-    low_memory: bool = False  # the ensemble's tasks one after the other: the same gradients with a third of the memory, but up to 1.4 times as long
+    low_memory: bool = False  # the ensemble's tasks one after the other: the same gradients with a third of the memory in 1.5 times as long
     lr: float = 0.1  # initial learning rate of fine-tuning
     lr_steps: str = "30,50"  # epochs at which the rate of fine-tuning is divided by 10 (code: 60,80)
     weight_decay: float = 3e-4  # on all weights (code); a third of it in pre-training with Selfie and the ensemble
@@ -140,7 +140,8 @@ class Args:
 
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all", finetune="all", epochs=7, batch_size=128,
-        lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, unforeseen_steps=20,
+        lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, eval_steps=10, eval_examples=240,
+        unforeseen_steps=20,
     )  # fmt: skip
 
 
