@@ -13,6 +13,7 @@ file defines things and does nothing else. To use the attack elsewhere, copy `pg
 import argparse
 import contextlib
 import errno
+import functools
 import http.client
 import inspect
 import itertools
@@ -2586,22 +2587,24 @@ JPEG_CHROMINANCE = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 6
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
-def _jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(quantisation of Y, of Cb and Cr, the discrete cosine transform), 8 x 8 each."""
+@functools.cache  # they are needed in every step of an attack, and copying them to a GPU makes it wait
+def _jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(quantisation of Y, of Cb and Cr, the discrete cosine transform), 8 x 8 each, and the matrices from RGB to Y, Cb, Cr and back."""
     chrominance = torch.full((8, 8), 99.0)
     chrominance[:4, :4] = torch.tensor(JPEG_CHROMINANCE)
     n = torch.arange(8)
     cosines = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2  # row: frequency
     cosines[0] /= math.sqrt(2)
-    return torch.tensor(JPEG_LUMINANCE, device=device).float(), chrominance.to(device), cosines.to(device)
+    tables = torch.tensor(JPEG_LUMINANCE).float(), chrominance, cosines, torch.tensor(YCBCR), torch.linalg.inv(torch.tensor(YCBCR))
+    return tuple(table.to(device) for table in tables)
 
 
 def _to_jpeg(x: Tensor) -> Tensor:
     """Images to coefficients (B, n), not rounded: 8 x 8 blocks of Y, then of Cb and Cr at half the size. Sides are filled up to 16 s."""
-    luminance, chrominance, dct = _jpeg_tables(x.device)
+    luminance, chrominance, dct, to_ycbcr, _ = _jpeg_tables(x.device)
     h, w = x.shape[2:]
     x = F.pad(x, (0, -w % 16, 0, -h % 16), mode="replicate") * 255
-    y, cb, cr = (torch.einsum("dc,bchw->bdhw", torch.tensor(YCBCR, device=x.device), x)).split(1, 1)
+    y, cb, cr = torch.einsum("dc,bchw->bdhw", to_ycbcr, x).split(1, 1)
     parts = []
     for plane, table in (y - 128, luminance), (F.avg_pool2d(cb, 2), chrominance), (F.avg_pool2d(cr, 2), chrominance):
         blocks = plane.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).squeeze(1).permute(0, 1, 3, 2, 4)  # (B, rows, cols, 8, 8)
@@ -2611,7 +2614,7 @@ def _to_jpeg(x: Tensor) -> Tensor:
 
 def _from_jpeg(coefficients: Tensor, h: int, w: int) -> Tensor:
     """Coefficients to images (B, 3, h, w), not clipped."""
-    luminance, chrominance, dct = _jpeg_tables(coefficients.device)
+    luminance, chrominance, dct, _, to_rgb = _jpeg_tables(coefficients.device)
     rows, cols = -(-h // 16), -(-w // 16)
     planes = []
     for part, table, k in zip(coefficients.split([256 * rows * cols, *[64 * rows * cols] * 2], 1), (luminance, chrominance, chrominance), (2, 1, 1), strict=True):
@@ -2619,7 +2622,6 @@ def _from_jpeg(coefficients: Tensor, h: int, w: int) -> Tensor:
         plane = blocks.permute(0, 1, 3, 2, 4).reshape(-1, 8 * k * rows, 8 * k * cols)
         planes.append(plane if k == 2 else plane.repeat_interleave(2, 1).repeat_interleave(2, 2))
     planes[0] = planes[0] + 128
-    to_rgb = torch.linalg.inv(torch.tensor(YCBCR, device=coefficients.device))
     return torch.einsum("cd,bdhw->bchw", to_rgb, torch.stack(planes, 1))[:, :, :h, :w] / 255
 
 
@@ -2710,7 +2712,7 @@ def _snow(x: Tensor, flakes: Tensor, kernels: Tensor, eps: float) -> Tensor:
         row, col = (0, i) if i < 4 else (i - 3, 0)
         grids[:, i, row::4, col::4] = flakes[:, i] ** 4
     snow = F.conv2d(grids[:, :, :h, :w], kernels[None], padding=6)  # (B, 1, H, W)
-    grey = (x * torch.tensor([0.2126, 0.7152, 0.0722], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    grey = 0.2126 * x[:, :1] + 0.7152 * x[:, 1:2] + 0.0722 * x[:, 2:]
     return (0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5) + eps * snow).clamp(0, 1)
 
 
