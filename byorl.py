@@ -38,19 +38,18 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
     STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli, count_batches,
-    distribute, draw, eps_name, evaluate, join, load_checkpoint, load_data, load_extra, load_trunk, load_weights, pgd_attack,
+    distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk, load_weights, map_images, pgd_attack,
     place_model, print_table, numbers, random_crop_flip, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
     start_run, sync_batchnorm, sync_buffers, world, write_results,
 )  # fmt: skip
@@ -95,6 +94,7 @@ class Args:
     eps: float = 128 / 255  # radius of that ball, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL
     attack: Literal["apgd", "pgd"] = "apgd"  # AutoPGD, or PGD (Table 4)
     attack_steps: int = 40  # steps of the attack in pre-training
+    step_size: float = 0.0  # of PGD in pre-training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     apgd_checkpoints: Literal["paper", "code"] = "paper"  # where AutoPGD may halve its step, see common.apgd_checkpoints
     # method
     tau: float = 0.996  # share of the old target network that a step keeps, at the start; rises to 1 (ImageNet: 0.999)
@@ -173,7 +173,7 @@ def attack_view(online: Online, v: Tensor, target: Tensor, args: Args) -> Tensor
 
     with batchnorm_mode(online, "train"):  # the batch's statistics, as in the update; the running ones stay as they are
         if args.attack == "pgd":
-            return pgd_attack(args.norm, args.eps, args.attack_steps, generator=generator)(loss, v)
+            return pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size, generator=generator)(loss, v)
         return apgd(
             loss, v, eps=args.eps, norm=args.norm, steps=args.attack_steps, checkpoints=args.apgd_checkpoints, generator=generator
         )
@@ -202,13 +202,6 @@ class LARS(torch.optim.Optimizer):
                 buffer = self.state[p]["momentum"]
                 buffer.mul_(group["momentum"]).add_(g)
                 p.sub_(group["lr"] * buffer)
-
-
-def learning_rate(highest: float, step: int, warmup: int, steps: int) -> float:
-    """Linear from 0 to `highest` in `warmup` steps, then half a cosine to 0 at `steps`."""
-    if step < warmup:
-        return highest * step / warmup
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def target_rate(start: float, step: int, steps: int) -> float:
@@ -445,26 +438,8 @@ def pseudo_label(run: Run, args: Args, teacher: dict, labelled: Images, unlabell
     model = place_model(build_model(**teacher["network"]), run.device, "off").eval()
     load_weights(model, teacher["model"], teacher["name"])
     labels = unlabelled.labels.clone()
-    labels[unlabelled.index] = map_images(lambda x: model(x).argmax(1), unlabelled, run, args).cpu()
+    labels[unlabelled.index] = map_images(lambda x: model(x).argmax(1), unlabelled, run, args.batch_size).cpu()
     return replace(unlabelled, labels=labels, index=torch.cat([labelled.index, unlabelled.index]))
-
-
-@torch.no_grad()
-def map_images(f: Callable[[Tensor], Tensor], images: Images, run: Run, args: Args) -> Tensor:
-    """f of every image, in the set's order, (n, ...). Each rank computes its share; the sum over ranks, zero elsewhere, is the whole."""
-    position = torch.zeros_like(images.labels)  # stands in for the label, so that a batch tells which images are in it
-    position[images.index] = torch.arange(len(images))
-    out = None
-    for x, i in batches(replace(images, labels=position), args.batch_size, run.device, workers=args.workers):
-        values = f(x)
-        out = values.new_zeros(len(images), *values.shape[1:]) if out is None else out
-        out[i] = values
-    if out is None:  # fewer images than ranks, and none for this one
-        values = f(torch.zeros(0, 3, args.image_size, args.image_size, device=run.device))
-        out = values.new_zeros(len(images), *values.shape[1:])
-    if world()[1] > 1:
-        dist.all_reduce(out)
-    return out
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -484,12 +459,12 @@ def retrieve(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, 
         return  # no image of another class to steer towards
     others = (y[:, None] != y[None]).float().argmax(1)  # for each query the first of another class
     shown = int((y == y.min()).float().argmax())  # of the first class: CIFAR-10's is the airplane, as in the paper
-    x = map_images(lambda x: x, test_set.subset(torch.arange(n)), run, args)
+    x = map_images(lambda x: x, test_set.subset(torch.arange(n)), run, args.batch_size)
     pictures = {}
     for name, state in encoders.items():
         model = place_model(build_model(**state["network"]), run.device, args.amp).eval()
         load_weights(model, state["model"], name)
-        gallery = F.normalize(map_images(model.features, test_set, run, args))  # (N, dim)
+        gallery = F.normalize(map_images(model.features, test_set, run, args.batch_size))  # (N, dim)
         x_adv = apgd(
             lambda z: F.cosine_similarity(model.features(z), gallery[others]), x, eps=head_eps(args), norm=args.norm, steps=40
         )
@@ -499,7 +474,7 @@ def retrieve(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, 
             steered = cosines.cpu()[range(n), others].mean()
             cosines[range(n), range(n)] = -1  # not the query itself
             found = cosines.topk(min(nearest, len(test_set) - 1)).indices.cpu()
-            neighbours = map_images(lambda x: x, test_set.subset(found[shown]), run, args)
+            neighbours = map_images(lambda x: x, test_set.subset(found[shown]), run, args.batch_size)
             pictures[f"{name}, {how}"] = torch.cat([query[shown : shown + 1], neighbours])
             share = 100 * (labels[found] == y[:, None]).float().mean()
             run.say(
@@ -579,7 +554,7 @@ linf 2 0      apgd-60 cifar10  byorl  robust 1     80.69 43.64
 """
 # Flags that make an encoder what it is.
 PRETRAINING = (
-    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "apgd_checkpoints", "tau", "hidden", "projection", "jitter_strength", "blur", "crop",
+    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "step_size", "apgd_checkpoints", "tau", "hidden", "projection", "jitter_strength", "blur", "crop",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ file defines things and does nothing else. To use the attack elsewhere, copy `pg
 """
 import argparse
 import contextlib
+import copy
 import errno
 import functools
 import http.client
@@ -128,9 +129,12 @@ _RANGES = [
     ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
     ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
     ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
-    ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("crop", 0.001, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
+    ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("crop", 0, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
     ("probe_steps", 0, math.inf), ("uat_epochs", 1, math.inf), ("uat_lr", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
     ("pretrain_images", 0, math.inf), ("pretrain_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("whole", 0, 1),
+    ("pretrain_batch_size", 2, math.inf), ("accumulate", 1, math.inf), ("mask_ratio", 0, 1), ("decoder_width", 4, math.inf),
+    ("decoder_depth", 1, math.inf), ("decoder_heads", 1, math.inf), ("steps", 1, math.inf), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
+    ("smoothing", 0, 0.99), ("drop_path", 0, 0.99), ("erase", 0, 1), ("ema", 0, 0.999999), ("eval_crop", 0.1, 1),
     ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf), ("unforeseen_steps", 1, math.inf),
 ]  # fmt: skip
 
@@ -236,6 +240,13 @@ def choose_device(name: str) -> torch.device:
 def world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def learning_rate(highest: float, step: int, warmup: int, steps: int, lowest: float = 0.0) -> float:
+    """Linear from 0 to `highest` in `warmup` steps, then half a cosine to `lowest` at `steps`."""
+    if step < warmup:
+        return highest * step / warmup
+    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
@@ -548,8 +559,15 @@ def load_checkpoint(path: str | Path) -> dict:
     It holds at least `network` (the keyword arguments of `build_model`) and `model` (its state dict).
     Raises UserError if the file is missing, truncated, not a checkpoint, or not one of ours.
     """
+    state = _read_checkpoint(path)
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ("network", "model")):
+        raise UserError(f"{path} is a checkpoint of some other program: it has no 'network' and 'model' entries.")
+    return state
+
+
+def _read_checkpoint(path: str | Path) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}.") from None
     except IsADirectoryError:
@@ -558,9 +576,6 @@ def load_checkpoint(path: str | Path) -> dict:
         if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM):
             raise UserError(f"no permission to read {path}.") from None
         raise UserError(f"{path} is truncated, or no checkpoint that loads safely (weights_only).") from None
-    if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ("network", "model")):
-        raise UserError(f"{path} is a checkpoint of some other program: it has no 'network' and 'model' entries.")
-    return state
 
 
 def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
@@ -606,7 +621,7 @@ class Epoch:
     ):
         self.epoch, self.steps, self.device, self.step = epoch, steps, device, step
         self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
-        self.begin, self.seen = time.perf_counter(), 0
+        self.begin, self.seen, self.waited = time.perf_counter(), 0, None
         self.bar = progress_bar(images, f"epoch {epoch + 1}")
 
     def __enter__(self) -> "Epoch":
@@ -617,6 +632,19 @@ class Epoch:
         _Signals.deferred = False
         if self.bar is not None:
             self.bar.close()
+
+    def watch(self, stream: Iterable) -> Iterator:
+        """The same batches; `means` then has `waiting`, the share of the time in which the device had nothing to do but wait for them."""
+        self.waited, stream = 0.0, iter(stream)
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            if self.device.type == "cpu" or torch.cuda.current_stream().query():  # else the last step still computes
+                self.waited += time.perf_counter() - asked
+            yield item
 
     def update(self, count: int, **losses: Tensor) -> None:
         """Add one step of `count` images (of this rank) and its mean losses.
@@ -659,13 +687,15 @@ class Epoch:
         return dict(zip(self.sums, total / world()[1], strict=True))
 
     def means(self) -> dict[str, float]:
-        """Mean losses over the epoch's images (of all ranks), `images_per_s` and, on GPUs, `peak_gb`: this rank's memory at its fullest."""
+        """Mean losses over the epoch's images (of all ranks), `images_per_s`, `waiting` for data (0 to 1; see `watch`) and, on GPUs, `peak_gb`:
+        this rank's memory at its fullest."""
         self._check()
         named = {k: float(v) for k, v in self.shared_sums().items()}
         count = named.pop("images")
-        rate = self.seen / (time.perf_counter() - self.begin)
+        seconds = time.perf_counter() - self.begin
         memory = {"peak_gb": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)} if self.device.type == "cuda" else {}
-        return {k: v / count for k, v in named.items()} | {"images_per_s": round(rate, 1)} | memory
+        waiting = {} if self.waited is None else {"waiting": round(self.waited / seconds, 3)}
+        return {k: v / count for k, v in named.items()} | {"images_per_s": round(self.seen / seconds, 1)} | waiting | memory
 
 
 def progress_bar(total: int, label: str, unit: str = "img") -> Any:
@@ -798,19 +828,19 @@ class Images:
 
 
 def load_data(
-    dataset: str, data_dir: str, device: torch.device, *, image_size: int = 32, data_mirror: str = "", workers: int = 2
+    dataset: str, data_dir: str, device: torch.device, *, image_size: int = 32, data_mirror: str = "", workers: int = 2, stream: bool = False
 ) -> tuple[Images, Images]:
     """(training set, test set) of digits, cifar10, cifar100, stl10 or folder, as image_size x image_size RGB.
 
     CIFAR and STL-10 are read from `data_dir` if they are there and fetched into it if not, from the official host
     or from `data_mirror`; the official MD5 sums are checked each time. 'folder' is
-    data_dir/{train, test or val}/<class>/*.jpg|png.
+    data_dir/{train, test or val}/<class>/*.jpg|png; with `stream` (see `transformed`) or if it is large it is read as it is needed.
     Raises UserError if the data are missing, damaged or cannot be fetched.
     """
     if dataset == "digits":
         return _load_digits(device, image_size)
     if dataset == "folder":
-        return _load_folder(Path(data_dir), device, image_size, workers)
+        return _load_folder(Path(data_dir), device, image_size, workers, stream)
     # The first rank fetches the files, then one rank per machine (in case the disk is not shared), then the rest find them.
     turn = 0 if world()[0] == 0 else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
     for i in range(3 if world()[1] > 1 else 1):
@@ -904,10 +934,44 @@ class _Folder(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
         path, label = self.files.samples[i]
         try:
-            return self.transform(self.files.loader(path)), label, ""
+            return self.transform(self.original(i)), label, ""
         except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises for damaged files
             problem = f"cannot read the image {path} ({type(e).__name__}); remove it or get it again."
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, problem
+
+    def original(self, i: int) -> Any:
+        """Image i as it is stored: a Pillow image."""
+        return self.files.loader(self.files.samples[i][0])
+
+
+class _Transformed(torch.utils.data.Dataset):
+    """The images of another set, each changed by `transform` with random numbers of its own; gives what `_Folder` gives."""
+
+    def __init__(self, source: Any, transform: Callable, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        from torchvision.transforms.functional import to_pil_image
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
+            if not isinstance(self.source, _Folder):
+                return self.transform(to_pil_image(self.source[i])), -1, ""
+            folder = copy.copy(self.source)
+            folder.transform = self.transform
+            return folder[i]
+
+
+def transformed(data: Images, transform: Callable, seed: int = 0) -> Images:
+    """The same images, each changed by `transform` (a Pillow image, as large as it is stored, to a uint8 tensor) in the processes that read them.
+
+    What is drawn from torch's generator in it depends on `seed` and the image alone: not on the number of processes or ranks, nor on the order.
+    """
+    pixels = data.pixels.cpu() if isinstance(data.pixels, Tensor) else data.pixels
+    return replace(data, pixels=_Transformed(pixels, transform, seed))
 
 
 def open_folder(root: Path, size: int) -> Images:
@@ -922,13 +986,13 @@ def open_folder(root: Path, size: int) -> Images:
     return Images(files, labels, files.files.classes, torch.arange(len(labels)))
 
 
-def _load_folder(root: Path, device: torch.device, size: int, workers: int) -> tuple[Images, Images]:
+def _load_folder(root: Path, device: torch.device, size: int, workers: int, stream: bool) -> tuple[Images, Images]:
     names = ["train", "test" if (root / "test").is_dir() else "val"]
     sets = [open_folder(root / name, size) for name in names]
     if sets[0].classes != sets[1].classes:
         odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
         raise UserError(f"{root}: train/ and {names[1]}/ have different class folders (such as '{odd[0]}').")
-    if sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
+    if not stream and sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
         for s in sets:  # every rank keeps the whole set
             s.pixels = torch.cat([x for x, _ in _decode(s.pixels, torch.arange(len(s)).split(512), workers)]).to(device)
     return sets[0], sets[1]
@@ -1061,12 +1125,10 @@ def batches(
     333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for BatchNorm.
     shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start (resume).
     """
-    rank, ranks = world()
     n = len(data)
     generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    cuts = torch.tensor_split(data.index[order], count_batches(n, batch_size))[skip:]
-    shares = [torch.tensor_split(cut, ranks)[rank] for cut in cuts]
+    shares = [data.index[order[positions]] for positions in split_epoch(n, batch_size)[skip:]]
     if isinstance(data.pixels, Tensor):
         for rows in shares:
             y = data.labels[rows].to(device, non_blocking=True)
@@ -1078,6 +1140,12 @@ def batches(
         yield x.to(device, non_blocking=True).float().div_(255), data.labels[rows].to(device, non_blocking=True)
 
 
+def split_epoch(n: int, batch_size: int) -> list[Tensor]:
+    """For each batch of an epoch over n images, which of them, counted in the epoch's order, this rank gets from `batches`."""
+    rank, ranks = world()
+    return [cut.tensor_split(ranks)[rank] for cut in torch.arange(n).tensor_split(count_batches(n, batch_size))]
+
+
 def count_batches(n: int, batch_size: int) -> int:
     """Number of batches an epoch over n images is cut into: no fewer images in each than there are ranks, if possible."""
     return max(1, min(math.ceil(n / batch_size), n // world()[1]))
@@ -1087,6 +1155,22 @@ def check_batches(n: int, batch_size: int) -> None:
     """Raise UserError if a training step on n images would leave a process with one image."""
     if n // (count_batches(n, batch_size) * world()[1]) < 2:
         raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
+
+
+def image_uniform(seeds: Tensor, n: int) -> Tensor:
+    """n uniform numbers in (0, 1) for each of the seeds, int64 (B,): float (B, n), row i of which depends on seeds[i] alone.
+
+    The same on every device, in whatever batches and on whatever ranks the images are (SplitMix64; Steele et al. 2014). For seeds that
+    are counted up, multiply them by a large odd number first, else their rows are the same sequence from different places.
+    """
+
+    def shifted(z: Tensor, k: int) -> Tensor:
+        return (z >> k) & ((1 << (64 - k)) - 1)  # int64 keeps the sign when shifted; this is the shift of an unsigned number
+
+    z = seeds[:, None] + (0x9E3779B97F4A7C15 - 2**64) * torch.arange(1, n + 1, device=seeds.device)
+    z = (z ^ shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ shifted(z, 27)) * (0x94D049BB133111EB - 2**64)
+    return (shifted(z ^ shifted(z, 31), 41).float() + 0.5) / 2**23
 
 
 def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
@@ -1103,6 +1187,24 @@ def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
     image = torch.arange(b, device=x.device)[:, None, None]
     padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # channels_last in memory
+
+
+@torch.no_grad()
+def map_images(f: Callable[[Tensor], Tensor], images: Images, run: "Run", batch_size: int) -> Tensor:
+    """f of every image, in the set's order, (n, ...). Each rank computes its share; the sum over ranks, zero elsewhere, is the whole."""
+    position = torch.zeros_like(images.labels)  # stands in for the label, so that a batch tells which images are in it
+    position[images.index] = torch.arange(len(images))
+    out = None
+    for x, i in batches(replace(images, labels=position), batch_size, run.device, workers=run.args.workers):
+        values = f(x)
+        out = values.new_zeros(len(images), *values.shape[1:]) if out is None else out
+        out[i] = values
+    if out is None:  # fewer images than ranks, and none for this one
+        values = f(torch.zeros(0, 3, run.args.image_size, run.args.image_size, device=run.device))
+        out = values.new_zeros(len(images), *values.shape[1:])
+    if world()[1] > 1:
+        dist.all_reduce(out)
+    return out
 
 
 # ---- augmentations for contrastive learning, drawn per image (torchvision's draw once per batch) ----
@@ -1601,13 +1703,14 @@ def _normalise_gradient(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Ten
     return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, eps, [True, True, True])
 
 
-def sincos_positions(dim: int, rows: int, cols: int) -> Tensor:
+@functools.cache  # needed in every forward pass, and copying them to a GPU makes it wait
+def sincos_positions(dim: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
     """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers tells the column, the
     second the row, each as the sines, then the cosines, of position / 10000^(i / n), i = 0 ... n - 1, n = dim / 4 (MAE)."""
-    rate = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    col, row = (torch.arange(n, dtype=torch.float64)[:, None] * rate for n in (cols, rows))  # (n, dim / 4)
+    rate = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    col, row = (torch.arange(n, dtype=torch.float64, device="cpu")[:, None] * rate for n in (cols, rows))  # (n, dim / 4)
     col, row = (torch.cat([t.sin(), t.cos()], 1) for t in (col, row))  # (n, dim / 2)
-    return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float()
+    return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float().to(device)
 
 
 class Attention(nn.Module):
@@ -1636,39 +1739,79 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """In training, a branch's output x (B, N, dim) is left out for an image with probability `rate` and else divided by 1 - rate, so
+    that its expectation stays (stochastic depth, Huang et al. 2016)."""
+    if rate == 0 or not training:
+        return x
+    return x * ((torch.rand(len(x), 1, 1, device=x.device) >= rate) / (1 - rate)).to(x)
+
+
 class Block(nn.Module):
-    """Transformer block with LayerNorm before each part (Dosovitskiy et al. 2021, eqs. 2 and 3)."""
+    """Transformer block with LayerNorm before each part (Dosovitskiy et al. 2021, eqs. 2 and 3); `drop_path` is a rate, see above."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        self.drop_path = 0.0
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """MAE's initial weights: Xavier for linear layers, that of the patches too; biases 0."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(m.weight.flatten(1))
+            nn.init.zeros_(m.bias)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if H or W does not fit."""
+    if x.shape[2] % patch or x.shape[3] % patch:
+        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
+    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """The inverse of `patchify` for square images: (B, N, C, p, p) -> (B, C, H, W)."""
+    side = math.isqrt(patches.shape[1])
+    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class ViT(nn.Module):
     """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the final patch tokens, then LayerNorm. The class token takes
-    part in the attention and is left out of the mean (as in MAE's fine-tuning; Rebuffi et al., section 4).
+    part in the attention and is left out of the mean (as in MAE's fine-tuning; Rebuffi et al., appendix C).
 
-    H and W are multiples of `patch`; the positions are fixed (`sincos_positions`), so one network takes images of any size.
+    H and W are multiples of `patch`. The positions are fixed (`sincos_positions`), so one network takes images of any size; or, with
+    `learned` > 0, parameters for that many patches, which start from those (published checkpoints that have been fine-tuned).
     """
 
-    def __init__(self, patch: int, dim: int, depth: int, heads: int):
+    def __init__(self, patch: int, dim: int, depth: int, heads: int, learned: int = 0):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
         self.dim = dim
-        for m in self.modules():
-            if isinstance(m, nn.Linear | nn.Conv2d):  # MAE: Xavier, the patches' layer too as if it were linear
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                nn.init.zeros_(m.bias)
+        self.pos_embed = None
+        if learned:
+            start = sincos_positions(dim, math.isqrt(learned), math.isqrt(learned))
+            self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, dim), start])[None])  # (1, 1 + N, dim), the class token's first
+        init_transformer(self)
+
+    def positions(self, rows: int, cols: int) -> Tensor:
+        """(rows * cols, dim). Raises ValueError if they are learned, for another number of patches."""
+        if self.pos_embed is None:
+            return sincos_positions(self.dim, rows, cols, self.cls_token.device)
+        if rows * cols != self.pos_embed.shape[1] - 1:
+            raise ValueError(f"{rows * cols} patches, but learned positions for {self.pos_embed.shape[1] - 1}")
+        return self.pos_embed[0, 1:]
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches with their positions, row by row: (B, 3, H, W) -> (B, N, dim). Raises ValueError if H or W does not fit."""
@@ -1676,20 +1819,23 @@ class ViT(nn.Module):
         if x.shape[2] % patch or x.shape[3] % patch:
             raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
         x = self.patch_embed(x)  # (B, dim, H / patch, W / patch)
-        return x.flatten(2).transpose(1, 2) + sincos_positions(self.dim, *x.shape[2:]).to(x)
+        return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:]).to(x)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """The class token put before the tokens (B, n, dim), of all patches or of some, and all through the blocks: (B, 1 + n, dim)."""
+        first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+        return self.blocks(torch.cat([first.to(tokens).expand(len(tokens), -1, -1), tokens], 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x)
-        tokens = torch.cat([self.cls_token.to(tokens).expand(len(x), -1, -1), tokens], 1)  # (B, 1 + N, dim)
-        return self.fc_norm(self.blocks(tokens)[:, 1:].mean(1))
+        return self.fc_norm(self.encode(self.embed(x))[:, 1:].mean(1))
 
 
 # (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels.
 VITS = {"vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3), "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3)}
 
 
-def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
-    """A network without head, images -> (B, dim). Raises UserError for an unknown name."""
+def build_trunk(arch: str, width: float, stem: str, positions: int = 0) -> nn.Module:
+    """A network without head, images -> (B, dim); positions: how many a ViT learns (0: none). Raises UserError for an unknown name."""
     if arch == "resnet18":
         return ResNet(BasicBlock, [2, 2, 2, 2], width, stem)
     if arch == "resnet34":
@@ -1703,7 +1849,7 @@ def build_trunk(arch: str, width: float, stem: str) -> nn.Module:
     if arch in VITS:
         patch, depth, heads = VITS[arch]
         heads = max(1, round(heads * width))
-        return ViT(patch, 64 * heads, depth, heads)
+        return ViT(patch, 64 * heads, depth, heads, positions)
     names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", "resnet26v2", "resnet50v2", *VITS]
     raise UserError(f"unknown architecture '{arch}'; there are {', '.join(names)}.")
 
@@ -1766,16 +1912,61 @@ class _ScaleGradient(torch.autograd.Function):
 
 def build_model(
     arch: str, heads: dict[str, int], *, width: float = 1.0, stem: str = "cifar",
-    mean: Iterable[float] = IMAGENET_STATS[0], std: Iterable[float] = IMAGENET_STATS[1],
+    mean: Iterable[float] = IMAGENET_STATS[0], std: Iterable[float] = IMAGENET_STATS[1], positions: int = 0,
 ) -> Network:  # fmt: skip
     """A network by name, e.g. build_model("resnet18", {"class": 10, "rotation": 4}).
 
     `model.spec` keeps the arguments: it goes into checkpoints as `network`, from which `load_model` rebuilds it.
     """
     spec = {"arch": arch, "heads": dict(heads), "width": width, "stem": stem, "mean": list(mean), "std": list(std)}
-    model = Network(build_trunk(arch, width, stem), heads, mean, std)
+    spec |= {"positions": positions} if positions else {}
+    model = Network(build_trunk(arch, width, stem, positions), heads, mean, std)
     model.spec = spec
     return model
+
+
+def load_vit(path: str | Path) -> dict:
+    """A checkpoint for `build_model` and `load_weights`, from one of ours or from a published one of MAE, DeiT or timm, to which ViT maps one to one:
+
+        theirs                                          ours
+        cls_token, blocks.*                             trunk.cls_token, trunk.blocks.*
+        patch_embed.proj.{weight, bias}                 trunk.patch_embed.{weight, bias}
+        pos_embed (1, 1 + N, dim)                       nothing, if it is the fixed table; else trunk.pos_embed
+        fc_norm.{weight, bias}                          trunk.fc_norm.*; without it LayerNorm's own start
+        head.{weight, bias}                             heads.class.*, if there is a fc_norm (else the head reads the class token)
+        norm.*, mask_token, decoder_*                   nothing: pre-training's last norm and decoder, which fine-tuning drops
+
+    The weights may be the file itself, or its entry `model` or `state_dict`. Raises UserError, naming the key, for anything else in it
+    (absolute positions of windows, layer scale, ...) and if the sizes are none of VITS.
+    """
+    state = _read_checkpoint(path)
+    if isinstance(state, dict) and isinstance(state.get("network"), dict):
+        return load_checkpoint(path)
+    for entry in ("model", "state_dict"):
+        state = state[entry] if isinstance(state, dict) and isinstance(state.get(entry), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), Tensor) for k in ("cls_token", "pos_embed", "patch_embed.proj.weight")):
+        raise UserError(f"{path} is no Vision Transformer: it lacks cls_token, pos_embed or patch_embed.proj.weight.")
+    dim, _, patch = state["patch_embed.proj.weight"].shape[:3]
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    arch = next((name for name, sizes in VITS.items() if (patch, depth, dim) == (sizes[0], sizes[1], 64 * sizes[2])), None)
+    if arch is None:
+        raise UserError(f"{path} has patches of {patch}, {depth} blocks of width {dim}: none of {', '.join(VITS)}.")
+    n = state["pos_embed"].shape[1] - 1
+    side = math.isqrt(n)
+    table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, side, side)]) if side * side == n else None
+    fixed = table is not None and torch.allclose(state["pos_embed"][0].float(), table, atol=1e-5)
+    classes = len(state["head.weight"]) if {"head.weight", "fc_norm.weight"} <= state.keys() else 0
+    network = {"arch": arch, "heads": {"class": classes} if classes else {}, "width": 1.0, "stem": "cifar"}
+    network |= {"mean": list(IMAGENET_STATS[0]), "std": list(IMAGENET_STATS[1])} | ({} if fixed else {"positions": n})
+    weights = {"trunk." + k: v for k, v in build_trunk(arch, 1.0, "cifar").fc_norm.state_dict(prefix="fc_norm.").items()}
+    weights |= {k: torch.tensor(network[k]).view(1, 3, 1, 1) for k in ("mean", "std")}
+    for k, v in state.items():
+        if k.startswith(("norm.", "decoder_")) or k == "mask_token" or (k.startswith("head.") and not classes) or (k == "pos_embed" and fixed):
+            continue
+        name = "heads.class" + k[4:] if k.startswith("head.") else "trunk." + k.replace("patch_embed.proj.", "patch_embed.")
+        weights[name] = v.float()
+    load_weights(build_model(**network), weights, path)  # every key and shape as they should be?
+    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train" if classes else "pretrain", "epoch": 0}
 
 
 def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:
@@ -1834,6 +2025,7 @@ def pgd(
     random_start: bool = True,
     keep_best: bool = False,
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Projected gradient ascent on `loss` within the eps-ball around x and within [0, 1] (Madry et al. 2018).
 
@@ -1849,6 +2041,7 @@ def pgd(
         eps (the robustness library); clamped to [0, 1].
     keep_best: return, per image, the iterate of highest loss instead of the last one (costs one more forward pass).
     generator: source of the random start; None is torch's global one.
+    noise: like x; what the start is made of instead, uniform in [-1, 1] for 'linf', Gaussian for 'l2'.
     Returns the adversarial images, detached. Raises ValueError for a wrong norm or radius, images outside [0, 1],
     and a loss that is not one value per image or does not depend on the images.
     """
@@ -1881,9 +2074,12 @@ def pgd(
 
     x_adv = x
     if random_start and norm == "linf":
-        x_adv = project(x + (2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1) * eps)
+        if noise is None:
+            noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
+        x_adv = project(x + noise * eps)
     elif random_start:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if noise is None:
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x_adv = (x + noise * (eps / l2_norm(noise))).clamp_(0, 1)
 
     best = x_adv

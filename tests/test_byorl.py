@@ -222,8 +222,8 @@ def test_fewer_images_than_ranks(ranks, tmp_path, monkeypatch):
     streamed = byorl.join(train, byorl.load_extra(tmp_path / "e.npy", 8, torch.device("cpu")))
     assert not isinstance(streamed.pixels, torch.Tensor)
     ranks(1, 3)
-    monkeypatch.setattr(byorl.dist, "all_reduce", lambda t: None)
-    assert byorl.map_images(lambda x: x.mean((2, 3)), streamed.subset(torch.tensor([5])), run, args).shape == (1, 3)
+    monkeypatch.setattr("common.dist.all_reduce", lambda t: None)
+    assert byorl.map_images(lambda x: x.mean((2, 3)), streamed.subset(torch.tensor([5])), run, 64).shape == (1, 3)
 
 
 def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):

@@ -1,0 +1,839 @@
+"""Adversarial masked auto-encoders (Rebuffi, Wiles, Shelhamer, Gowal: Adversarially self-supervised pre-training improves accuracy and
+robustness, ICLR 2023 workshop).
+
+A Vision Transformer is pre-trained on attacked images without labels, then fine-tuned on clean ones. MAE (He et al. 2022) hides 75% of an
+image's patches p; an encoder e sees the visible ones, a small decoder d paints the others. A-MAE also attacks those that are visible:
+
+    delta = argmax over the eps-ball of (1 - m) || d(e(p + delta, m)) - (p - mu(p)) / sigma(p) ||^2      (eq. 4; by PGD, eq. 2)
+    minimise the same loss at p + delta                                                              (m = 1: a visible patch)
+
+The mask m is drawn once for attack and update; delta is on visible patches only; the target is made of the clean image. The other ways of
+pre-training differ in nothing but the loss: adversarial RotNet (eq. 5, --method rotnet), supervised (--method supervised), and BYOL
+(byorl.py). Fine-tuning has no attack; its learning rate decays from layer to layer by gamma towards the input (--layer-decay), which keeps
+the robust early layers. The paper: all methods gain from the attack, on ImageNet, on its variants, and on other data sets.
+
+    python adv_mae.py --quick                                          # digits, MAE and A-MAE, under two minutes on two CPU cores
+    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16         # ImageNet, ViT-B/16: pre-train with l2 0.5, fine-tune, evaluate
+    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --norm linf --eps 1/255 --stage pretrain
+    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --method rotnet --eps 4 --stage pretrain
+    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --stage finetune --init runs/X/a-mae.pt --layer-decay 0.75 --eval-data imagenet-r,imagenet-a
+    python adv_mae.py --dataset cifar10 --recipe sgd --stage finetune --init runs/X/a-mae.pt          # a cell of Table 1
+
+The paper, CIFAR-10 (Table 1, AdamW), pre-trained without attack / linf / l2: MAE 98.03 / 98.30 / 98.46, RotNet 96.14 / 97.29 / 97.43,
+supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
+
+Differs from the paper, which released no code and refers to He et al., or is our choice where it is silent:
+- the number of epochs of MAE is not given (He et al.: 800, their best 1600); nor is the best gamma, so all four are fine-tuned;
+- the attack runs with drop path off, stays in [0, 1], and takes a normalised step in l2 (eq. 2 shows linf only);
+- patches are normalised after the image's channels, with the unbiased variance and 1e-6, as in He et al.'s code;
+- positions stay fixed in fine-tuning too (their code trains them there; a checkpoint whose positions were trained keeps doing it);
+- layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0 (frozen) and 1 (full);
+- "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label smoothing, drop path,
+  RandAugment and random erasing are those of their code, whose RandAugment applies each of its two operations with probability 1/2;
+- the attack of the supervised method is on the mixed labels; rotations are drawn once per image, after the augmentation;
+- Table 1's settings are "rescaled, random flip": no mixup, no label smoothing, no drop path there; its AdamW runs for 100 epochs;
+- reported is the last epoch; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its authors' code.
+"""
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, cli, count_batches,
+    distribute, draw, eps_name, evaluate, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
+    map_images, numbers, open_folder, patchify, pgd, place_model, print_table, robust_accuracy, rotate, save_image_grid, seed_step,
+    sincos_positions, split_epoch, start_run, transformed, unpatchify, with_progress, world, write_results,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    # run
+    method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
+    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: --init; evaluate: --init only
+    init: str = ""  # encoder to fine-tune: of this script, of byorl.py, or a published ViT (see common.load_vit). With --stage evaluate: a classifier, or a folder of them
+    seed: int = 0  # seed of the weights, the order of images, masks, augmentation and attacks
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
+    compile: bool = False  # torch.compile the network
+    workers: int = 8  # processes that decode and augment images, per GPU
+    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    quick: bool = False  # a miniature on the bundled digits: every stage in under two minutes on two CPU cores
+    # data and model
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "folder"  # folder: --data-dir holds train/ and test/ or val/, as ImageNet does
+    data_dir: str = "data"  # where the data are, or are downloaded to
+    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
+    image_size: int = 224  # side in pixels; other images are resized
+    flip: bool = True  # mirror images at random in training
+    arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4"] = "vit_b16"  # network (paper: vit_b16); vit_*4 for images of 32 pixels
+    width: float = 1.0  # multiplies the number of heads, 64 channels each
+    # pre-training
+    pretrain_epochs: int = 0  # 0: the recipe's (mae 800, rotnet and supervised 300)
+    pretrain_batch_size: int = 4096  # images per step over all GPUs
+    pretrain_lr: float = 0.0  # highest learning rate; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
+    accumulate: int = 1  # parts into which each GPU's share of a batch is cut, to save memory
+    mask_ratio: float = 0.75  # share of the patches that MAE hides
+    crop: float = 0.0  # smallest share of an image's area that training shows; 0: the recipe's (MAE 0.2, others 0.08)
+    decoder_width: int = 512  # MAE's decoder (paper: 8 layers, 16 heads, 2048 hidden units)
+    decoder_depth: int = 8  # its layers
+    decoder_heads: int = 16  # its heads
+    target: Literal["normalised", "pixels"] = "normalised"  # what MAE paints: patches normalised each (eq. 3), or as they are (ablation)
+    attacked: Literal["visible", "all"] = "visible"  # all: the hidden patches, and so the target, are attacked too (ablation; section 3.1 advises against it)
+    plain: bool = False  # also pre-train without attack, for comparison
+    # attack in pre-training (appendix C)
+    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
+    eps: float = 0.5  # radius of that ball, in [0, 1] pixel units (best: mae l2 0.5, linf 1/255; supervised 4, 6/255; rotnet 4, 4/255; byol 2, 2/255); 0: no attack
+    attack_steps: int = 2  # PGD steps
+    step_size: float = 0.0  # of PGD; 0: 5 eps / 8
+    # fine-tuning
+    recipe: Literal["imagenet", "adamw", "sgd"] = "imagenet"  # imagenet: He et al.; adamw, sgd: the two of Table 1, with flips only
+    epochs: int = 100  # epochs of fine-tuning (imagenet, adamw)
+    steps: int = 2500  # steps of fine-tuning (sgd)
+    batch_size: int = 512  # images per step over all GPUs
+    lr: float = 0.0  # highest learning rate; 0: the recipe's (imagenet and adamw 5e-4, sgd 0.01)
+    layer_decay: str = "0.65,0.75,0.85,0.95"  # gamma, a network for each: the rate of layer k from the top is gamma^k times --lr; 0: head only, 1: all the same (not for sgd)
+    # regularisation of fine-tuning with --recipe imagenet, and of supervised pre-training (mixup and cutmix not of rotnet)
+    mixup: float = 0.8  # alpha of mixup
+    cutmix: float = 1.0  # alpha of cutmix; each batch gets one of the two
+    smoothing: float = 0.1  # label smoothing
+    drop_path: float = 0.1  # rate in the last layer, rising from 0 in the first
+    rand_augment: bool = True  # RandAugment of strength 9 of 10
+    erase: float = 0.25  # probability that a random rectangle is erased, in fine-tuning
+    ema: float = 0.9999  # moving average of the weights in rotnet and supervised pre-training; 0: none
+    # evaluation
+    eval_data: str = ""  # comma-separated folders DIR/<class>/* to score as well: ImageNet-A, -R, -V2, -Sketch, Conflict Stimuli
+    real: str = ""  # real.json of ImageNet-ReaL, to score the test images (ILSVRC2012_val_*) by it as well
+    eval_crop: float = 0.875  # share of an image's shorter side that the evaluated central crop has (1: all; adamw and sgd squeeze the whole image)
+    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack (Figure 5)
+    eval_eps: str = "0.25,0.5,1,2"  # comma-separated radii at which the fine-tuned networks are attacked; empty: none
+    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
+    eval_steps: int = 20  # PGD steps
+    eval_examples: int = 1000  # test images to attack, drawn once and for all; 0: all. Clean accuracy is that of all
+    eval_amp: bool = False  # evaluate in mixed precision instead of float32
+
+    QUICK: ClassVar[dict] = dict(
+        dataset="digits", image_size=16, flip=False, arch="vit_ti4", width=1 / 3, workers=0, pretrain_epochs=60, pretrain_batch_size=64,
+        pretrain_lr=1e-3, crop=0.6, decoder_width=64, decoder_depth=2, decoder_heads=2, plain=True, epochs=10, batch_size=64, lr=2e-3,
+        layer_decay="0.75", mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=False, erase=0.0, eval_crop=1.0, eval_examples=360,
+    )  # fmt: skip
+
+
+@dataclass
+class Recipe:
+    """How to train: the columns of He et al.'s tables, and Table 1's two."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: float  # share of the steps
+    weight_decay: float  # not on vectors (biases, LayerNorm)
+    betas: tuple[float, float] | None  # of AdamW; None: SGD with momentum 0.9
+    lowest: float = 0.0  # learning rate at the end of the cosine
+    clip: float = 0.0  # largest norm of the gradient; 0: any
+    crop: float = 0.0  # smallest share of the area in a random crop; 0: the image is squeezed into the square instead
+    rand_augment: bool = False
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+    drop_path: float = 0.0
+    ema: float = 0.0
+
+
+def recipe_of(kind: str, args: Args) -> Recipe:
+    """The recipe of pre-training (mae, rotnet, supervised) or fine-tuning (imagenet, adamw, sgd), with what the flags change."""
+    b = args.pretrain_batch_size
+    regular = dict(rand_augment=args.rand_augment, smoothing=args.smoothing, drop_path=args.drop_path)
+    mixing = dict(mixup=args.mixup, cutmix=args.cutmix)
+    if kind == "mae":  # 40 of 800 epochs of warm-up
+        return Recipe(args.pretrain_epochs or 800, b, args.pretrain_lr or 1.5e-4 * b / 256, 40 / 800, 0.05, (0.9, 0.95), crop=args.crop or 0.2)
+    if kind in ("rotnet", "supervised"):  # He et al.'s training from scratch; RotNet without mixup and cutmix (appendix C)
+        regular |= mixing if kind == "supervised" else {}
+        lr = args.pretrain_lr or 1e-4 * b / 256
+        return Recipe(args.pretrain_epochs or 300, b, lr, 20 / 300, 0.3, (0.9, 0.95), crop=args.crop or 0.08, ema=args.ema, **regular)
+    if kind == "imagenet":
+        crop = args.crop or 0.08
+        return Recipe(args.epochs, args.batch_size, args.lr or 5e-4, 5 / 100, 0.05, (0.9, 0.999), 1e-6, crop=crop, erase=args.erase, **regular, **mixing)
+    if kind == "adamw":
+        return Recipe(args.epochs, args.batch_size, args.lr or 5e-4, 5 / 100, 0.05, (0.9, 0.999), 1e-6)
+    return Recipe(0, args.batch_size, args.lr or 0.01, 500 / 2500, 0.0, None, clip=1.0)  # sgd: --steps (Steiner et al. 2021; appendix E)
+
+
+# ---- the method ----------------------------------------------------------------------------------------------------
+
+
+class MAE(nn.Module):
+    """Encoder and decoder. The encoder works on the visible patches only, which is where MAE's speed comes from."""
+
+    def __init__(self, encoder: ViT, patches: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.encoder = encoder
+        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)  # in place of the encoder's fc_norm, which is for averaged tokens
+        self.embed = nn.Linear(encoder.dim, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.decoder = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.predict = nn.Linear(width, encoder.patch_embed.weight[0].numel())
+        self.side, self.width = math.isqrt(patches), width
+        for part in (self.embed, self.decoder, self.predict):
+            init_transformer(part)
+
+    def forward(self, visible: Tensor, order: Tensor) -> Tensor:
+        """Paint the hidden patches: (B, N - n, 3 * p * p).
+
+        visible: (B * n, 3, p, p), normalised; order: (B, N), all patches' numbers, the n visible ones first. Attention does not care for
+        the order, so the tokens stay in this one and each gets the position of its number.
+        """
+        (b, total), n = order.shape, len(visible) // len(order)
+        weight, bias = self.encoder.patch_embed.weight, self.encoder.patch_embed.bias
+        tokens = F.linear(visible.flatten(1), weight.flatten(1), bias).view(b, n, -1)
+        tokens = tokens + self.encoder.positions(self.side, self.side)[order[:, :n]].to(tokens)
+        tokens = self.embed(self.norm(self.encoder.encode(tokens)))  # (B, 1 + n, width)
+        hidden = self.mask_token.to(tokens).expand(b, total - n, -1)
+        patches = torch.cat([tokens[:, 1:], hidden], 1)  # (B, N, width)
+        patches = patches + sincos_positions(self.width, self.side, self.side, order.device)[order].to(tokens)
+        out = self.decoder(torch.cat([tokens[:, :1], patches], 1))
+        return self.predict(self.decoder_norm(out[:, 1 + n :]))
+
+
+class MaskedAutoencoder(Network):
+    """An MAE with normalisation and mixed precision around it; a patch is treated as an image of its own, in [0, 1]."""
+
+    def forward(self, visible: Tensor, order: Tensor) -> Tensor:
+        return self.features(visible, order)
+
+
+Loss = Callable[[nn.Module, Tensor], Tensor]  # (network, what is attacked (B, ...)) -> (B,)
+
+
+def count_visible(patches: int, mask_ratio: float) -> int:
+    """How many of an image's patches stay visible: 49 of 196."""
+    return patches - round(mask_ratio * patches)
+
+
+def target_of(patches: Tensor, model: Network, args: Args) -> Tensor:
+    """What is to be painted, (p - mu) / sigma of eq. 3: (B, M, 3, p, p) -> (B, M, 3 * p * p)."""
+    p = ((patches - model.mean) / model.std).flatten(2)
+    if args.target == "pixels":
+        return p
+    return (p - p.mean(2, keepdim=True)) / (p.var(2, keepdim=True) + 1e-6).sqrt()
+
+
+def masked_task(x: Tensor, y: Tensor, seeds: Tensor, model: Network, args: Args) -> tuple[Tensor, Loss]:
+    """MAE: what is attacked, the visible patches (B, n, 3, p, p), and eq. 4 as a function of them.
+
+    Since the hidden patches are not among what PGD moves, delta is zero there at its start and after each step, and the whole l2 budget is
+    spent on what the encoder sees.
+    """
+    patches = patchify(x, VITS[args.arch][0])
+    order = image_uniform(seeds, patches.shape[1]).argsort(1)  # (B, N), drawn once for the attack and the update
+    n = count_visible(patches.shape[1], args.mask_ratio)
+    patches = patches[torch.arange(len(x), device=x.device)[:, None], order]  # visible ones first
+    clean = target_of(patches[:, n:], model, args)
+
+    def loss(net: nn.Module, z: Tensor) -> Tensor:
+        target = clean if args.attacked == "visible" else target_of(z[:, n:], model, args)
+        return (net(z[:, :n].flatten(0, 1), order) - target).square().mean((1, 2))
+
+    return patches[:, :n] if args.attacked == "visible" else patches, loss
+
+
+def rotation_task(x: Tensor, y: Tensor, seeds: Tensor, model: Network, args: Args) -> tuple[Tensor, Loss]:
+    """RotNet: the turned images and eq. 5's loss."""
+    k = (4 * image_uniform(seeds, 1)[:, 0]).long()
+
+    def loss(net: nn.Module, z: Tensor) -> Tensor:
+        return F.cross_entropy(net(z), k, reduction="none", label_smoothing=args.smoothing)
+
+    return rotate(x, k), loss
+
+
+def class_task(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tensor, Loss]:
+    """Supervised training: the images, mixed, and the cross-entropy with their mixed labels (eq. 1)."""
+    x, target = mix(x, y, recipe, classes)
+
+    def loss(net: nn.Module, z: Tensor) -> Tensor:
+        return F.cross_entropy(net(z), target, reduction="none", label_smoothing=recipe.smoothing)
+
+    return x, loss
+
+
+def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) -> Tensor:
+    """eq. 2: PGD on what a task gives. The start depends on the image's seed alone."""
+    noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1
+    if args.norm == "l2":
+        noise = torch.erfinv(noise)  # Gaussian but for its length, which `pgd` sets
+    with batchnorm_mode(model, "eval"):  # for ViTs: without drop path
+        return pgd(
+            lambda v: loss(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps, step_size=args.step_size or 5 / 8 * args.eps, noise=noise
+        )
+
+
+# ---- augmentation, optimiser ---------------------------------------------------------------------------------------
+
+
+def rand_augment(image, fill: tuple[int, ...]):
+    """RandAugment (Cubuk et al. 2020) by torchvision, with strength 9 of 10 give or take 0.5: two operations, each with probability 1/2."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    for _ in range(2):
+        if torch.rand(()) < 0.5:
+            strength = int((90 + 5 * torch.randn(())).round().clamp(0, 100))
+            image = v2.RandAugment(1, strength, num_magnitude_bins=101, interpolation=InterpolationMode.BILINEAR, fill=list(fill))(image)
+    return image
+
+
+def random_erase(x: Tensor, p: float, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """With probability p, put Gaussian noise in place of a rectangle of the image x, uint8 (3, H, W) (Zhong et al. 2020)."""
+    from torchvision.transforms import v2
+
+    if torch.rand(()) >= p:
+        return x
+    m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    z = v2.RandomErasing(p=1, scale=(0.02, 1 / 3), value="random")((x / 255 - m) / s)  # where the noise has mean 0, variance 1
+    return ((z * s + m).clamp(0, 1) * 255).round().byte()
+
+
+def augmentation(recipe: Recipe, args: Args) -> Callable:
+    """From a stored image to what is trained on, uint8 (3, S, S), in the processes that read the images."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    size, cubic = args.image_size, InterpolationMode.BICUBIC
+    mean, std = STATS[args.dataset]
+    steps = [v2.RandomResizedCrop(size, (recipe.crop, 1.0), interpolation=cubic) if recipe.crop else v2.Resize((size, size), cubic)]
+    steps += [v2.RandomHorizontalFlip()] if args.flip else []
+    steps += [functools.partial(rand_augment, fill=tuple(round(255 * m) for m in mean))] if recipe.rand_augment else []
+    steps += [v2.PILToTensor()]
+    steps += [functools.partial(random_erase, p=recipe.erase, mean=mean, std=std)] if recipe.erase else []
+    return v2.Compose(steps)
+
+
+def central_crop(args: Args) -> Callable:
+    """From a stored image to what is evaluated, uint8 (3, S, S)."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    size, cubic = args.image_size, InterpolationMode.BICUBIC
+    if args.recipe != "imagenet":  # "without preserving aspect ratio" (appendix C)
+        return v2.Compose([v2.Resize((size, size), cubic), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(round(size / args.eval_crop), cubic), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def mix(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of the batch, as torchvision has them: images and targets (B, classes)."""
+    from torchvision.transforms import v2
+
+    ways = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
+    ways += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
+    return v2.RandomChoice(ways)(x, y) if ways and len(x) > 1 else (x, F.one_hot(y, classes).float())
+
+
+def layer_of(name: str, depth: int) -> int:
+    """A parameter's layer, from 0 (patches, class token, positions) over 1 ... depth (blocks) to depth + 1 (last norm and head)."""
+    if name.startswith(("trunk.cls_token", "trunk.pos_embed", "trunk.patch_embed")):
+        return 0
+    return int(name.split(".")[2]) + 1 if name.startswith("trunk.blocks.") else depth + 1
+
+
+def parameter_groups(model: Network, weight_decay: float, gamma: float | None) -> list[dict]:
+    """Groups for an optimiser, with `scale`, by which the learning rate is to be multiplied: gamma^(depth + 1 - layer) in fine-tuning
+    (14 layers for ViT-B), 1 if gamma is None. Vectors have no weight decay, nor in fine-tuning have class token and positions."""
+    groups: dict[tuple, dict] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            depth = len(model.trunk.blocks) if gamma is not None else 0
+            scale = 1.0 if gamma is None else gamma ** (depth + 1 - layer_of(name, depth))
+            free = p.dim() == 1 or (gamma is not None and name in ("trunk.cls_token", "trunk.pos_embed"))
+            group = groups.setdefault((scale, free), {"params": [], "scale": scale, "weight_decay": 0.0 if free else weight_decay})
+            group["params"].append(p)
+    return list(groups.values())
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+# Added to an epoch's number, so that no two kinds of training draw the same random numbers.
+FIRST_ID = {"plain": 0, "pretrain": 100_000, "finetune": 200_000}
+
+
+def start_model(kind: str, args: Args, recipe: Recipe, start: dict | None, classes: int) -> Network:
+    """A network to train: for MAE, with a head on the images' turn or class, or, with the checkpoint `start`, for fine-tuning."""
+    if start is None:
+        mean, std = STATS[args.dataset]
+        heads = {"mae": {}, "rotnet": {"rotation": 4}, "supervised": {"class": classes}}[kind]
+        model = build_model(args.arch, heads, width=args.width, mean=mean, std=std)
+    else:
+        model = build_model(**start["network"] | {"heads": {"class": classes}})  # its own normalisation, on other data too
+        load_trunk(model.trunk, start, args.init or start["name"])
+        nn.init.trunc_normal_(model.heads["class"].weight, std=2e-5)  # He et al.'s code
+        nn.init.zeros_(model.heads["class"].bias)
+    for i, block in enumerate(model.trunk.blocks):
+        block.drop_path = recipe.drop_path * i / (len(model.trunk.blocks) - 1)
+    if kind == "mae":
+        return masked_autoencoder(model, args)
+    return model
+
+
+def masked_autoencoder(encoder: Network, args: Args) -> MaskedAutoencoder:
+    """A network without heads becomes the encoder of a new MAE."""
+    patches = (args.image_size // VITS[args.arch][0]) ** 2
+    mae = MAE(encoder.trunk, patches, args.decoder_width, args.decoder_depth, args.decoder_heads)
+    model = MaskedAutoencoder(mae, {}, encoder.mean.flatten().tolist(), encoder.std.flatten().tolist())
+    model.spec = encoder.spec
+    encoder.trunk.fc_norm.requires_grad_(False)  # not used here
+    return model
+
+
+def train(name: str, kind: str, run: Run, args: Args, train_set: Images, start: dict | None = None, gamma: float | None = None) -> dict:
+    """Train a network by the recipe `kind` and return its checkpoint, name.pt.
+
+    Pre-training (mae, rotnet, supervised) is adversarial unless `name` is the plain one's; fine-tuning (imagenet, adamw, sgd) begins at the
+    checkpoint `start` and decays learning rates by `gamma`.
+    """
+    file = f"{name}.pt"
+    if (done := run.load(file)) is not None:
+        return done  # before the run was resumed
+    recipe, finetuning = recipe_of(kind, args), start is not None
+    eps = args.eps if name.startswith("a-") and not finetuning else 0.0
+    classes, n, ranks = len(train_set.classes), len(train_set), world()[1]
+    torch.manual_seed(args.seed)
+    model = start_model(kind, args, recipe, start, classes)
+    place_model(model, run.device, args.amp, args.compile)
+    groups = parameter_groups(model, recipe.weight_decay, gamma)
+    if recipe.betas:
+        opt = torch.optim.AdamW(groups, recipe.lr, betas=recipe.betas)
+    else:
+        opt = torch.optim.SGD(groups, recipe.lr, momentum=0.9)
+    state = run.resume(name, model, opt)
+    average = {k: v.clone() for k, v in model.state_dict().items()} if recipe.ema else {}
+    average = {k: v.to(run.device) for k, v in state.get("average", average).items()}
+    history, began = state["history"], time.perf_counter() - state["seconds"]
+    ddp = distribute(model)
+    steps = count_batches(n, recipe.batch_size)
+    total = recipe.epochs * steps if recipe.epochs else args.steps
+    epochs = math.ceil(total / steps)
+    first_id = FIRST_ID["finetune" if finetuning else "pretrain" if eps else "plain"]
+
+    def task(x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Loss]:
+        if kind == "mae":
+            return masked_task(x, y, seeds, model, args)
+        return rotation_task(x, y, seeds, model, args) if kind == "rotnet" else class_task(x, y, recipe, classes)
+
+    def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
+        run.save("last.pt", {
+            "network": model.spec, "model": model.state_dict(), "average": average, "optimizer": opt.state_dict(), "args": vars(args), "name": name,
+            "epoch": epoch, "step": step, "sums": sums or {}, "history": history, "seconds": time.perf_counter() - began,
+        })  # fmt: skip
+
+    for epoch in range(state["epoch"], epochs):
+        epoch_id = args.seed * 1_000_003 + first_id + epoch
+        skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
+        images = transformed(train_set, augmentation(recipe, args), seed=epoch_id)
+        stream = batches(images, recipe.batch_size, run.device, shuffle=epoch_id, skip=skip, workers=args.workers)
+        places = split_epoch(n, recipe.batch_size)
+        model.train()
+        with Epoch(epoch, n, min(steps, total - epoch * steps), run.device, skip, sums) as log:
+            for x, y in log.watch(stream):  # (B, 3, S, S), (B,): this rank's share
+                seed_step(args.seed, first_id + epoch, log.step)
+                k = epoch * steps + log.step
+                for group in opt.param_groups:
+                    group["lr"] = group["scale"] * learning_rate(recipe.lr, k, round(recipe.warmup * total), total, recipe.lowest)
+                seeds = image_seeds(epoch_id, places[log.step]).to(x.device)
+                batch = n // steps + (log.step < n % steps)  # images over all ranks
+                opt.zero_grad(set_to_none=True)
+                value = torch.zeros((), device=x.device)
+                parts = min(args.accumulate, len(x))
+                for i, (x_i, y_i, s_i) in enumerate(zip(*(v.tensor_split(parts) for v in (x, y, seeds)), strict=True)):
+                    z, loss = task(x_i, y_i, s_i)
+                    if eps:
+                        z = perturb(z, loss, s_i, model, args)
+                    alone = contextlib.nullcontext() if ddp is model or i == parts - 1 else ddp.no_sync()
+                    with alone:
+                        values = loss(ddp, z)  # (b,)
+                        (values.sum() * ranks / batch).backward()  # DDP averages over ranks: in all, the gradient of the batch's mean
+                    value += values.detach().sum()
+                if recipe.clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                opt.step()
+                for key, v in model.state_dict().items() if recipe.ema else ():
+                    average[key].lerp_(v, 1 - recipe.ema)
+                log.update(len(x), loss=value / len(x))
+                if log.interrupted() or k + 1 == total:
+                    break
+        if log.interrupted():
+            save(epoch, log.step, log.shared_sums())
+            raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
+        run.log(
+            history, name, epoch + 1, epochs, lr=max(g["lr"] for g in opt.param_groups), **log.means(), seconds=round(time.perf_counter() - began, 1)
+        )
+        save(epoch + 1)
+    weights, decoder = average or model.state_dict(), {}
+    if kind == "mae":  # what fine-tuning takes, and apart from it what only pictures need
+        decoder = {k: v for k, v in weights.items() if not k.startswith("trunk.encoder.")}
+        weights = {k.replace("trunk.encoder.", "trunk."): v for k, v in weights.items() if k.startswith(("trunk.encoder.", "mean", "std"))}
+    about = {"layer_decay": gamma, "pretrained": start["pretrained"]} if finetuning else {"pretrained": about_pretraining(name, eps, args, classes)}
+    run.save(file, {
+        "network": model.spec, "model": weights, "decoder": decoder, "args": vars(args), "name": name, "epoch": epochs,
+        "stage": "train" if finetuning or kind == "supervised" else "pretrain", **about,
+    })  # fmt: skip
+    return run.load(file)
+
+
+def image_seeds(epoch_id: int, places: Tensor) -> Tensor:
+    """A seed for each image of an epoch, by its place in it, wherever it is computed: int64 (B,)."""
+    return (epoch_id * 2**24 % 2**62 + places) * 0x2545F4914F6CDD1D
+
+
+def about_pretraining(name: str, eps: float, args: Args, classes: int) -> dict:
+    """What a checkpoint tells of its pre-training, for tables."""
+    about = {k: getattr(args, k) for k in ("method", "norm", "arch", "width", "image_size", "dataset", "attack_steps", "seed")}
+    same = all(getattr(args, k) == getattr(Args, k) for k in PAPER_PRETRAINING)
+    return about | {"eps": eps, "epochs": recipe_of(args.method, args).epochs, "classes": classes, "as_paper": same}
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def picture(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, count: int = 8) -> None:
+    """reconstruction.png: test images, what is visible of them, the same attacked, and what each MAE paints."""
+    n = min(count * world()[1], len(test_set))
+    x, y = next(batches(transformed(test_set.subset(torch.arange(n)), central_crop(args)), n, run.device, workers=0))
+    seeds = image_seeds(args.seed, torch.arange(len(x))).to(run.device)
+    rows = {"image": x}
+    for name, state in encoders.items():
+        model = masked_autoencoder(build_model(**state["network"]), args)
+        encoder = {k.replace("trunk.", "trunk.encoder."): v for k, v in state["model"].items() if k.startswith("trunk.")}
+        load_weights(model, encoder | state["decoder"], name)
+        place_model(model, run.device, args.amp).eval()
+        visible, loss = masked_task(x, y, seeds, model, replace(args, attacked="visible"))
+        attacked = perturb(visible, loss, seeds, model, args) if args.eps else visible
+        patches = patchify(x, visible.shape[3])
+        order = image_uniform(seeds, patches.shape[1]).argsort(1)
+        b, shown = torch.arange(len(x), device=x.device)[:, None], visible.shape[1]
+        hidden = patches[b, order[:, shown:]]
+        with torch.no_grad():
+            painted = model(attacked.flatten(0, 1), order)
+        if args.target == "normalised":  # back from eq. 3 by the clean patch's mean and deviation
+            p = ((hidden - model.mean) / model.std).flatten(2)
+            painted = painted * (p.var(2, keepdim=True) + 1e-6).sqrt() + p.mean(2, keepdim=True)
+        painted = painted.view_as(hidden) * model.std + model.mean
+
+        def put(seen: Tensor, rest: Tensor) -> Tensor:
+            canvas = torch.empty_like(patches)
+            canvas[b, order] = torch.cat([seen, rest], 1)
+            return unpatchify(canvas).clamp(0, 1)
+
+        grey = torch.full_like(hidden, 0.5)
+        rows |= {"visible": put(visible, grey), f"{name}: attacked": put(attacked, grey), f"{name}: painted": put(attacked, painted)}
+    if world()[0] == 0:
+        save_image_grid(run.folder / "reconstruction.png", rows)
+
+
+def filters(state: dict, count: int = 28) -> Tensor:
+    """Figure 4: the first principal components of a ViT's patch embedding, each stretched to [0, 1]: (count, 3, p, p).
+
+    The weights, standardised over the filters (appendix D), are filters x pixels; the components are directions among pixels.
+    """
+    w = state["model"]["trunk.patch_embed.weight"].float()  # (dim, 3, p, p)
+    flat = w.flatten(1)
+    flat = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-12)
+    components = torch.linalg.svd(flat, full_matrices=False).Vh[:count]
+    low, high = components.amin(1, keepdim=True), components.amax(1, keepdim=True)
+    return ((components - low) / (high - low)).view(-1, *w.shape[1:])
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+# The 16 classes of Conflict Stimuli (Geirhos et al. 2019) as ImageNet's classes, counted in the order of their WordNet numbers.
+CONFLICT = {
+    "airplane": "404", "bear": "294-297", "bicycle": "444 671", "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145",
+    "boat": "472 554 625 814 914", "bottle": "440 720 737 898 899 901 907", "car": "436 511 817", "cat": "281-286", "chair": "423 559 765 857",
+    "clock": "409 530 892", "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268", "elephant": "385 386",
+    "keyboard": "508 878", "knife": "499", "oven": "766", "truck": "555 569 656 675 717 734 864 867",
+}  # fmt: skip
+
+
+class Among(nn.Module):
+    """A classifier that chooses among groups of its classes, (k, classes) with rows that sum to one: by the mean of their probabilities.
+
+    A row with a single 1 stands for one class: so the 200 classes of ImageNet-A and -R are masked."""
+
+    def __init__(self, model: nn.Module, groups: Tensor):
+        super().__init__()
+        self.model, self.groups = model, groups
+
+    def forward(self, x: Tensor, *heads: str) -> Tensor:
+        return self.model(x, *heads).softmax(1) @ self.groups.T
+
+
+def groups_of(names: list[str], classes: list[str], folder: str) -> Tensor:
+    """For a folder's classes which of the network's they are: (k, classes). Their names are the network's (wnids), or numbers from 0
+    (ImageNet-V2), or the 16 of Conflict Stimuli. Raises UserError for anything else."""
+    if set(names) <= set(classes):
+        members = [[classes.index(name)] for name in names]
+    elif all(name.isdigit() and int(name) < len(classes) for name in names):
+        members = [[int(name)] for name in names]
+    elif set(names) <= set(CONFLICT) and len(classes) == 1000:
+        ranges = [[part.split("-") for part in CONFLICT[name].split()] for name in names]
+        members = [[i for r in rs for i in range(int(r[0]), int(r[-1]) + 1)] for rs in ranges]
+    else:
+        odd = min(set(names) - set(classes))
+        raise UserError(f"{folder}: the class folder '{odd}' is none of the network's {len(classes)} classes; name folders as in the training set.")
+    groups = torch.zeros(len(names), len(classes))
+    for row, these in zip(groups, members, strict=True):
+        row[these] = 1 / len(these)
+    return groups
+
+
+def without_agreement(images: Images) -> Images:
+    """Conflict Stimuli less those of equal shape and texture (cat1-cat3.png), in which nothing is in conflict (1,280 - 80)."""
+    names = [Path(path).stem for path, _ in images.pixels.files.samples]
+    kinds = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
+    return images.subset(torch.tensor([i for i, kind in enumerate(kinds) if len(kind) != 2 or kind[0] != kind[1]]))
+
+
+def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Tensor]]:
+    """{name of the folder: (images, groups)} of --eval-data. Raises UserError for a folder that cannot be used."""
+    variants = {}
+    for folder in filter(None, (part.strip() for part in args.eval_data.split(","))):
+        images = open_folder(Path(folder), args.image_size)
+        groups = groups_of(images.classes, classes, folder)
+        images = without_agreement(images) if set(images.classes) <= set(CONFLICT) and len(classes) == 1000 else images
+        variants[Path(folder).name] = transformed(images, central_crop(args)), groups
+    return variants
+
+
+def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
+    """ImageNet-ReaL's labels of the test images, several or none for each (Beyer et al. 2020). Raises UserError if they do not fit."""
+    if not args.real:
+        return None
+    try:
+        labels = json.loads(Path(args.real).read_text())
+        numbers_ = [int(Path(test_set.pixels.files.samples[i][0]).stem.split("_")[-1]) - 1 for i in test_set.index.tolist()]
+        return [[int(label) for label in labels[i]] for i in numbers_]
+    except OSError as e:
+        raise UserError(f"cannot read {args.real} ({e.strerror}); --real wants ImageNet-ReaL's real.json.") from None
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError):
+        raise UserError(f"{args.real} and the test images do not fit: --real wants real.json and files such as ILSVRC2012_val_00000001.JPEG.") from None
+
+
+def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, variants: dict, real: list[list[int]] | None) -> list[dict]:
+    """Rows of results.json: clean accuracy of each classifier on the test set and all variants, and under attack at --eval-eps."""
+    done = run.read("judged.json") or {"rows": []}  # one by one, so that a resumed run judges none twice
+    rows = done["rows"]
+    stored = transformed(test_set, central_crop(args))
+    some = draw(stored, min(args.eval_examples or len(stored), len(stored)), seed=0)
+    judging = Run(run.folder, run.device, run.script, replace(args, norm=args.eval_norm))
+    for state in classifiers:
+        name = state["name"]
+        if any(row["name"] == name for row in rows):
+            continue
+        model = place_model(build_model(**state["network"]), run.device, args.amp if args.eval_amp else "off").eval()
+        load_weights(model, state["model"], name)
+        about = {k: state.get(k) for k in ("layer_decay", "pretrained")} | {"checkpoint": str(run.folder / f"{name}.pt")}
+
+        def score(model: nn.Module, images: Images, where: str) -> float:
+            stream = batches(images, args.batch_size, run.device, workers=args.workers)
+            return robust_accuracy(model, with_progress(stream, len(images), where))
+
+        scores = {"test": (score(model, stored, "test"), len(stored))}
+        for where, (images, groups) in variants.items():
+            scores[where] = score(Among(model, groups.to(run.device)), images, where), len(images)
+        if real:
+            predicted = map_images(lambda x: model(x).argmax(1), stored, run, args.batch_size).tolist()
+            right = [k in labels for k, labels in zip(predicted, real, strict=True) if labels]
+            scores["real"] = 100 * sum(right) / len(right), len(right)
+        mine = [
+            {"name": name, "attack": "none", "norm": args.eval_norm, "eps": 0, "examples": n, "accuracy": round(accuracy, 2), "paper": None, "epoch": state["epoch"], "set": where}
+            for where, (accuracy, n) in scores.items()
+        ]  # fmt: skip
+        mine[0]["paper"] = paper_number(state, args)
+        radii = [eps for eps in numbers(args.eval_eps) if eps > 0]
+        mine += [row | {"set": "test"} for row in evaluate(judging, name, state, some, radii, {}, train_eps=radii[0])] if radii else []
+        rows += [row | about for row in mine]
+        run.write("judged.json", json.dumps({"script": "adv_mae", "rows": rows}, indent=1))
+        run.say(f"{name}: " + ", ".join(f"{row['set'] if not row['eps'] else eps_name(row['eps'])} {row['accuracy']}" for row in mine))
+    return rows
+
+
+# Table 1: accuracy after fine-tuning, pre-trained without attack, linf, l2 (the best radius of each).
+PAPER = {  # (method, data set, recipe)
+    ("supervised", "cifar10", "sgd"): (98.78, 98.97, 99.08), ("supervised", "cifar10", "adamw"): (98.55, 98.69, 98.76),
+    ("rotnet", "cifar10", "sgd"): (94.79, 96.90, 96.79), ("rotnet", "cifar10", "adamw"): (96.14, 97.29, 97.43),
+    ("mae", "cifar10", "sgd"): (96.77, 97.78, 98.00), ("mae", "cifar10", "adamw"): (98.03, 98.30, 98.46),
+    ("byol", "cifar10", "sgd"): (97.72, 98.80, 98.96), ("byol", "cifar10", "adamw"): (98.12, 98.69, 98.67),
+    ("supervised", "cifar100", "sgd"): (90.96, 91.60, 92.53), ("supervised", "cifar100", "adamw"): (90.71, 90.59, 91.07),
+    ("rotnet", "cifar100", "sgd"): (78.65, 83.00, 83.48), ("rotnet", "cifar100", "adamw"): (82.55, 85.22, 86.45),
+    ("mae", "cifar100", "sgd"): (83.28, 86.39, 86.68), ("mae", "cifar100", "adamw"): (88.15, 89.24, 89.74),
+    ("byol", "cifar100", "sgd"): (86.91, 90.56, 91.10), ("byol", "cifar100", "adamw"): (88.62, 90.61, 91.05),
+    ("supervised", "sun397", "sgd"): (76.53, 74.26, 76.62), ("supervised", "sun397", "adamw"): (77.59, 76.13, 78.01),
+    ("rotnet", "sun397", "sgd"): (59.79, 61.52, 63.95), ("rotnet", "sun397", "adamw"): (68.01, 69.09, 70.27),
+    ("mae", "sun397", "sgd"): (69.88, 69.98, 71.82), ("mae", "sun397", "adamw"): (76.39, 76.56, 77.31),
+    ("byol", "sun397", "sgd"): (74.82, 75.02, 75.31), ("byol", "sun397", "adamw"): (76.47, 75.65, 75.96),
+    ("supervised", "resisc45", "sgd"): (96.32, 95.31, 96.17), ("supervised", "resisc45", "adamw"): (96.94, 96.52, 96.92),
+    ("rotnet", "resisc45", "sgd"): (94.56, 94.29, 95.14), ("rotnet", "resisc45", "adamw"): (95.15, 95.30, 95.93),
+    ("mae", "resisc45", "sgd"): (94.69, 93.85, 95.30), ("mae", "resisc45", "adamw"): (96.62, 96.44, 96.94),
+    ("byol", "resisc45", "sgd"): (95.07, 95.15, 95.46), ("byol", "resisc45", "adamw"): (96.44, 95.89, 96.08),
+    ("supervised", "dmlab", "sgd"): (73.63, 74.56, 74.49), ("supervised", "dmlab", "adamw"): (74.88, 74.61, 75.27),
+    ("rotnet", "dmlab", "sgd"): (63.73, 69.01, 68.89), ("rotnet", "dmlab", "adamw"): (66.80, 68.60, 68.31),
+    ("mae", "dmlab", "sgd"): (70.22, 73.86, 73.76), ("mae", "dmlab", "adamw"): (76.32, 76.90, 77.34),
+    ("byol", "dmlab", "sgd"): (70.93, 72.90, 71.81), ("byol", "dmlab", "adamw"): (72.13, 73.40, 72.39),
+}  # fmt: skip
+BEST_EPS = {  # (linf, l2), section 4.1 and Table 1
+    "supervised": (6 / 255, 4.0), "rotnet": (4 / 255, 4.0), "mae": (1 / 255, 0.5), "byol": (2 / 255, 2.0),
+}  # fmt: skip
+# Flags that make pre-training and fine-tuning the paper's, if they are as usual (epochs and gamma it does not tell).
+PAPER_PRETRAINING = (
+    "flip", "arch", "width", "image_size", "pretrain_batch_size", "pretrain_lr", "mask_ratio", "crop", "decoder_width", "decoder_depth",
+    "decoder_heads", "target", "attacked", "attack_steps", "step_size", "mixup", "cutmix", "smoothing", "drop_path", "rand_augment", "ema", "quick",
+)  # fmt: skip
+PAPER_FINETUNING = ("flip", "arch", "width", "image_size", "epochs", "steps", "batch_size", "lr", "eval_amp", "quick")
+
+
+def paper_number(state: dict, args: Args) -> float | None:
+    """Table 1's accuracy for this classifier, or None if its setting is another."""
+    about = state.get("pretrained") or {}
+    data = Path(args.data_dir).name.lower() if args.dataset == "folder" else args.dataset
+    row = PAPER.get((about.get("method"), data, args.recipe))
+    same = about.get("as_paper") and about.get("dataset") == "folder" and about.get("classes") == 1000 and args.stage == "finetune"
+    if row is None or not same or any(getattr(args, k) != getattr(Args, k) for k in PAPER_FINETUNING):
+        return None
+    eps = about["eps"]
+    return row[0] if not eps else dict(zip(BEST_EPS[about["method"]], row[1:], strict=True)).get(eps)
+
+
+def show(results: dict, folder: Path) -> None:
+    """Print a line per classifier: accuracy on each set, their average, and under attack; Table 1's beside it where the setting is its own."""
+    args, rows = results["args"], results["rows"]
+    sets = list(dict.fromkeys(row["set"] for row in rows if not row["eps"]))
+    attacked = list(dict.fromkeys((row["attack"], row["norm"], row["eps"]) for row in rows if row["eps"]))
+    header = ["pre-training, gamma", *sets] + (["average"] if len(sets) > 1 else []) + [f"{norm} {eps_name(eps)}" for _, norm, eps in attacked]
+    table = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        clean = {row["set"]: row["accuracy"] for row in mine if not row["eps"]}
+        values = [clean[s] for s in sets] + ([sum(clean.values()) / len(clean)] if len(sets) > 1 else [])
+        values += [row["accuracy"] for row in mine if row["eps"]]
+        table.append([name] + [f"{v:.2f}" for v in values])
+        if mine[0]["paper"] is not None:
+            table.append(["  the paper", f"{mine[0]['paper']:.2f}"] + [""] * (len(values) - 1))
+    print(f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, fine-tuned on clean images ({args['recipe']}); accuracy (%) on {rows[0]['examples']:,} test images", end="")
+    print(f", under {attacked[0][0].upper()} on {next(r['examples'] for r in rows if r['eps']):,}" if attacked else "", end="")
+    print(f". {results['seconds']:.0f} s in all.\n")
+    print_table(header, table)
+    print(f"\nresults.json, the pictures and the checkpoints are in {folder}", flush=True)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> dict:
+    """Pre-train, fine-tune, evaluate, print the table; returns what results.json holds ({} if --stage is not that far)."""
+    gammas = numbers(args.layer_decay) if args.recipe != "sgd" else [1.0]  # raises for a list that cannot be read
+    if not gammas or not all(0 <= g <= 1 for g in gammas):
+        raise UserError(f"--layer-decay {args.layer_decay}: give numbers from 0 to 1, such as 0.65,0.75.")
+    numbers(args.eval_eps)
+    if args.stage in ("finetune", "evaluate") and not args.init:
+        raise UserError(f"--stage {args.stage} needs --init (finetune: an encoder such as runs/X/a-mae.pt; evaluate: a classifier or a folder of them).")
+    if args.stage in ("all", "pretrain") and args.init:
+        raise UserError(f"--stage {args.stage} takes no --init; to fine-tune an encoder use --stage finetune.")
+    if args.norm == "linf" and args.eps == Args.eps:
+        raise UserError("--norm linf needs a radius of its own: give --eps 1/255.")
+    given = read_init(args)
+    if given:  # the network is the checkpoint's, for the record
+        args = replace(args, **{k: given[0]["network"][k] for k in ("arch", "width")})
+    run = start_run(args, "adv_mae")
+    results = run.finished() or train_and_evaluate(run, args, gammas, given)
+    if results and world()[0] == 0:
+        show(results, run.folder)
+    return results
+
+
+def read_init(args: Args) -> list[dict]:
+    """The checkpoints that --init names: one encoder, or with --stage evaluate a classifier or all in a folder."""
+    if not args.init:
+        return []
+    path, evaluating = Path(args.init), args.stage == "evaluate"
+    files = sorted(file for file in path.glob("*.pt") if file.name != "last.pt") if evaluating and path.is_dir() else [path]
+    given = [(file, load_vit(file)) for file in files]
+    if evaluating and path.is_dir():
+        given = [(file, state) for file, state in given if state["network"]["heads"].get("class")]
+        if not given:
+            raise UserError(f"{path} holds no classifiers (files such as a-mae-0.75.pt).")
+    for file, state in given:
+        if state["network"].get("arch") not in VITS or not any(k.startswith("trunk.") for k in state["model"]):
+            raise UserError(f"{file} holds no Vision Transformer; take a file such as a-mae.pt, or byorl.pt of an encoder --arch vit_b16.")
+        if evaluating and "class" not in state["network"]["heads"]:
+            raise UserError(f"{file} is no classifier; to make it one, use --stage finetune.")
+        state["name"] = state.get("name", file.stem)
+        its = state.get("args", {})
+        if "pretrained" not in state:  # of byorl.py, or a published one
+            about = {k: its.get(k) for k in ("norm", "eps", "arch", "width", "image_size", "dataset", "attack_steps", "epochs", "seed")}
+            method = {"byol": "byol", "byorl": "byol"}.get(state["name"], state["name"])
+            about |= {"eps": 0.0} if state["name"] == "byol" else {}
+            state["pretrained"] = about | {"method": method, "classes": 0, "as_paper": False}
+    return [state for _, state in given]
+
+
+def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[dict]) -> dict:
+    """All stages that --stage asks for."""
+    stored = {"cifar10": 32, "cifar100": 32, "stl10": 96}.get(args.dataset, args.image_size)  # they are resized as they are needed
+    train_set, test_set = load_data(
+        args.dataset, args.data_dir, run.device, image_size=stored, data_mirror=args.data_mirror, workers=args.workers, stream=True
+    )
+    check_sizes(args, train_set)
+    variants, real = open_variants(args, train_set.classes), real_labels(args, test_set)
+    for state in given:
+        if args.stage == "evaluate" and state["network"]["heads"]["class"] != len(train_set.classes):
+            raise UserError(f"{state['name']} knows {state['network']['heads']['class']} classes, {args.dataset} has {len(train_set.classes)}.")
+    run.begin()
+    if args.stage == "evaluate":
+        classifiers = given
+    else:
+        short = {"mae": "mae", "rotnet": "rotnet", "supervised": "supervised"}[args.method]
+        names = ([short] if args.plain or args.eps == 0 else []) + ([f"a-{short}"] if args.eps > 0 else [])
+        encoders = {given[0]["name"]: given[0]} if given else {name: train(name, args.method, run, args, train_set) for name in names}
+        if args.method == "mae" and not given:
+            picture(run, args, encoders, test_set)
+        if world()[0] == 0:
+            save_image_grid(run.folder / "filters.png", {name: filters(state) for name, state in encoders.items()})
+        if args.stage == "pretrain":
+            same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "data_dir", "image_size"))
+            run.say(f"The checkpoints are in {run.folder}; go on with: python adv_mae.py --stage finetune --init {run.folder}/{names[-1]}.pt{same}")
+            return {}
+        classifiers = [
+            train(f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd", args.recipe, run, args, train_set, state, gamma)
+            for name, state in encoders.items()
+            for gamma in gammas
+        ]
+    began = time.perf_counter()
+    rows = judge(run, args, classifiers, test_set, variants, real)
+    last = run.load("last.pt")
+    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
+    return write_results(run, rows, seconds)
+
+
+def check_sizes(args: Args, train_set: Images) -> None:
+    """Raise UserError where batches, parts of batches or masks would be empty."""
+    for size in (args.pretrain_batch_size, args.batch_size):
+        share = len(train_set) // (count_batches(len(train_set), size) * world()[1])
+        if share < args.accumulate:
+            raise UserError(f"{share} images per process and step cannot be cut into --accumulate {args.accumulate} parts.")
+    patches = (args.image_size // VITS[args.arch][0]) ** 2
+    if not 0 < count_visible(patches, args.mask_ratio) < patches:
+        raise UserError(f"--mask-ratio {args.mask_ratio:g} of {patches} patches leaves none visible, or none to paint.")
+    if args.decoder_width % args.decoder_heads or args.decoder_width % 4:
+        raise UserError(f"--decoder-width {args.decoder_width} must be a multiple of 4 and of --decoder-heads {args.decoder_heads}.")
+
+
+if __name__ == "__main__":
+    cli(main, Args)
