@@ -76,7 +76,7 @@ class Args:
     data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     image_size: int = 224  # side in pixels; other images are resized
     flip: bool = True  # mirror images at random in training
-    arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4"] = "vit_b16"  # network (paper: vit_b16); vit_*4 for images of 32 pixels
+    arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"] = "vit_b16"  # network (paper: vit_b16); vit_*4 for images of 32 pixels
     width: float = 1.0  # multiplies the number of heads, 64 channels each
     # pre-training
     pretrain_epochs: int = 0  # 0: the recipe's (mae 800, rotnet and supervised 300)
@@ -123,9 +123,10 @@ class Args:
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
     QUICK: ClassVar[dict] = dict(
-        dataset="digits", image_size=16, flip=False, arch="vit_ti4", width=1 / 3, workers=0, pretrain_epochs=60, pretrain_batch_size=64,
-        pretrain_lr=1e-3, crop=0.6, decoder_width=64, decoder_depth=2, decoder_heads=2, plain=True, epochs=10, batch_size=64, lr=2e-3,
-        layer_decay="0.75", mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=False, erase=0.0, eval_crop=1.0, eval_examples=360,
+        dataset="digits", image_size=16, flip=False, arch="vit_mini4", workers=0, amp="off", pretrain_epochs=24, pretrain_batch_size=64,
+        pretrain_lr=1e-3, crop=0.6, decoder_width=64, decoder_depth=1, decoder_heads=2, plain=True, epochs=7, batch_size=64, lr=2e-3,
+        layer_decay="0.75", mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=False, erase=0.0, eval_crop=1.0, eval_eps="0.25,0.5",
+        eval_examples=200,
     )  # fmt: skip
 
 

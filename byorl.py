@@ -55,7 +55,7 @@ from common import (
 )  # fmt: skip
 
 
-Arch = Literal["preact18", "preact34", "resnet18", "resnet34", "resnet50", "vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4"]
+Arch = Literal["preact18", "preact34", "resnet18", "resnet34", "resnet50", "vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"]
 
 
 @dataclass

@@ -1830,8 +1830,10 @@ class ViT(nn.Module):
         return self.fc_norm(self.encode(self.embed(x))[:, 1:].mean(1))
 
 
-# (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels.
-VITS = {"vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3), "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3)}
+# (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels, vit_mini4 for the digits of --quick.
+VITS = {
+    "vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3), "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3), "vit_mini4": (4, 4, 2),
+}  # fmt: skip
 
 
 def build_trunk(arch: str, width: float, stem: str, positions: int = 0) -> nn.Module:

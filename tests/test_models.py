@@ -171,16 +171,18 @@ def test_vit_b16_has_the_size_of_the_paper():
     assert sum(p.numel() for p in trunk.parameters()) == 768 * 16 * 16 * 3 + 768 + 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768 == 85_647_360
 
 
-def test_vit_by_hand():
+@pytest.mark.parametrize(("arch", "width", "patch", "rows", "cols", "heads"), [("vit_ti4", 2 / 3, 4, 2, 3, 2), ("vit_b16", 1.0, 16, 14, 14, 12)])
+def test_vit_by_hand(arch, width, patch, rows, cols, heads):
     """Patch by patch, head by head, in float64, from the equations of Dosovitskiy et al."""
     torch.manual_seed(0)
-    trunk = build_trunk("vit_ti4", 2 / 3, "cifar").double()
-    for p in trunk.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    p = {k: v.detach().numpy() for k, v in trunk.state_dict().items()}
-    x = torch.rand(1, 3, 8, 12, dtype=torch.float64)
-    image, dim, heads = x[0].numpy(), 128, 2
+    trunk = build_trunk(arch, width, "cifar").double()
+    dim = 64 * heads
     assert trunk.dim == dim
+    for p in trunk.parameters():
+        torch.nn.init.normal_(p, std=0.02 if dim > 128 else 0.1)
+    p = {k: v.detach().numpy() for k, v in trunk.state_dict().items()}
+    x = torch.rand(1, 3, patch * rows, patch * cols, dtype=torch.float64)
+    image = x[0].numpy()
 
     def norm(h, name):
         h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-6)
@@ -190,14 +192,14 @@ def test_vit_by_hand():
         return h @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
     tokens = [p["cls_token"][0, 0]]
-    for row in range(2):
-        for col in range(3):
-            patch = image[:, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4].reshape(-1)
+    for row in range(rows):
+        for col in range(cols):
+            part = image[:, patch * row : patch * row + patch, patch * col : patch * col + patch].reshape(-1)
             where = []
             for position in (col, row):
                 angle = [position / 10_000 ** (i / (dim / 4)) for i in range(dim // 4)]
                 where += [math.sin(a) for a in angle] + [math.cos(a) for a in angle]
-            tokens.append(p["patch_embed.weight"].reshape(dim, -1) @ patch + p["patch_embed.bias"] + np.array(where))
+            tokens.append(p["patch_embed.weight"].reshape(dim, -1) @ part + p["patch_embed.bias"] + np.array(where))
     h = np.stack(tokens)
     for i in range(12):
         block = f"blocks.{i}"
@@ -209,7 +211,7 @@ def test_vit_by_hand():
             out.append(score / score.sum(1, keepdims=True) @ v[:, part])
         h = h + linear(np.concatenate(out, 1), f"{block}.attn.proj")
         m = linear(norm(h, f"{block}.norm2"), f"{block}.mlp.fc1")
-        m = m * 0.5 * (1 + np.vectorize(math.erf)(m / math.sqrt(2)))
+        m = m * 0.5 * (1 + torch.erf(torch.from_numpy(m) / math.sqrt(2)).numpy())
         h = h + linear(m, f"{block}.mlp.fc2")
     want = norm(h[1:].mean(0, keepdims=True), "fc_norm")
     assert np.allclose(trunk(x).detach().numpy(), want, atol=1e-6)  # the positions are float32
