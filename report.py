@@ -24,6 +24,15 @@ Chen et al. 2020 (chen_pretrain_finetune.py):
     chen-venn-*.png          Figure 5: which images, attacked for one model, fool two others; one picture per results.json
     chen-unforeseen-*.png    like Figures 3 and 4 for the attacks of Kang et al. (on corruptions they are kucer-corruptions-*.png)
 
+Rebuffi et al. 2023 (adv_mae.py; byorl.py's encoders fine-tuned by it):
+
+    rebuffi-table.md         all fine-tuned networks: accuracy per test set, average, minus that of training from scratch, Table 1's number
+    rebuffi-eps-*.png        Figure 1: average accuracy over the radius of the attack in pre-training, that of the best gamma
+    rebuffi-methods-*.png    Figure 2: test sets by ways of pre-training, each with its best radius and gamma
+    rebuffi-gamma-*.png      Figure 3: test sets by gamma (--layer-decay), one panel per encoder
+    rebuffi-robust-*.png     Figure 5: accuracy over the radius of the attack on the fine-tuned network, one line per gamma
+    rebuffi-filters.png      Figure 4 for any checkpoints of ViTs: python report.py runs/X/mae.pt runs/X/a-mae.pt
+
 This is the only file that needs matplotlib; without it only the tables are written.
 """
 import json
@@ -41,12 +50,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import adv_mae
 import byorl
 import chen_pretrain_finetune
 import jigsaw_at
 import rotation_at
 from common import (
-    UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, write_atomically,
+    VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, write_atomically,
 )  # fmt: skip
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
 from chen_pretrain_finetune import PAPER as CHEN_PAPER
@@ -60,7 +70,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    results: tuple[str, ...] = ()  # results.json files, or folders of runs, or checkpoints (*.pt) whose loss landscape is wanted
+    results: tuple[str, ...] = ()  # results.json files, or folders of runs, or checkpoints (*.pt) whose loss landscape (classifiers) or filters (ViTs) are wanted
     out: str = "report"  # folder to write to; files in it are replaced
 
 
@@ -100,6 +110,11 @@ def read(paths: tuple[str, ...]) -> list[dict]:
             result = json.loads(file.read_text())
             needed = {"name", "attack", "norm", "eps", "examples", "accuracy", "paper"}
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
+            if result["script"] == "adv_mae":
+                needed |= {"set", "layer_decay", "pretrained", "checkpoint"}
+                args |= {"recipe", "width"}
+                if not all({"method", "norm", "eps", "epochs"} <= row["pretrained"].keys() for row in result["rows"]):
+                    raise ValueError
             if result["script"] == "chen_pretrain_finetune":
                 args |= {"models", "init", "dpe_lambda", "select", "pretrain_images", "extra_data"}
                 made = {(row.get("source"), row.get("target")) for row in result["rows"] if row.get("kind") == "transfer"}
@@ -127,7 +142,7 @@ def dataset_name(result: dict) -> str:
 def unusual(result: dict, names: Iterable[str]) -> list[str]:
     """Those of the flags `names` that a run has set to something else than usual, as one types them."""
     args = result["args"]
-    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl, "chen_pretrain_finetune": chen_pretrain_finetune}[result["script"]]
+    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl, "chen_pretrain_finetune": chen_pretrain_finetune, "adv_mae": adv_mae}[result["script"]]
     usual = vars(script.Args()) | (script.Args.QUICK if args["quick"] else {})
     parts = []
     for k in names:
@@ -955,6 +970,217 @@ def unforeseen_figures(settings: list[Setting], out: Path) -> list[Path]:
     return written
 
 
+# ---- Rebuffi et al. ------------------------------------------------------------------------------------------------
+
+# Flags of adv_mae.py that a table shows in a place of their own, that do not matter to a fine-tuned network, or that are its pre-training's.
+REBUFFI_SHOWN = {
+    "method", "layer_decay", "recipe", "norm", "eps", "eval_data", "real", "eval_eps", "eval_norm", "eval_attack", "eval_steps", "eval_examples",
+    "accumulate", "pretrain_epochs", "image_size",
+}  # fmt: skip
+METHODS = {"supervised": "supervised", "rotnet": "RotNet", "mae": "MAE", "byol": "BYOL"}
+
+
+@dataclass
+class Tuned:
+    """A fine-tuned network, in runs that differ in the seed only."""
+
+    setting: str  # data, network, recipe
+    method: str
+    norm: str  # of the attack in pre-training; "" if there was none
+    eps: float
+    gamma: float | None  # None: trained from scratch, not fine-tuned
+    epochs: int | None  # of pre-training
+    clean: dict[str, list[float]]  # {test set: accuracy per seed}
+    robust: dict[tuple[str, str, float], list[float]]  # {(attack, norm, radius): accuracy per seed}
+    paper: float | None
+
+    def average(self, sets: Iterable[str]) -> float:
+        return fmean(fmean(self.clean[s]) for s in sets)
+
+    @property
+    def name(self) -> str:
+        return f"{METHODS.get(self.method, self.method)} {f'{self.norm} {eps_name(self.eps)}' if self.eps else 'nominal'}"
+
+
+def corruption_means(results: list[dict]) -> dict[Path, float]:
+    """{checkpoint: its mean clean accuracy over the 15 types of corruption} of what eval_cifar10c.py has judged."""
+    means = {}
+    for result in results:
+        if result["script"] == "eval_cifar10c":
+            names = dict.fromkeys(row["name"] for row in result["rows"])
+            for path, name in zip(result["args"].get("checkpoints", []), names, strict=False):
+                for row in result["rows"]:
+                    if (row["name"], row["attack"], row["corruption"]) == (name, "none", "mean of 15"):
+                        means[Path(path).resolve()] = row["accuracy"]
+    return means
+
+
+def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
+    """{setting: its networks}, those of adv_mae.py."""
+    means, found = corruption_means(results), {}
+    for result in results:
+        if result["script"] != "adv_mae":
+            continue
+        a = result["args"]
+        flags = unusual(result, [k for k in a if k not in NOT_THE_SETTING | NAMED | REBUFFI_SHOWN])
+        for row in result["rows"]:
+            about = row["pretrained"]
+            setting = ", ".join([
+                dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['image_size']} pixels", f"recipe {a['recipe']}",
+                *(["--quick"] if a["quick"] else []), *flags,
+            ])  # fmt: skip
+            key = (setting, about["method"], about["norm"] if about["eps"] else "", about["eps"], row["layer_decay"], about["epochs"])
+            tuned = found.setdefault(key, Tuned(*key, {}, {}, None))
+            if row["eps"]:
+                tuned.robust.setdefault((row["attack"], row["norm"], row["eps"]), []).append(row["accuracy"])
+                continue
+            tuned.clean.setdefault(row["set"], []).append(row["accuracy"])
+            tuned.paper = row["paper"] or tuned.paper
+            corrupted = means.get(Path(row["checkpoint"]).resolve())
+            if row["set"] == "test" and corrupted is not None:
+                tuned.clean.setdefault("corruptions", []).append(corrupted)
+    groups = defaultdict(list)
+    for tuned in found.values():
+        groups[tuned.setting].append(tuned)
+    return groups
+
+
+def shared_sets(networks: list[Tuned]) -> list[str]:
+    """The test sets on which all of them were judged, in order."""
+    return [s for s in networks[0].clean if all(s in t.clean for t in networks)]
+
+
+def from_scratch(networks: list[Tuned]) -> Tuned | None:
+    """Trained from scratch without attack: what Figure 1 subtracts."""
+    return next((t for t in networks if t.method == "supervised" and not t.eps and t.gamma is None), None)
+
+
+def rebuffi_table(groups: dict[str, list[Tuned]]) -> str:
+    """A table per setting, a line per network."""
+    parts = ["# Rebuffi et al.: accuracy (%) after fine-tuning on clean images"]
+    for setting, networks in groups.items():
+        sets, scratch = shared_sets(networks), from_scratch(networks)
+        attacks = list(dict.fromkeys(key for t in networks for key in t.robust))
+        more = ["average"] * (len(sets) > 1) + ["minus scratch"] * (scratch is not None)
+        header = ["pre-training", "epochs", "γ", *sets, *more, *(f"{attack.upper()} {norm} {eps_name(eps)}" for attack, norm, eps in attacks), "Table 1"]
+        rows = []
+        for t in sorted(networks, key=lambda t: (list(METHODS).index(t.method) if t.method in METHODS else 9, t.norm, t.eps, t.gamma or 0)):
+            row = [t.name, "" if t.epochs is None else str(t.epochs), "" if t.gamma is None else f"{t.gamma:g}", *(mean_sd(t.clean[s]) for s in sets)]
+            row += [f"{t.average(sets):.2f}"] * (len(sets) > 1)
+            row += [f"{t.average(sets) - scratch.average(sets):+.2f}"] if scratch else []
+            rows.append([*row, *(mean_sd(t.robust.get(key, [])) for key in attacks), "" if t.paper is None else f"{t.paper:.2f}"])
+        seeds = [len(v) for t in networks for v in t.clean.values()]
+        parts.append(f"## {setting}; {count_seeds(*seeds)}\n\n{markdown(header, rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def best(networks: Iterable[Tuned], sets: list[str]) -> list[Tuned]:
+    """Of networks that differ in gamma (or epochs) only, that of the best average."""
+    chosen = {}
+    for t in networks:
+        key = (t.method, t.norm, t.eps)
+        if key not in chosen or t.average(sets) > chosen[key].average(sets):
+            chosen[key] = t
+    return list(chosen.values())
+
+
+def heat_map(ax: "Axes", networks: list[Tuned], sets: list[str], columns: list[str]) -> None:
+    """Rows: test sets and their average; the colour is normalised within each row."""
+    rows = [[fmean(t.clean[s]) for t in networks] for s in sets] + [[t.average(sets) for t in networks]] * (len(sets) > 1)
+    shade = [[(v - min(row)) / max(max(row) - min(row), 1e-9) for v in row] for row in rows]
+    ax.imshow(shade, cmap="YlGn", vmin=0, vmax=1.6, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, v in enumerate(row):
+            ax.text(j, i, f"{v:.1f}", ha="center", va="center", fontsize=9, fontweight="bold" if v == max(row) else None)
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    ax.set_yticks(range(len(rows)), [*sets, "average"][: len(rows)])
+
+
+def rebuffi_figures(groups: dict[str, list[Tuned]], out: Path) -> list[Path]:
+    """Figures 1, 2, 3 and 5, as far as there are enough networks. Returns what was written."""
+    plt, written = pyplot(), []
+
+    def write(figure: "Figure", kind: str, setting: str) -> None:
+        path = unused(out / file_name(f"rebuffi-{kind}-{setting}"), written)
+        save(figure, path)
+        written.append(path)
+
+    for setting, networks in groups.items():
+        sets, scratch, title = shared_sets(networks), from_scratch(networks), textwrap.fill(setting, 90)
+        tuned = [t for t in networks if t is not scratch]
+        if not sets or not tuned:
+            continue
+        winners, minus = best(tuned, sets), scratch.average(sets) if scratch else 0.0
+        norms = [norm for norm in ("linf", "l2") if len({t.eps for t in winners if t.norm == norm}) + any(not t.eps for t in winners) > 1 and any(t.norm == norm for t in winners)]
+        if norms:  # Figure 1
+            figure, axes = plt.subplots(1, len(norms), figsize=(4.5 * len(norms) + 1, 4), sharey=True, squeeze=False, layout="constrained")
+            for ax, norm in zip(axes[0], norms, strict=True):
+                for i, method in enumerate(METHODS):
+                    line = sorted((t for t in winners if t.method == method and t.norm in ("", norm)), key=lambda t: t.eps)
+                    if line:
+                        scale = 255 if norm == "linf" else 1
+                        ax.plot([t.eps * scale for t in line], [t.average(sets) - minus for t in line], marker="o", color=f"C{i}", label=METHODS[method])
+                ax.set_xlabel(f"radius in pre-training, {norm}{' (in 255ths)' if norm == 'linf' else ''}")
+                ax.grid(alpha=0.3)
+            axes[0, 0].set_ylabel(f"average accuracy (%){', minus that from scratch' if scratch else ''}")
+            axes[0, 0].legend()
+            figure.suptitle(title, fontsize=10)
+            write(figure, "eps", setting)
+        columns = [max(same, key=lambda t: t.average(sets)) for m in METHODS for norm in ("", "linf", "l2") if (same := [t for t in winners if (t.method, t.norm) == (m, norm)])]
+        if len(columns) > 1:  # Figure 2
+            figure, ax = plt.subplots(figsize=(1.1 * len(columns) + 2.5, 0.45 * len(sets) + 2.5), layout="constrained")
+            heat_map(ax, columns, sets, [t.name for t in columns])
+            ax.set_title(title, fontsize=10)
+            write(figure, "methods", setting)
+        # Of each method the encoders of the best average, with and without attack: all of their gammas.
+        leaders = {(t.method, t.eps > 0): t for t in sorted(winners, key=lambda t: t.average(sets))}
+        lines = {key: sorted((o for o in tuned if (o.name, o.epochs) == (t.name, t.epochs) and o.gamma is not None), key=lambda o: o.gamma) for key, t in leaders.items()}
+        panels = {line[0].name: line for m in METHODS if len(line := lines.get((m, True)) or lines.get((m, False), [])) > 1}
+        if panels:  # Figure 3
+            wide = sum(map(len, panels.values()))
+            figure, axes = plt.subplots(1, len(panels), figsize=(0.9 * wide + 2.5, 0.45 * len(sets) + 2.2), squeeze=False, sharey=True, layout="constrained")
+            for ax, (name, line) in zip(axes[0], panels.items(), strict=True):
+                heat_map(ax, line, sets, [f"{t.gamma:g}" for t in line])
+                ax.set(title=name, xlabel="γ")
+            figure.suptitle(title, fontsize=10)
+            write(figure, "gamma", setting)
+        shown = {m: [t for attacked in (True, False) for t in lines.get((m, attacked), []) if t.robust] for m in METHODS}
+        shown = {m: line for m, line in shown.items() if line}
+        for ball in dict.fromkeys(key[:2] for line in shown.values() for t in line for key in t.robust):  # Figure 5
+            figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown) + 1, 4), sharey=True, squeeze=False, layout="constrained")
+            for ax, line in zip(axes[0], shown.values(), strict=True):
+                gammas = list(dict.fromkeys(t.gamma for t in line))
+                for t in line:
+                    radii = sorted(key[2] for key in t.robust if key[:2] == ball)
+                    curve = [(0, fmean(t.clean["test"])), *((eps, fmean(t.robust[(*ball, eps)])) for eps in radii)]
+                    look = dict(color=f"C{gammas.index(t.gamma) % 10}", linestyle="-" if t.eps else "--", marker="o", markersize=3)
+                    ax.plot(*zip(*curve, strict=True), label=f"{t.name}, γ {t.gamma:g}", **look)
+                ax.set_xlabel(f"radius of the attack ({ball[0].upper()}, {ball[1]})")
+                ax.grid(alpha=0.3)
+                ax.legend(fontsize=8)
+            axes[0, 0].set_ylabel("accuracy (%)")
+            figure.suptitle(title, fontsize=10)
+            write(figure, "robust", setting)
+    return written
+
+
+def filter_figure(states: dict[str, dict], out: Path) -> Path:
+    """Figure 4: a row of principal components for each checkpoint of a ViT."""
+    plt = pyplot()
+    rows = {name: adv_mae.filters(state) for name, state in states.items()}
+    count = max(map(len, rows.values()))
+    figure, axes = plt.subplots(len(rows), count, figsize=(0.45 * count + 1.5, 0.55 * len(rows) + 0.2), squeeze=False, layout="constrained")
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for ax in line:
+            ax.axis("off")
+        for ax, picture in zip(line, pictures, strict=False):
+            ax.imshow(picture.permute(1, 2, 0).numpy())
+        line[0].text(-0.3, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    path = out / "rebuffi-filters.png"
+    save(figure, path)
+    return path
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -969,8 +1195,9 @@ def main(args: Args) -> list[Path]:
     except OSError as e:
         raise UserError(f"cannot make the folder {out} ({e.strerror}); choose another --out.") from None
     written = []
-    found, heads, settings = curves(results), all_heads(results), chen_settings(results)
+    found, heads, settings, tuned = curves(results), all_heads(results), chen_settings(results), tuned_networks(results)
     texts = {"kucer-tables.md": found and tables(found), "gowal-table.md": heads and gowal_table(heads), "chen-tables.md": chen_tables(settings)}
+    texts["rebuffi-table.md"] = tuned and rebuffi_table(tuned)
     for name, text in texts.items():
         if text:
             write_atomically(out / name, lambda f: f.write(text.encode()))
@@ -983,8 +1210,14 @@ def main(args: Args) -> list[Path]:
         written += curve_figures(found, out)
         written += accuracy_figures(heads, "label_fraction", out) + accuracy_figures(heads, "jitter_strength", out)
         written += summary_figures(settings, out) + venn_figures(results, out) + unforeseen_figures(settings, out)
-        for checkpoint in checkpoints:
-            written.append(landscape_figure(checkpoint, out, written))
+        written += rebuffi_figures(tuned, out)
+        states = {path: load_checkpoint(path) for path in checkpoints}
+        vits = {f"{Path(path).parent.name} {Path(path).stem}": state for path, state in states.items() if state["network"].get("arch") in VITS}
+        if vits:
+            written.append(filter_figure(vits, out))
+        for path, state in states.items():
+            if state["network"].get("arch") not in VITS:
+                written.append(landscape_figure(path, out, written))
         groups = defaultdict(list)  # runs on the same data with the same attack go into one picture
         for result in results:
             if result["script"] == "eval_cifar10c":
