@@ -1047,7 +1047,8 @@ def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
 
 def shared_sets(networks: list[Tuned]) -> list[str]:
     """The test sets on which all of them were judged, in order."""
-    return [s for s in networks[0].clean if all(s in t.clean for t in networks)]
+    shared = [s for s in networks[0].clean if all(s in t.clean for t in networks)]
+    return sorted(shared, key="corruptions".__eq__)  # last
 
 
 def from_scratch(networks: list[Tuned]) -> Tuned | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, flags
 
+import adv_mae
 import byorl
 import chen_pretrain_finetune as chen
 import report
@@ -482,3 +483,83 @@ def test_incomplete_chen_results_are_refused(tmp_path, one_sentence):
     for rows in compared({(0, 1, 2): 20.0}), [complete[0] | {"kind": "new"}]:  # the Venn picture needs the success rates too
         (tmp_path / "bad.json").write_text(json.dumps(chen_result(rows)))
         assert "is not a results.json" in one_sentence(report, tmp_path / "bad.json")
+
+
+# ---- Rebuffi et al. ----
+
+
+def tuned(method="mae", eps=0.5, norm="l2", gamma=0.75, clean=None, robust=None, seed=0, checkpoint="runs/x/a.pt", epochs=800, paper=None, **changes) -> dict:
+    """A results.json of adv_mae.py with one network; clean: {set: accuracy}, robust: {radius: accuracy}."""
+    args = vars(adv_mae.Args(seed=seed, data_dir="imagenet", stage="finetune", init="x", **changes))
+    about = {"layer_decay": gamma, "pretrained": {"method": method, "norm": norm, "eps": eps, "epochs": epochs}, "checkpoint": checkpoint}
+    row = {"name": "a", "norm": "l2", "examples": 100, "epoch": 1, "paper": paper} | about
+    rows = [row | {"attack": "none", "eps": 0, "set": s, "accuracy": a} for s, a in (clean or {"test": 80.0}).items()]
+    rows += [row | {"attack": "pgd-20", "eps": e, "set": "test", "accuracy": a, "paper": None} for e, a in (robust or {}).items()]
+    return {"script": "adv_mae", "args": args, "device": "", "torch": "", "seconds": 1.0, "rows": rows}
+
+
+def corruptions_of(checkpoints: dict[str, float]) -> dict:
+    """A results.json of eval_cifar10c.py: {checkpoint: its mean over 15 types}."""
+    row = {"attack": "none", "norm": "l2", "eps": 0, "examples": 100, "paper": None}
+    rows = [row | {"name": f"n{i}", "corruption": what, "severity": s, "accuracy": a + d} for i, a in enumerate(checkpoints.values()) for what, s, d in (("fog", 1, 5), ("mean of 15", "all", 0))]
+    return {"script": "eval_cifar10c", "args": {"dataset": "folder", "generate": False, "checkpoints": [*checkpoints]}, "rows": rows}
+
+
+def test_rebuffi_table_averages_and_subtracts():
+    results = [
+        tuned(clean={"test": 80.0, "a": 40.0}, robust={0.5: 30.0}), tuned(clean={"test": 82.0, "a": 42.0}, robust={0.5: 34.0}, seed=1, checkpoint="runs/y/a.pt"),
+        tuned("supervised", 0.0, gamma=None, clean={"test": 70.0, "a": 20.0}, checkpoint="runs/z/s.pt", epochs=300), tuned(eps=0.0, clean={"test": 79.0, "a": 31.0}, paper=98.5, checkpoint="runs/w/a.pt"),
+        corruptions_of({"runs/z/s.pt": 30.0, "runs/x/a.pt": 60.0, "runs/y/a.pt": 62.0}),
+    ]  # fmt: skip
+    groups = report.tuned_networks(results)
+    assert len(groups) == 1
+    text = report.rebuffi_table(groups)
+    rows = {tuple(c.strip() for c in line.split("|")[1:4]): [c.strip() for c in line.split("|")[4:-1]] for line in text.splitlines() if line.startswith("|")}
+    assert rows["pre-training", "epochs", "γ"] == ["test", "a", "average", "minus scratch", "PGD-20 l2 0.5", "Table 1"]  # corruptions are not of all
+    assert rows["MAE l2 0.5", "800", "0.75"] == ["81.00 ± 1.41", "41.00 ± 1.41", "61.00", "+16.00", "32.00 ± 2.83", ""]
+    assert rows["supervised nominal", "300", ""] == ["70.00", "20.00", "45.00", "+0.00", "", ""]
+    assert rows["MAE nominal", "800", "0.75"] == ["79.00", "31.00", "55.00", "+10.00", "", "98.50"]
+    (networks,) = report.tuned_networks(results[:3] + results[4:]).values()
+    assert report.shared_sets(networks) == ["test", "a", "corruptions"]
+    assert {t.name: t.clean["corruptions"] for t in networks} == {"MAE l2 0.5": [60.0, 62.0], "supervised nominal": [30.0]}
+
+
+def test_best_gamma_counts():
+    (networks,) = report.tuned_networks([tuned(gamma=g, clean={"test": a}) for g, a in ((0.65, 70.0), (0.75, 72.0), (0.85, 71.0))]).values()
+    assert [t.gamma for t in report.best(networks, ["test"])] == [0.75]
+
+
+def test_rebuffi_figures_are_drawn(tmp_path, monkeypatch):
+    """Which lines and cells they hold."""
+    results = [
+        tuned(m, eps, "l2", gamma, {"test": 80 + 10 * gamma - eps, "a": 40.0}, {0.5: 50.0 - 10 * gamma + eps, 1.0: 20.0})
+        for m in ("mae", "byol") for eps in (0.0, 0.5, 1.0) for gamma in (0.65, 0.75)
+    ]  # fmt: skip
+    results.append(tuned("supervised", 0.0, gamma=None, clean={"test": 78.0, "a": 38.0}))
+    drawn = {}
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.__setitem__(path.name.split("-")[1], figure))
+    paths = report.rebuffi_figures(report.tuned_networks(results), tmp_path)
+    assert {p.name.split("-")[1] for p in paths} == {"eps", "methods", "gamma", "robust"} == drawn.keys()
+    (ax,) = drawn["eps"].axes  # no linf run, no panel
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["MAE"].get_xdata().tolist() == [0, 0.5, 1] and lines["MAE"].get_ydata().tolist() == pytest.approx([(87.5 - e + 40) / 2 - 58 for e in (0, 0.5, 1)])
+    cells = [t.get_text() for t in drawn["methods"].axes[0].texts]
+    assert cells == ["87.5", "87.0", "87.5", "87.0", *["40.0"] * 4, "63.8", "63.5", "63.8", "63.5"]  # test, a, average
+    assert [ax.get_title() for ax in drawn["gamma"].axes] == ["MAE l2 0.5", "BYOL l2 0.5"]
+    assert len(drawn["robust"].axes) == 2 and len(drawn["robust"].axes[0].lines) == 4
+    assert drawn["robust"].axes[0].lines[0].get_ydata().tolist() == [86.0, 44.0, 20.0]
+
+
+def test_filters_of_vits_are_drawn(tmp_path, capsys):
+    model = build_model("vit_mini4", {})
+    for name in "ab":
+        save_checkpoint(tmp_path / f"{name}.pt", {"network": model.spec, "model": model.state_dict()})
+    written = report.main(report.Args(results=(str(tmp_path / "a.pt"), str(tmp_path / "b.pt")), out=str(tmp_path / "out")))
+    assert [p.name for p in written] == ["rebuffi-filters.png"] and written[0].stat().st_size > 1000
+
+
+def test_a_damaged_result_of_adv_mae_is_refused(one_sentence, tmp_path):
+    result = tuned()
+    del result["rows"][0]["layer_decay"]
+    (folder,) = write(tmp_path, result)
+    assert "is not a results.json" in one_sentence(report, folder)
