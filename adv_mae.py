@@ -394,17 +394,18 @@ def masked_autoencoder(encoder: Network, args: Args) -> MaskedAutoencoder:
     return model
 
 
-def train(name: str, kind: str, run: Run, args: Args, train_set: Images, start: dict | None = None, gamma: float | None = None) -> dict:
+def train(
+    name: str, kind: str, run: Run, args: Args, train_set: Images, *, eps: float = 0.0, start: dict | None = None, gamma: float | None = None
+) -> dict:
     """Train a network by the recipe `kind` and return its checkpoint, name.pt.
 
-    Pre-training (mae, rotnet, supervised) is adversarial unless `name` is the plain one's; fine-tuning (imagenet, adamw, sgd) begins at the
-    checkpoint `start` and decays learning rates by `gamma`.
+    Pre-training (mae, rotnet, supervised) is adversarial if eps > 0; fine-tuning (imagenet, adamw, sgd) begins at the checkpoint `start`
+    and decays learning rates by `gamma`.
     """
     file = f"{name}.pt"
     if (done := run.load(file)) is not None:
         return done  # before the run was resumed
     recipe, finetuning = recipe_of(kind, args), start is not None
-    eps = args.eps if name.startswith("a-") and not finetuning else 0.0
     classes, n, ranks = len(train_set.classes), len(train_set), world()[1]
     torch.manual_seed(args.seed)
     model = start_model(kind, args, recipe, start, classes)
@@ -633,7 +634,8 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
     rows = done["rows"]
     stored = transformed(test_set, central_crop(args))
     some = draw(stored, min(args.eval_examples or len(stored), len(stored)), seed=0)
-    judging = Run(run.folder, run.device, run.script, replace(args, norm=args.eval_norm))
+    small = min(args.batch_size, 64 * world()[1])  # attacks are in float32, whose activations take 0.1 GB per image of a ViT-B/16
+    judging = Run(run.folder, run.device, run.script, replace(args, norm=args.eval_norm, batch_size=small))
     for state in classifiers:
         name = state["name"]
         if any(row["name"] == name for row in rows):
@@ -771,6 +773,8 @@ def read_init(args: Args) -> list[dict]:
         if not given:
             raise UserError(f"{path} holds no classifiers (files such as a-mae-0.75.pt).")
     for file, state in given:
+        if "optimizer" in state:
+            raise UserError(f"{file} is the state of a run, to resume it; take a finished network such as a-mae.pt or a-mae-0.75.pt.")
         if state["network"].get("arch") not in VITS or not any(k.startswith("trunk.") for k in state["model"]):
             raise UserError(f"{file} holds no Vision Transformer; take a file such as a-mae.pt, or byorl.pt of an encoder --arch vit_b16.")
         if evaluating and "class" not in state["network"]["heads"]:
@@ -791,7 +795,7 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
     train_set, test_set = load_data(
         args.dataset, args.data_dir, run.device, image_size=stored, data_mirror=args.data_mirror, workers=args.workers, stream=True
     )
-    check_sizes(args, train_set)
+    check_sizes(args, train_set, given)
     variants, real = open_variants(args, train_set.classes), real_labels(args, test_set)
     for state in given:
         if args.stage == "evaluate" and state["network"]["heads"]["class"] != len(train_set.classes):
@@ -800,19 +804,21 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
     if args.stage == "evaluate":
         classifiers = given
     else:
-        short = {"mae": "mae", "rotnet": "rotnet", "supervised": "supervised"}[args.method]
-        names = ([short] if args.plain or args.eps == 0 else []) + ([f"a-{short}"] if args.eps > 0 else [])
-        encoders = {given[0]["name"]: given[0]} if given else {name: train(name, args.method, run, args, train_set) for name in names}
+        radii = {args.method: 0.0} if args.plain or args.eps == 0 else {}
+        radii |= {f"a-{args.method}": args.eps} if args.eps > 0 else {}  # a for adversarial
+        encoders = {state["name"]: state for state in given}
+        for name, eps in radii.items() if not given else ():
+            encoders[name] = train(name, args.method, run, args, train_set, eps=eps)
         if args.method == "mae" and not given:
             picture(run, args, encoders, test_set)
         if world()[0] == 0:
             save_image_grid(run.folder / "filters.png", {name: filters(state) for name, state in encoders.items()})
         if args.stage == "pretrain":
             same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "data_dir", "image_size"))
-            run.say(f"The checkpoints are in {run.folder}; go on with: python adv_mae.py --stage finetune --init {run.folder}/{names[-1]}.pt{same}")
+            run.say(f"The checkpoints are in {run.folder}; go on with: python adv_mae.py --stage finetune --init {run.folder}/{list(encoders)[-1]}.pt{same}")
             return {}
         classifiers = [
-            train(f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd", args.recipe, run, args, train_set, state, gamma)
+            train(f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd", args.recipe, run, args, train_set, start=state, gamma=gamma)
             for name, state in encoders.items()
             for gamma in gammas
         ]
@@ -823,13 +829,18 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
     return write_results(run, rows, seconds)
 
 
-def check_sizes(args: Args, train_set: Images) -> None:
-    """Raise UserError where batches, parts of batches or masks would be empty."""
+def check_sizes(args: Args, train_set: Images, given: list[dict]) -> None:
+    """Raise UserError where batches, parts of batches or masks would be empty, or images do not fit the network --init."""
     for size in (args.pretrain_batch_size, args.batch_size):
         share = len(train_set) // (count_batches(len(train_set), size) * world()[1])
         if share < args.accumulate:
             raise UserError(f"{share} images per process and step cannot be cut into --accumulate {args.accumulate} parts.")
     patches = (args.image_size // VITS[args.arch][0]) ** 2
+    learned = given[0]["network"].get("positions", 0) if given else 0
+    if learned not in (0, patches):
+        raise UserError(f"{args.init} has learned positions for {learned} patches, --image-size {args.image_size} makes {patches}.")
+    if args.method != "mae" or given:
+        return
     if not 0 < count_visible(patches, args.mask_ratio) < patches:
         raise UserError(f"--mask-ratio {args.mask_ratio:g} of {patches} patches leaves none visible, or none to paint.")
     if args.decoder_width % args.decoder_heads or args.decoder_width % 4:

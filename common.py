@@ -957,7 +957,7 @@ class _Transformed(torch.utils.data.Dataset):
         from torchvision.transforms.functional import to_pil_image
 
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
+            torch.default_generator.manual_seed((self.seed * 16_777_259 + i) % 2**63)  # a prime beyond the number of images
             if not isinstance(self.source, _Folder):
                 return self.transform(to_pil_image(self.source[i])), -1, ""
             folder = copy.copy(self.source)

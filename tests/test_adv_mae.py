@@ -720,6 +720,8 @@ def test_published_checkpoints(tmp_path):
         assert torch.allclose(model(x), want, atol=1e-4)
     with pytest.raises(ValueError, match="learned positions for 196"):
         model(torch.rand(1, 3, 32, 32))
+    with pytest.raises(UserError, match="has learned positions for 196 patches, --image-size 32 makes 4"):
+        main(tiny(stage="finetune", init=str(tmp_path / "tuned.pth"), image_size=32, out=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(
@@ -769,6 +771,7 @@ def test_wrong_checkpoints(one_sentence, pretrained, tmp_path):
         ({"stage": "evaluate", "init": tmp_path / "a-mae.pt"}, "no classifier"),
         ({"stage": "evaluate", "init": tmp_path / "empty"}, "holds no classifiers"),
         ({"stage": "finetune", "init": tmp_path / "empty"}, "is a folder"),
+        ({"stage": "finetune", "init": pretrained / "last.pt"}, "is the state of a run"),
     ):
         assert match in one_sentence(adv_mae, *flags(TINY | changes | {"out": tmp_path / "run"})), changes
 

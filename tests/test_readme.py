@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import adv_mae
 import byorl
 import chen_pretrain_finetune
 import eval_cifar10c
@@ -18,7 +19,7 @@ from common import parse_args
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl,
-           "chen_pretrain_finetune.py": chen_pretrain_finetune}  # fmt: skip
+           "chen_pretrain_finetune.py": chen_pretrain_finetune, "adv_mae.py": adv_mae}  # fmt: skip
 
 
 def commands():
@@ -47,7 +48,7 @@ def test_the_two_commands_are_there():
 def test_files_and_flags_exist():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/dpe_step.py", "benchmarks/corruptions.py"))
+    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/dpe_step.py", "benchmarks/mae_step.py", "benchmarks/corruptions.py"))
     torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", README)) - torchrun:
         assert flag[2:].removeprefix("no-").replace("-", "_") in known, flag
@@ -99,6 +100,16 @@ def test_paper_numbers_of_chen():
                 assert chen.paper(task, pair, chen.Args()) == tuple(map(float, cell.split("/"))), (pair, task)
                 found += 1
     assert found == 20
+
+
+def test_paper_numbers_of_rebuffi():
+    found = 0
+    for line in re.findall(r"^\| (?:supervised|RotNet|MAE|BYOL) \| \d.*$", README, re.M):
+        method, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        for cell, where in zip(cells, [(d, r) for d in ("cifar10", "cifar100") for r in ("sgd", "adamw")], strict=True):
+            assert adv_mae.PAPER[(method.lower(), *where)] == tuple(map(float, cell.split("/"))), (method, where)
+            found += 1
+    assert found == 16
 
 
 def test_every_public_function_has_a_docstring():
