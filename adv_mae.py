@@ -10,7 +10,7 @@ image's patches p; an encoder e sees the visible ones, a small decoder d paints 
 The mask m is drawn once for attack and update; delta is on visible patches only; the target is made of the clean image. The other ways of
 pre-training differ in nothing but the loss: adversarial RotNet (eq. 5, --method rotnet), supervised (--method supervised), and BYOL
 (byorl.py). Fine-tuning has no attack; its learning rate decays from layer to layer by gamma towards the input (--layer-decay), which keeps
-the robust early layers. The paper: all methods gain from the attack, on ImageNet, on its variants, and on other data sets.
+the robust early layers. The paper: all methods gain from the attack on ImageNet and its variants, and with l2 on average also on other data sets.
 
     python adv_mae.py --quick                                          # digits, MAE and A-MAE, under two minutes on two CPU cores
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16         # ImageNet, ViT-B/16: pre-train with l2 0.5, fine-tune, evaluate
@@ -24,12 +24,13 @@ supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
 
 Differs from the paper, which released no code and refers to He et al., or is our choice where it is silent:
 - the number of epochs of MAE is not given (He et al.: 800, their best 1600); nor is the best gamma, so all four are fine-tuned;
-- the attack runs with drop path off, stays in [0, 1], and takes a normalised step in l2 (eq. 2 shows linf only);
+- the attack runs with drop path off, stays in [0, 1], and in l2 starts on the ball's surface and takes normalised steps (eq. 2 shows linf only);
 - patches are normalised after the image's channels, with the unbiased variance and 1e-6, as in He et al.'s code;
 - positions stay fixed in fine-tuning too (their code trains them there; a checkpoint whose positions were trained keeps doing it);
 - layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0 (frozen) and 1 (full);
-- "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label smoothing, drop path,
-  RandAugment and random erasing are those of their code, whose RandAugment applies each of its two operations with probability 1/2;
+- "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label smoothing, drop
+  path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of its two operations with probability 1/2;
+  the operations are torchvision's, which differ a little;
 - the attack of the supervised method is on the mixed labels; rotations are drawn once per image, after the augmentation;
 - Table 1's settings are "rescaled, random flip": no mixup, no label smoothing, no drop path there; its AdamW runs for 100 epochs;
 - reported is the last epoch; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its authors' code.
@@ -102,7 +103,7 @@ class Args:
     steps: int = 2500  # steps of fine-tuning (sgd)
     batch_size: int = 512  # images per step over all GPUs
     lr: float = 0.0  # highest learning rate; 0: the recipe's (imagenet and adamw 5e-4, sgd 0.01)
-    layer_decay: str = "0.65,0.75,0.85,0.95"  # gamma, a network for each: the rate of layer k from the top is gamma^k times --lr; 0: head only, 1: all the same (not for sgd)
+    layer_decay: str = "0.65,0.75,0.85,0.95"  # gamma, a network for each: the rate of layer k from the top is gamma^k times --lr; 0: only the last norm and the head, 1: all the same (not for sgd)
     # regularisation of fine-tuning with --recipe imagenet, and of supervised pre-training (mixup and cutmix not of rotnet)
     mixup: float = 0.8  # alpha of mixup
     cutmix: float = 1.0  # alpha of cutmix; each batch gets one of the two
@@ -445,8 +446,10 @@ def train(
         model.train()
         with Epoch(epoch, n, min(steps, total - epoch * steps), run.device, skip, sums) as log:
             for x, y in log.watch(stream):  # (B, 3, S, S), (B,): this rank's share
-                seed_step(args.seed, first_id + epoch, log.step)
                 k = epoch * steps + log.step
+                if k == total:  # --recipe sgd ends in mid-epoch
+                    break
+                seed_step(args.seed, first_id + epoch, log.step)
                 for group in opt.param_groups:
                     group["lr"] = group["scale"] * learning_rate(recipe.lr, k, round(recipe.warmup * total), total, recipe.lowest)
                 seeds = image_seeds(epoch_id, places[log.step]).to(x.device)
@@ -466,10 +469,11 @@ def train(
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 opt.step()
+                decay = min(recipe.ema, (1 + k) / (10 + k))  # so that a short run's average is not its initial weights
                 for key, v in model.state_dict().items() if recipe.ema else ():
-                    average[key].lerp_(v, 1 - recipe.ema)
+                    average[key].lerp_(v, 1 - decay)
                 log.update(len(x), loss=value / len(x))
-                if log.interrupted() or k + 1 == total:
+                if log.interrupted():
                     break
         if log.interrupted():
             save(epoch, log.step, log.shared_sums())
@@ -607,6 +611,8 @@ def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Ten
     """{name of the folder: (images, groups)} of --eval-data. Raises UserError for a folder that cannot be used."""
     variants = {}
     for folder in filter(None, (part.strip() for part in args.eval_data.split(","))):
+        if Path(folder).name in (*variants, "test", "real"):
+            raise UserError(f"--eval-data: '{Path(folder).name}' names two test sets; rename the folder {folder}.")
         images = open_folder(Path(folder), args.image_size)
         groups = groups_of(images.classes, classes, folder)
         images = without_agreement(images) if set(images.classes) <= set(CONFLICT) and len(classes) == 1000 else images
@@ -642,7 +648,7 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
             continue
         model = place_model(build_model(**state["network"]), run.device, args.amp if args.eval_amp else "off").eval()
         load_weights(model, state["model"], name)
-        about = {k: state.get(k) for k in ("layer_decay", "pretrained")} | {"checkpoint": str(run.folder / f"{name}.pt")}
+        about = {k: state.get(k) for k in ("layer_decay", "pretrained")} | {"checkpoint": state.get("file") or str(run.folder / f"{name}.pt")}
 
         def score(model: nn.Module, images: Images, where: str) -> float:
             stream = batches(images, args.batch_size, run.device, workers=args.workers)
@@ -711,7 +717,10 @@ def paper_number(state: dict, args: Args) -> float | None:
     if row is None or not same or any(getattr(args, k) != getattr(Args, k) for k in PAPER_FINETUNING):
         return None
     eps = about["eps"]
-    return row[0] if not eps else dict(zip(BEST_EPS[about["method"]], row[1:], strict=True)).get(eps)
+    if not eps:
+        return row[0]
+    i = ("linf", "l2").index(about["norm"])
+    return row[1 + i] if eps == BEST_EPS[about["method"]][i] else None
 
 
 def show(results: dict, folder: Path) -> None:
@@ -751,9 +760,13 @@ def main(args: Args) -> dict:
         raise UserError(f"--stage {args.stage} takes no --init; to fine-tune an encoder use --stage finetune.")
     if args.norm == "linf" and args.eps == Args.eps:
         raise UserError("--norm linf needs a radius of its own: give --eps 1/255.")
+    if args.eval_norm == "linf" and args.eval_eps == Args.eval_eps:
+        raise UserError("--eval-norm linf needs radii of its own: give --eval-eps 1/255,2/255.")
     given = read_init(args)
     if given:  # the network is the checkpoint's, for the record
         args = replace(args, **{k: given[0]["network"][k] for k in ("arch", "width")})
+        if args.stage == "evaluate":  # which also says how images are cut
+            args = replace(args, recipe=given[0].get("args", {}).get("recipe", args.recipe))
     run = start_run(args, "adv_mae")
     results = run.finished() or train_and_evaluate(run, args, gammas, given)
     if results and world()[0] == 0:
@@ -779,7 +792,7 @@ def read_init(args: Args) -> list[dict]:
             raise UserError(f"{file} holds no Vision Transformer; take a file such as a-mae.pt, or byorl.pt of an encoder --arch vit_b16.")
         if evaluating and "class" not in state["network"]["heads"]:
             raise UserError(f"{file} is no classifier; to make it one, use --stage finetune.")
-        state["name"] = state.get("name", file.stem)
+        state["name"], state["file"] = state.get("name", file.stem), str(file)
         its = state.get("args", {})
         if "pretrained" not in state:  # of byorl.py, or a published one
             about = {k: its.get(k) for k in ("norm", "eps", "arch", "width", "image_size", "dataset", "attack_steps", "epochs", "seed")}
@@ -831,7 +844,8 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
 
 def check_sizes(args: Args, train_set: Images, given: list[dict]) -> None:
     """Raise UserError where batches, parts of batches or masks would be empty, or images do not fit the network --init."""
-    for size in (args.pretrain_batch_size, args.batch_size):
+    pretraining, finetuning = args.stage in ("all", "pretrain"), args.stage in ("all", "finetune")
+    for size in [args.pretrain_batch_size] * pretraining + [args.batch_size] * finetuning:
         share = len(train_set) // (count_batches(len(train_set), size) * world()[1])
         if share < args.accumulate:
             raise UserError(f"{share} images per process and step cannot be cut into --accumulate {args.accumulate} parts.")
@@ -839,7 +853,7 @@ def check_sizes(args: Args, train_set: Images, given: list[dict]) -> None:
     learned = given[0]["network"].get("positions", 0) if given else 0
     if learned not in (0, patches):
         raise UserError(f"{args.init} has learned positions for {learned} patches, --image-size {args.image_size} makes {patches}.")
-    if args.method != "mae" or given:
+    if args.method != "mae" or not pretraining:
         return
     if not 0 < count_visible(patches, args.mask_ratio) < patches:
         raise UserError(f"--mask-ratio {args.mask_ratio:g} of {patches} patches leaves none visible, or none to paint.")

@@ -1938,6 +1938,7 @@ def load_vit(path: str | Path) -> dict:
         head.{weight, bias}                             heads.class.*, if there is a fc_norm (else the head reads the class token)
         norm.*, mask_token, decoder_*                   nothing: pre-training's last norm and decoder, which fine-tuning drops
 
+    Images are normalised by ImageNet's mean and deviation, as MAE and DeiT have it (some of timm's were trained with 0.5 for all).
     The weights may be the file itself, or its entry `model` or `state_dict`. Raises UserError, naming the key, for anything else in it
     (absolute positions of windows, layer scale, ...) and if the sizes are none of VITS.
     """
@@ -2956,7 +2957,7 @@ def evaluate(
             else:
                 row["attack"] = args.eval_attack
                 attacks = suite_attacks(args.eval_attack, args.norm, eps, args.seed)
-                row["after"] = suite_accuracy(model, stream, attacks, batch_size=args.batch_size, heads=("class",))
+                row["after"] = suite_accuracy(model, stream, attacks, batch_size=max(1, args.batch_size // world()[1]), heads=("class",))
                 accuracy = row["after"]["square"]
         known = paper.get(eps) if row["attack"] in ("none", "pgd-20") else None
         rows.append(row | {"accuracy": round(accuracy, 2), "paper": known, "epoch": state["epoch"]})

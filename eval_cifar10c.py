@@ -547,7 +547,7 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
                 accuracy = robust_accuracy(model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x))
             else:
                 name, attacks = args.eval_attack, suite_attacks(args.eval_attack, norm, eps, args.seed)
-                accuracy = suite_accuracy(model, stream(images), attacks, batch_size=args.batch_size)["square"]
+                accuracy = suite_accuracy(model, stream(images), attacks, batch_size=max(1, args.batch_size // world()[1]))["square"]
             rows.append({"attack": name, "norm": norm, "eps": eps, "examples": len(images), "accuracy": round(accuracy, 2)})
     return rows
 

@@ -546,7 +546,55 @@ def test_a_step_on_large_images_of_a_folder(tmp_path):
     assert results["rows"][0]["examples"] == 6 and {r["set"] for r in results["rows"]} == {"test"}
 
 
+def test_the_average_of_a_short_run_is_not_its_start(tmp_path):
+    main(tiny(method="rotnet", stage="pretrain", eps=0.0, ema=0.9999, pretrain_epochs=3, out=str(tmp_path)))
+    torch.manual_seed(0)
+    start = adv_mae.start_model("rotnet", tiny(), Recipe(1, 1, 0, 0, 0, None), None, 10).state_dict()
+    average, last = (load_checkpoint(tmp_path / f"{name}.pt")["model"] for name in ("rotnet", "last"))
+    key = "trunk.blocks.1.mlp.fc1.weight"
+    moved = (last[key] - start[key]).norm()
+    assert moved > 0.1 and (average[key] - start[key]).norm() > 0.5 * moved and not torch.equal(average[key], last[key])
+
+
+def test_sgd_interrupted_in_its_last_step_is_done(tmp_path, monkeypatch, pretrained):
+    """7 steps of which the last begins a second epoch: the resumed run has none left."""
+    import common
+
+    args = dict(stage="finetune", init=str(pretrained / "a-mae.pt"), recipe="sgd", eval_eps="")
+    main(tiny(**args, out=str(tmp_path / "whole")))
+    count, update = [0], common.Epoch.update
+
+    def interrupt(self, *a, **k):
+        update(self, *a, **k)
+        count[0] += 1
+        common._Signals.received = 15 if count[0] == 7 else 0
+
+    monkeypatch.setattr(common.Epoch, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(tiny(**args, out=str(tmp_path / "parts")))
+    common._Signals.received = 0
+    main(tiny(**args, out=str(tmp_path / "parts"), resume=True))
+    assert count[0] == 7
+    assert same_state(*(load_checkpoint(tmp_path / run / "a-mae-sgd.pt")["model"] for run in ("whole", "parts")))
+
+
 # ---- evaluation ----
+
+
+def test_evaluation_remembers_recipe_and_file(pretrained, tmp_path):
+    args = dict(init=str(pretrained / "a-mae.pt"), recipe="adamw", eval_crop=0.4, eval_eps="")
+    first = main(tiny(stage="finetune", **args, out=str(tmp_path / "run")))["rows"][0]
+    file = tmp_path / "run" / "a-mae-0.75.pt"
+    again = main(tiny(stage="evaluate", eval_crop=0.4, eval_eps="", init=str(file), out=str(tmp_path / "again")))["rows"][0]
+    assert first["accuracy"] == again["accuracy"] and first["checkpoint"] == again["checkpoint"] == str(file)
+
+
+def test_two_test_sets_of_one_name_are_refused(tmp_path):
+    for folder in ("x/val", "y/val", "x/test"):
+        write_images(tmp_path / folder, ["a/0.png"])
+    for folders in ("x/val,y/val", "x/test"):
+        with pytest.raises(UserError, match="names two test sets"):
+            open_variants(tiny(eval_data=",".join(str(tmp_path / f) for f in folders.split(","))), ["a"])
 
 
 def write_images(folder, names):
@@ -655,10 +703,10 @@ def test_paper_numbers():
     assert paper_number(state_of("mae", 0.0), args) == 98.03
     assert paper_number(state_of("rotnet", 4.0), replace(args, dataset="folder", data_dir="x/SUN397", recipe="sgd")) == 63.95
     nothing = [
-        (state_of("mae", 1.0), args), (state_of("mae", 0.5), replace(args, recipe="imagenet")), (state_of("mae", 0.5, classes=10), args),
+        (state_of("mae", 1.0), args), (state_of("mae", 0.5, "linf"), args), (state_of("rotnet", 4 / 255), args), (state_of("mae", 0.5), replace(args, recipe="imagenet")), (state_of("mae", 0.5, classes=10), args),
         (state_of("mae", 0.5, as_paper=False), args), (state_of("mae", 0.5), replace(args, batch_size=256)), (state_of("mae", 0.5), replace(args, stage="all")),
     ]  # fmt: skip
-    assert [paper_number(*pair) for pair in nothing] == [None] * 6
+    assert [paper_number(*pair) for pair in nothing] == [None] * 8
 
 
 # ---- published checkpoints ----
@@ -754,7 +802,7 @@ def test_fine_tuning_a_published_checkpoint(tmp_path):
         ({"stage": "finetune"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"), ({"init": "x.pt"}, "takes no --init"), ({"layer_decay": "0.5,2"}, "from 0 to 1"),
         ({"layer_decay": "x"}, "not a list"), ({"norm": "linf"}, "radius of its own"), ({"mask_ratio": 0.99}, "none visible"), ({"mask_ratio": 0.0}, "none to paint"),
         ({"accumulate": 1000}, "cannot be cut"), ({"decoder_heads": 3}, "multiple of 4"), ({"image_size": 18}, "no multiple of 4"), ({"stage": "finetune", "init": "no.pt"}, "no checkpoint"),
-        ({"eval_data": "nowhere"}, "no images in nowhere"), ({"real": "nowhere.json"}, "cannot read nowhere.json"), ({"eval_crop": 0.0}, "must be between"), ({"smoothing": 1.0}, "must be between"),
+        ({"eval_data": "nowhere"}, "no images in nowhere"), ({"eval_norm": "linf", "eval_eps": Args.eval_eps}, "radii of its own"), ({"real": "nowhere.json"}, "cannot read nowhere.json"), ({"eval_crop": 0.0}, "must be between"), ({"smoothing": 1.0}, "must be between"),
     ],
 )  # fmt: skip
 def test_wrong_flags(one_sentence, tmp_path, changes, match):
