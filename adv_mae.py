@@ -1,23 +1,24 @@
 """Adversarial masked auto-encoders (Rebuffi, Wiles, Shelhamer, Gowal: Adversarially self-supervised pre-training improves accuracy and
 robustness, ICLR 2023 workshop).
 
-A Vision Transformer is pre-trained on attacked images without labels, then fine-tuned on clean ones. MAE (He et al. 2022) hides 75% of an
-image's patches p; an encoder e sees the visible ones, a small decoder d paints the others. A-MAE also attacks those that are visible:
+A Vision Transformer is pre-trained on attacked images, then fine-tuned on clean ones. Masked auto-encoding (MAE, He et al. 2022) hides 75%
+of an image's patches p; an encoder e sees the visible ones, a small decoder d paints the others. A-MAE also attacks the visible ones:
 
     delta = argmax over the eps-ball of (1 - m) || d(e(p + delta, m)) - (p - mu(p)) / sigma(p) ||^2      (eq. 4; by PGD, eq. 2)
-    minimise the same loss at p + delta                                                              (m = 1: a visible patch)
+    minimise the same loss at p + delta
 
-The mask m is drawn once for attack and update; delta is on visible patches only; the target is made of the clean image. The other ways of
-pre-training differ in nothing but the loss: adversarial RotNet (eq. 5, --method rotnet), supervised (--method supervised), and BYOL
-(byorl.py). Fine-tuning has no attack; its learning rate decays from layer to layer by gamma towards the input (--layer-decay), which keeps
-the robust early layers. The paper: all methods gain from the attack on ImageNet and its variants, and with l2 on average also on other data sets.
+The mask m, 1 where a patch is visible, is drawn once for attack and update; delta is on visible patches only; the target is made of the clean
+image's hidden patches. The other ways of pre-training attack their own loss in the same way: adversarial RotNet (eq. 5, --method rotnet),
+supervised (--method supervised), and BYOL (byorl.py). Fine-tuning has no attack; its learning rate decays from layer to layer by gamma
+towards the input (--layer-decay), which keeps the robust early layers. The paper: all methods gain from the attack on ImageNet and its
+variants, and with l2 on average also on other data sets.
 
     python adv_mae.py --quick                                          # digits, MAE and A-MAE, under two minutes on two CPU cores
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16         # ImageNet, ViT-B/16: pre-train with l2 0.5, fine-tune, evaluate
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --norm linf --eps 1/255 --stage pretrain
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --method rotnet --eps 4 --stage pretrain
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --stage finetune --init runs/X/a-mae.pt --layer-decay 0.75 --eval-data imagenet-r,imagenet-a
-    python adv_mae.py --dataset cifar10 --recipe sgd --stage finetune --init runs/X/a-mae.pt          # a cell of Table 1
+    python adv_mae.py --dataset cifar10 --recipe sgd --stage finetune --init runs/X/a-mae.pt          # a cell of Table 1 (X: on ImageNet)
 
 The paper, CIFAR-10 (Table 1, AdamW), pre-trained without attack / linf / l2: MAE 98.03 / 98.30 / 98.46, RotNet 96.14 / 97.29 / 97.43,
 supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
@@ -26,14 +27,16 @@ Differs from the paper, which released no code and refers to He et al., or is ou
 - the number of epochs of MAE is not given (He et al.: 800, their best 1600); nor is the best gamma, so all four are fine-tuned;
 - the attack runs with drop path off, stays in [0, 1], and in l2 starts on the ball's surface and takes normalised steps (eq. 2 shows linf only);
 - patches are normalised after the image's channels, with the unbiased variance and 1e-6, as in He et al.'s code;
-- positions stay fixed in fine-tuning too (their code trains them there; a checkpoint whose positions were trained keeps doing it);
+- positions stay fixed in fine-tuning too (their code trains them there; those of a published checkpoint with trained ones go on being trained);
 - layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0 (frozen) and 1 (full);
 - "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label smoothing, drop
   path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of its two operations with probability 1/2;
-  the operations are torchvision's, which differ a little;
+  the operations are torchvision's: without theirs Invert and SolarizeAdd, with Identity, and with a milder Posterize;
+- warm-up is the same share of any number of epochs (40 of 800, 20 of 300, 5 of 100); the moving average of weights is faster in the first steps;
 - the attack of the supervised method is on the mixed labels; rotations are drawn once per image, after the augmentation;
-- Table 1's settings are "rescaled, random flip": no mixup, no label smoothing, no drop path there; its AdamW runs for 100 epochs;
-- reported is the last epoch; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its authors' code.
+- Table 1's augmentation is "random horizontal flipping", so there is no mixup, cutmix, RandAugment or erasing there; its AdamW keeps label smoothing and drop
+  path and runs for 100 epochs;
+- the last epoch is reported; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its authors' code.
 """
 import contextlib
 import functools
@@ -51,7 +54,7 @@ from torch import Tensor, nn
 
 from common import (
     STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, cli, count_batches,
-    distribute, draw, eps_name, evaluate, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
+    distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
     map_images, numbers, open_folder, patchify, pgd, place_model, print_table, robust_accuracy, rotate, save_image_grid, seed_step,
     sincos_positions, split_epoch, start_run, transformed, unpatchify, with_progress, world, write_results,
 )  # fmt: skip
@@ -61,7 +64,7 @@ from common import (
 class Args:
     # run
     method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
-    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: --init; evaluate: --init only
+    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: the encoder --init; evaluate: only judge the classifier(s) --init
     init: str = ""  # encoder to fine-tune: of this script, of byorl.py, or a published ViT (see common.load_vit). With --stage evaluate: a classifier, or a folder of them
     seed: int = 0  # seed of the weights, the order of images, masks, augmentation and attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -83,46 +86,47 @@ class Args:
     pretrain_epochs: int = 0  # 0: the recipe's (mae 800, rotnet and supervised 300)
     pretrain_batch_size: int = 4096  # images per step over all GPUs
     pretrain_lr: float = 0.0  # highest learning rate; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
-    accumulate: int = 1  # parts into which each GPU's share of a batch is cut, to save memory
+    accumulate: int = 1  # parts into which each GPU's share of a batch is cut, one after the other, to save memory; in fine-tuning too
     mask_ratio: float = 0.75  # share of the patches that MAE hides
-    crop: float = 0.0  # smallest share of an image's area that training shows; 0: the recipe's (MAE 0.2, others 0.08)
-    decoder_width: int = 512  # MAE's decoder (paper: 8 layers, 16 heads, 2048 hidden units)
-    decoder_depth: int = 8  # its layers
-    decoder_heads: int = 16  # its heads
+    crop: float = 0.0  # smallest share of an image's area in a random crop, also with --recipe imagenet; 0: the recipe's (MAE 0.2, others 0.08)
+    decoder_width: int = 512  # channels of MAE's decoder (paper: 2048 hidden units, which is 4 times as many)
+    decoder_depth: int = 8  # layers of MAE's decoder
+    decoder_heads: int = 16  # attention heads of MAE's decoder
     target: Literal["normalised", "pixels"] = "normalised"  # what MAE paints: patches normalised each (eq. 3), or as they are (ablation)
     attacked: Literal["visible", "all"] = "visible"  # all: the hidden patches, and so the target, are attacked too (ablation; section 3.1 advises against it)
     plain: bool = False  # also pre-train without attack, for comparison
     # attack in pre-training (appendix C)
     norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
-    eps: float = 0.5  # radius of that ball, in [0, 1] pixel units (best: mae l2 0.5, linf 1/255; supervised 4, 6/255; rotnet 4, 4/255; byol 2, 2/255); 0: no attack
+    eps: float = 0.5  # radius of that ball, in [0, 1] pixel units (the paper's best, l2 / linf: mae 0.5 / 1/255, supervised 4 / 6/255, rotnet 4 / 4/255, byol 2 / 2/255); 0: no attack
     attack_steps: int = 2  # PGD steps
     step_size: float = 0.0  # of PGD; 0: 5 eps / 8
     # fine-tuning
-    recipe: Literal["imagenet", "adamw", "sgd"] = "imagenet"  # imagenet: He et al.; adamw, sgd: the two of Table 1, with flips only
+    recipe: Literal["imagenet", "adamw", "sgd"] = "imagenet"  # how to fine-tune: as He et al. on ImageNet, or in one of the two ways of Table 1, with flips only
     epochs: int = 100  # epochs of fine-tuning (imagenet, adamw)
     steps: int = 2500  # steps of fine-tuning (sgd)
     batch_size: int = 512  # images per step over all GPUs
     lr: float = 0.0  # highest learning rate; 0: the recipe's (imagenet and adamw 5e-4, sgd 0.01)
     layer_decay: str = "0.65,0.75,0.85,0.95"  # gamma, a network for each: the rate of layer k from the top is gamma^k times --lr; 0: only the last norm and the head, 1: all the same (not for sgd)
-    # regularisation of fine-tuning with --recipe imagenet, and of supervised pre-training (mixup and cutmix not of rotnet)
-    mixup: float = 0.8  # alpha of mixup
-    cutmix: float = 1.0  # alpha of cutmix; each batch gets one of the two
+    # regularisation of fine-tuning with --recipe imagenet (smoothing and drop path with adamw, too), and of supervised and rotnet pre-training
+    mixup: float = 0.8  # alpha of mixup (not in rotnet); 0: none
+    cutmix: float = 1.0  # alpha of cutmix (not in rotnet); each GPU's share of a batch gets one of the two; 0: none
     smoothing: float = 0.1  # label smoothing
     drop_path: float = 0.1  # rate in the last layer, rising from 0 in the first
     rand_augment: bool = True  # RandAugment of strength 9 of 10
     erase: float = 0.25  # probability that a random rectangle is erased, in fine-tuning
-    ema: float = 0.9999  # moving average of the weights in rotnet and supervised pre-training; 0: none
+    ema: float = 0.9999  # share of the weights' moving average that a step keeps (rotnet and supervised pre-training); 0: no average
     # evaluation
     eval_data: str = ""  # comma-separated folders DIR/<class>/* to score as well: ImageNet-A, -R, -V2, -Sketch, Conflict Stimuli
     real: str = ""  # real.json of ImageNet-ReaL, to score the test images (ILSVRC2012_val_*) by it as well
     eval_crop: float = 0.875  # share of an image's shorter side that the evaluated central crop has (1: all; adamw and sgd squeeze the whole image)
-    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack (Figure 5)
+    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
     eval_eps: str = "0.25,0.5,1,2"  # comma-separated radii at which the fine-tuned networks are attacked; empty: none
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
     eval_steps: int = 20  # PGD steps
     eval_examples: int = 1000  # test images to attack, drawn once and for all; 0: all. Clean accuracy is that of all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
+    # Digits have 8 x 8 pixels: at 16 a patch is 2 x 2 of them, and a small network does. They are no photographs, hence only mild crops.
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=16, flip=False, arch="vit_mini4", workers=0, amp="off", pretrain_epochs=24, pretrain_batch_size=64,
         pretrain_lr=1e-3, crop=0.6, decoder_width=64, decoder_depth=1, decoder_heads=2, plain=True, epochs=7, batch_size=64, lr=2e-3,
@@ -131,17 +135,18 @@ class Args:
     )  # fmt: skip
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Recipe:
     """How to train: the columns of He et al.'s tables, and Table 1's two."""
 
-    epochs: int
+    epochs: int = 0
+    steps: int = 0  # in place of epochs
     batch_size: int
     lr: float
+    lowest: float = 0.0  # learning rate at the end of the cosine
     warmup: float  # share of the steps
     weight_decay: float  # not on vectors (biases, LayerNorm)
     betas: tuple[float, float] | None  # of AdamW; None: SGD with momentum 0.9
-    lowest: float = 0.0  # learning rate at the end of the cosine
     clip: float = 0.0  # largest norm of the gradient; 0: any
     crop: float = 0.0  # smallest share of the area in a random crop; 0: the image is squeezed into the square instead
     rand_augment: bool = False
@@ -155,21 +160,29 @@ class Recipe:
 
 def recipe_of(kind: str, args: Args) -> Recipe:
     """The recipe of pre-training (mae, rotnet, supervised) or fine-tuning (imagenet, adamw, sgd), with what the flags change."""
-    b = args.pretrain_batch_size
-    regular = dict(rand_augment=args.rand_augment, smoothing=args.smoothing, drop_path=args.drop_path)
-    mixing = dict(mixup=args.mixup, cutmix=args.cutmix)
-    if kind == "mae":  # 40 of 800 epochs of warm-up
-        return Recipe(args.pretrain_epochs or 800, b, args.pretrain_lr or 1.5e-4 * b / 256, 40 / 800, 0.05, (0.9, 0.95), crop=args.crop or 0.2)
+    pretraining = dict(batch_size=args.pretrain_batch_size, betas=(0.9, 0.95))
+    per_256 = args.pretrain_batch_size / 256
+    adamw = dict(
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr or 5e-4, lowest=1e-6, warmup=5 / 100, weight_decay=0.05, betas=(0.9, 0.999),
+        smoothing=args.smoothing, drop_path=args.drop_path,
+    )  # fmt: skip
+    if kind == "mae":
+        return Recipe(
+            epochs=args.pretrain_epochs or 800, lr=args.pretrain_lr or 1.5e-4 * per_256, warmup=40 / 800, weight_decay=0.05, crop=args.crop or 0.2,
+            **pretraining,
+        )  # fmt: skip
     if kind in ("rotnet", "supervised"):  # He et al.'s training from scratch; RotNet without mixup and cutmix (appendix C)
-        regular |= mixing if kind == "supervised" else {}
-        lr = args.pretrain_lr or 1e-4 * b / 256
-        return Recipe(args.pretrain_epochs or 300, b, lr, 20 / 300, 0.3, (0.9, 0.95), crop=args.crop or 0.08, ema=args.ema, **regular)
+        mixing = dict(mixup=args.mixup, cutmix=args.cutmix) if kind == "supervised" else {}
+        return Recipe(
+            epochs=args.pretrain_epochs or 300, lr=args.pretrain_lr or 1e-4 * per_256, warmup=20 / 300, weight_decay=0.3, crop=args.crop or 0.08,
+            rand_augment=args.rand_augment, smoothing=args.smoothing, drop_path=args.drop_path, ema=args.ema, **pretraining, **mixing,
+        )  # fmt: skip
     if kind == "imagenet":
-        crop = args.crop or 0.08
-        return Recipe(args.epochs, args.batch_size, args.lr or 5e-4, 5 / 100, 0.05, (0.9, 0.999), 1e-6, crop=crop, erase=args.erase, **regular, **mixing)
+        return Recipe(crop=args.crop or 0.08, rand_augment=args.rand_augment, erase=args.erase, mixup=args.mixup, cutmix=args.cutmix, **adamw)
     if kind == "adamw":
-        return Recipe(args.epochs, args.batch_size, args.lr or 5e-4, 5 / 100, 0.05, (0.9, 0.999), 1e-6)
-    return Recipe(0, args.batch_size, args.lr or 0.01, 500 / 2500, 0.0, None, clip=1.0)  # sgd: --steps (Steiner et al. 2021; appendix E)
+        return Recipe(**adamw)
+    # Steiner et al. 2021; appendix E
+    return Recipe(steps=args.steps, batch_size=args.batch_size, lr=args.lr or 0.01, warmup=500 / 2500, weight_decay=0.0, betas=None, clip=1.0)
 
 
 # ---- the method ----------------------------------------------------------------------------------------------------
@@ -200,11 +213,11 @@ class MAE(nn.Module):
         (b, total), n = order.shape, len(visible) // len(order)
         weight, bias = self.encoder.patch_embed.weight, self.encoder.patch_embed.bias
         tokens = F.linear(visible.flatten(1), weight.flatten(1), bias).view(b, n, -1)
-        tokens = tokens + self.encoder.positions(self.side, self.side)[order[:, :n]].to(tokens)
+        tokens = tokens + self.encoder.positions(self.side, self.side)[order[:, :n]]
         tokens = self.embed(self.norm(self.encoder.encode(tokens)))  # (B, 1 + n, width)
-        hidden = self.mask_token.to(tokens).expand(b, total - n, -1)
+        hidden = self.mask_token.expand(b, total - n, -1)
         patches = torch.cat([tokens[:, 1:], hidden], 1)  # (B, N, width)
-        patches = patches + sincos_positions(self.width, self.side, self.side, order.device)[order].to(tokens)
+        patches = patches + sincos_positions(self.width, self.side, self.side, order.device)[order]
         out = self.decoder(torch.cat([tokens[:, :1], patches], 1))
         return self.predict(self.decoder_norm(out[:, 1 + n :]))
 
@@ -224,6 +237,15 @@ def count_visible(patches: int, mask_ratio: float) -> int:
     return patches - round(mask_ratio * patches)
 
 
+def shuffle_patches(x: Tensor, seeds: Tensor, args: Args) -> tuple[Tensor, Tensor, int]:
+    """An image's patches in random order: (B, N, 3, p, p), that order (B, N), and how many of the first are visible. It depends on the
+    image's seed alone, so that attack and update, and any number of ranks, have the same mask."""
+    patches = patchify(x, VITS[args.arch][0])
+    order = image_uniform(seeds, patches.shape[1]).argsort(1)
+    image = torch.arange(len(x), device=x.device)[:, None]
+    return patches[image, order], order, count_visible(patches.shape[1], args.mask_ratio)
+
+
 def target_of(patches: Tensor, model: Network, args: Args) -> Tensor:
     """What is to be painted, (p - mu) / sigma of eq. 3: (B, M, 3, p, p) -> (B, M, 3 * p * p)."""
     p = ((patches - model.mean) / model.std).flatten(2)
@@ -232,16 +254,21 @@ def target_of(patches: Tensor, model: Network, args: Args) -> Tensor:
     return (p - p.mean(2, keepdim=True)) / (p.var(2, keepdim=True) + 1e-6).sqrt()
 
 
-def masked_task(x: Tensor, y: Tensor, seeds: Tensor, model: Network, args: Args) -> tuple[Tensor, Loss]:
+def painting(out: Tensor, patches: Tensor, model: Network, args: Args) -> Tensor:
+    """The inverse of `target_of`, with mu and sigma of the true patches (B, M, 3, p, p): (B, M, 3 * p * p) -> (B, M, 3, p, p) in [0, 1]."""
+    if args.target == "normalised":
+        p = ((patches - model.mean) / model.std).flatten(2)
+        out = out * (p.var(2, keepdim=True) + 1e-6).sqrt() + p.mean(2, keepdim=True)
+    return (out.view_as(patches) * model.std + model.mean).clamp(0, 1)
+
+
+def masked_task(x: Tensor, seeds: Tensor, model: Network, args: Args) -> tuple[Tensor, Loss]:
     """MAE: what is attacked, the visible patches (B, n, 3, p, p), and eq. 4 as a function of them.
 
     Since the hidden patches are not among what PGD moves, delta is zero there at its start and after each step, and the whole l2 budget is
     spent on what the encoder sees.
     """
-    patches = patchify(x, VITS[args.arch][0])
-    order = image_uniform(seeds, patches.shape[1]).argsort(1)  # (B, N), drawn once for the attack and the update
-    n = count_visible(patches.shape[1], args.mask_ratio)
-    patches = patches[torch.arange(len(x), device=x.device)[:, None], order]  # visible ones first
+    patches, order, n = shuffle_patches(x, seeds, args)
     clean = target_of(patches[:, n:], model, args)
 
     def loss(net: nn.Module, z: Tensor) -> Tensor:
@@ -251,19 +278,18 @@ def masked_task(x: Tensor, y: Tensor, seeds: Tensor, model: Network, args: Args)
     return patches[:, :n] if args.attacked == "visible" else patches, loss
 
 
-def rotation_task(x: Tensor, y: Tensor, seeds: Tensor, model: Network, args: Args) -> tuple[Tensor, Loss]:
-    """RotNet: the turned images and eq. 5's loss."""
-    k = (4 * image_uniform(seeds, 1)[:, 0]).long()
+def rotation_task(x: Tensor, seeds: Tensor, recipe: Recipe) -> tuple[Tensor, Loss]:
+    """RotNet: the images, turned by one of four angles each, and eq. 5's loss."""
+    turn = (4 * image_uniform(seeds, 1)[:, 0]).long()  # (B,)
 
     def loss(net: nn.Module, z: Tensor) -> Tensor:
-        return F.cross_entropy(net(z), k, reduction="none", label_smoothing=args.smoothing)
+        return F.cross_entropy(net(z), turn, reduction="none", label_smoothing=recipe.smoothing)
 
-    return rotate(x, k), loss
+    return rotate(x, turn), loss
 
 
-def class_task(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tensor, Loss]:
-    """Supervised training: the images, mixed, and the cross-entropy with their mixed labels (eq. 1)."""
-    x, target = mix(x, y, recipe, classes)
+def class_task(x: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, Loss]:
+    """Supervised training: the images, which may be mixtures, and the cross-entropy with their targets (B, classes) (eq. 1)."""
 
     def loss(net: nn.Module, z: Tensor) -> Tensor:
         return F.cross_entropy(net(z), target, reduction="none", label_smoothing=recipe.smoothing)
@@ -273,9 +299,9 @@ def class_task(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tens
 
 def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) -> Tensor:
     """eq. 2: PGD on what a task gives. The start depends on the image's seed alone."""
-    noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1
+    noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1  # + 1: other numbers than the mask's
     if args.norm == "l2":
-        noise = torch.erfinv(noise)  # Gaussian but for its length, which `pgd` sets
+        noise = torch.erfinv(noise)  # Gaussian of variance 1/2; `pgd` gives it the length eps
     with batchnorm_mode(model, "eval"):  # for ViTs: without drop path
         return pgd(
             lambda v: loss(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps, step_size=args.step_size or 5 / 8 * args.eps, noise=noise
@@ -292,7 +318,7 @@ def rand_augment(image, fill: tuple[int, ...]):
     for _ in range(2):
         if torch.rand(()) < 0.5:
             strength = int((90 + 5 * torch.randn(())).round().clamp(0, 100))
-            image = v2.RandAugment(1, strength, num_magnitude_bins=101, interpolation=InterpolationMode.BILINEAR, fill=list(fill))(image)
+            image = v2.RandAugment(1, strength, num_magnitude_bins=101, interpolation=InterpolationMode.BICUBIC, fill=list(fill))(image)
     return image
 
 
@@ -349,16 +375,24 @@ def layer_of(name: str, depth: int) -> int:
 
 def parameter_groups(model: Network, weight_decay: float, gamma: float | None) -> list[dict]:
     """Groups for an optimiser, with `scale`, by which the learning rate is to be multiplied: gamma^(depth + 1 - layer) in fine-tuning
-    (14 layers for ViT-B), 1 if gamma is None. Vectors have no weight decay, nor in fine-tuning have class token and positions."""
+    (14 layers for ViT-B), 1 if gamma is None. Vectors have no weight decay, nor, but for MAE, have class token and positions (He et al.'s code)."""
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             depth = len(model.trunk.blocks) if gamma is not None else 0
             scale = 1.0 if gamma is None else gamma ** (depth + 1 - layer_of(name, depth))
-            free = p.dim() == 1 or (gamma is not None and name in ("trunk.cls_token", "trunk.pos_embed"))
+            free = p.dim() == 1 or name in ("trunk.cls_token", "trunk.pos_embed")  # MAE's is trunk.encoder.cls_token
             group = groups.setdefault((scale, free), {"params": [], "scale": scale, "weight_decay": 0.0 if free else weight_decay})
             group["params"].append(p)
     return list(groups.values())
+
+
+def optimiser(model: Network, recipe: Recipe, gamma: float | None) -> torch.optim.Optimizer:
+    """AdamW or SGD on `parameter_groups`."""
+    groups = parameter_groups(model, recipe.weight_decay, gamma)
+    if recipe.betas:
+        return torch.optim.AdamW(groups, recipe.lr, betas=recipe.betas)
+    return torch.optim.SGD(groups, recipe.lr, momentum=0.9)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -411,25 +445,23 @@ def train(
     torch.manual_seed(args.seed)
     model = start_model(kind, args, recipe, start, classes)
     place_model(model, run.device, args.amp, args.compile)
-    groups = parameter_groups(model, recipe.weight_decay, gamma)
-    if recipe.betas:
-        opt = torch.optim.AdamW(groups, recipe.lr, betas=recipe.betas)
-    else:
-        opt = torch.optim.SGD(groups, recipe.lr, momentum=0.9)
+    opt = optimiser(model, recipe, gamma)
     state = run.resume(name, model, opt)
     average = {k: v.clone() for k, v in model.state_dict().items()} if recipe.ema else {}
     average = {k: v.to(run.device) for k, v in state.get("average", average).items()}
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(model)
     steps = count_batches(n, recipe.batch_size)
-    total = recipe.epochs * steps if recipe.epochs else args.steps
+    total = recipe.steps or recipe.epochs * steps
     epochs = math.ceil(total / steps)
     first_id = FIRST_ID["finetune" if finetuning else "pretrain" if eps else "plain"]
 
     def task(x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Loss]:
         if kind == "mae":
-            return masked_task(x, y, seeds, model, args)
-        return rotation_task(x, y, seeds, model, args) if kind == "rotnet" else class_task(x, y, recipe, classes)
+            return masked_task(x, seeds, model, args)
+        if kind == "rotnet":
+            return rotation_task(x, seeds, recipe)
+        return class_task(x, y, recipe)
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
@@ -442,7 +474,7 @@ def train(
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         images = transformed(train_set, augmentation(recipe, args), seed=epoch_id)
         stream = batches(images, recipe.batch_size, run.device, shuffle=epoch_id, skip=skip, workers=args.workers)
-        places = split_epoch(n, recipe.batch_size)
+        positions = split_epoch(n, recipe.batch_size)
         model.train()
         with Epoch(epoch, n, min(steps, total - epoch * steps), run.device, skip, sums) as log:
             for x, y in log.watch(stream):  # (B, 3, S, S), (B,): this rank's share
@@ -452,27 +484,31 @@ def train(
                 seed_step(args.seed, first_id + epoch, log.step)
                 for group in opt.param_groups:
                     group["lr"] = group["scale"] * learning_rate(recipe.lr, k, round(recipe.warmup * total), total, recipe.lowest)
-                seeds = image_seeds(epoch_id, places[log.step]).to(x.device)
-                batch = n // steps + (log.step < n % steps)  # images over all ranks
+                seeds = image_seeds(epoch_id, positions[log.step]).to(x.device)
+                batch_images = n // steps + (log.step < n % steps)  # over all ranks
                 opt.zero_grad(set_to_none=True)
-                value = torch.zeros((), device=x.device)
+                if kind not in ("mae", "rotnet"):
+                    x, y = mix(x, y, recipe, classes)  # y: from now on (B, classes)
+                loss_sum = torch.zeros((), device=x.device)
                 parts = min(args.accumulate, len(x))
-                for i, (x_i, y_i, s_i) in enumerate(zip(*(v.tensor_split(parts) for v in (x, y, seeds)), strict=True)):
-                    z, loss = task(x_i, y_i, s_i)
+                split = zip(x.tensor_split(parts), y.tensor_split(parts), seeds.tensor_split(parts), strict=True)
+                for i, (x_part, y_part, seeds_part) in enumerate(split):
+                    z, loss = task(x_part, y_part, seeds_part)
                     if eps:
-                        z = perturb(z, loss, s_i, model, args)
-                    alone = contextlib.nullcontext() if ddp is model or i == parts - 1 else ddp.no_sync()
-                    with alone:
+                        z = perturb(z, loss, seeds_part, model, args)
+                    last = ddp is model or i == parts - 1
+                    with contextlib.nullcontext() if last else ddp.no_sync():  # ranks exchange gradients once, at the last part
                         values = loss(ddp, z)  # (b,)
-                        (values.sum() * ranks / batch).backward()  # DDP averages over ranks: in all, the gradient of the batch's mean
-                    value += values.detach().sum()
+                        (values.sum() * ranks / batch_images).backward()  # DDP averages over ranks: in all, the gradient of the batch's mean
+                    loss_sum += values.detach().sum()
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 opt.step()
-                decay = min(recipe.ema, (1 + k) / (10 + k))  # so that a short run's average is not its initial weights
-                for key, v in model.state_dict().items() if recipe.ema else ():
-                    average[key].lerp_(v, 1 - decay)
-                log.update(len(x), loss=value / len(x))
+                if recipe.ema:
+                    decay = min(recipe.ema, (1 + k) / (10 + k))  # so that a short run's average is not its initial weights
+                    for key, v in model.state_dict().items():
+                        average[key].lerp_(v, 1 - decay)
+                log.update(len(x), loss=loss_sum / len(x))
                 if log.interrupted():
                     break
         if log.interrupted():
@@ -482,24 +518,31 @@ def train(
             history, name, epoch + 1, epochs, lr=max(g["lr"] for g in opt.param_groups), **log.means(), seconds=round(time.perf_counter() - began, 1)
         )
         save(epoch + 1)
-    weights, decoder = average or model.state_dict(), {}
-    if kind == "mae":  # what fine-tuning takes, and apart from it what only pictures need
-        decoder = {k: v for k, v in weights.items() if not k.startswith("trunk.encoder.")}
-        weights = {k.replace("trunk.encoder.", "trunk."): v for k, v in weights.items() if k.startswith(("trunk.encoder.", "mean", "std"))}
-    about = {"layer_decay": gamma, "pretrained": start["pretrained"]} if finetuning else {"pretrained": about_pretraining(name, eps, args, classes)}
+    about = about_pretraining(eps, args, classes) if not finetuning else start["pretrained"]
+    if finetuning and "layer_decay" in start:  # fine-tuned for the second time
+        about = about | {"as_paper": False}
     run.save(file, {
-        "network": model.spec, "model": weights, "decoder": decoder, "args": vars(args), "name": name, "epoch": epochs,
-        "stage": "train" if finetuning or kind == "supervised" else "pretrain", **about,
+        "network": model.spec, **split_weights(kind, average or model.state_dict()), "args": vars(args), "name": name, "epoch": epochs,
+        "stage": "train" if finetuning or kind == "supervised" else "pretrain", "pretrained": about, **({"layer_decay": gamma} if finetuning else {}),
     })  # fmt: skip
     return run.load(file)
 
 
-def image_seeds(epoch_id: int, places: Tensor) -> Tensor:
-    """A seed for each image of an epoch, by its place in it, wherever it is computed: int64 (B,)."""
-    return (epoch_id * 2**24 % 2**62 + places) * 0x2545F4914F6CDD1D
+def split_weights(kind: str, weights: dict) -> dict:
+    """Weights for a checkpoint; of an MAE what fine-tuning takes and, apart from it, the decoder, which only pictures need."""
+    if kind != "mae":
+        return {"model": weights}
+    encoder = {k.replace("trunk.encoder.", "trunk."): v for k, v in weights.items() if k.startswith(("trunk.encoder.", "mean", "std"))}
+    return {"model": encoder, "decoder": {k: v for k, v in weights.items() if not k.startswith("trunk.encoder.")}}
 
 
-def about_pretraining(name: str, eps: float, args: Args, classes: int) -> dict:
+def image_seeds(epoch_id: int, positions: Tensor) -> Tensor:
+    """A seed for each image of an epoch, by its position in it, on whatever rank it is: int64 (B,)."""
+    # Room for 2^24 images in an epoch; times a large odd number, as `image_uniform` asks for.
+    return (epoch_id * 2**24 % 2**62 + positions) * 0x2545F4914F6CDD1D
+
+
+def about_pretraining(eps: float, args: Args, classes: int) -> dict:
     """What a checkpoint tells of its pre-training, for tables."""
     about = {k: getattr(args, k) for k in ("method", "norm", "arch", "width", "image_size", "dataset", "attack_steps", "seed")}
     same = all(getattr(args, k) == getattr(Args, k) for k in PAPER_PRETRAINING)
@@ -511,8 +554,8 @@ def about_pretraining(name: str, eps: float, args: Args, classes: int) -> dict:
 
 def picture(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, count: int = 8) -> None:
     """reconstruction.png: test images, what is visible of them, the same attacked, and what each MAE paints."""
-    n = min(count * world()[1], len(test_set))
-    x, y = next(batches(transformed(test_set.subset(torch.arange(n)), central_crop(args)), n, run.device, workers=0))
+    some = test_set.subset(torch.arange(min(count * world()[1], len(test_set))))  # of which this rank gets its share
+    x, _ = next(batches(transformed(some, central_crop(args)), len(some), run.device, workers=0))
     seeds = image_seeds(args.seed, torch.arange(len(x))).to(run.device)
     rows = {"image": x}
     for name, state in encoders.items():
@@ -520,23 +563,17 @@ def picture(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, c
         encoder = {k.replace("trunk.", "trunk.encoder."): v for k, v in state["model"].items() if k.startswith("trunk.")}
         load_weights(model, encoder | state["decoder"], name)
         place_model(model, run.device, args.amp).eval()
-        visible, loss = masked_task(x, y, seeds, model, replace(args, attacked="visible"))
+        patches, order, n = shuffle_patches(x, seeds, args)
+        visible, hidden = patches[:, :n], patches[:, n:]  # (B, n, 3, p, p), (B, N - n, 3, p, p)
+        _, loss = masked_task(x, seeds, model, replace(args, attacked="visible"))
         attacked = perturb(visible, loss, seeds, model, args) if args.eps else visible
-        patches = patchify(x, visible.shape[3])
-        order = image_uniform(seeds, patches.shape[1]).argsort(1)
-        b, shown = torch.arange(len(x), device=x.device)[:, None], visible.shape[1]
-        hidden = patches[b, order[:, shown:]]
         with torch.no_grad():
-            painted = model(attacked.flatten(0, 1), order)
-        if args.target == "normalised":  # back from eq. 3 by the clean patch's mean and deviation
-            p = ((hidden - model.mean) / model.std).flatten(2)
-            painted = painted * (p.var(2, keepdim=True) + 1e-6).sqrt() + p.mean(2, keepdim=True)
-        painted = painted.view_as(hidden) * model.std + model.mean
+            painted = painting(model(attacked.flatten(0, 1), order), hidden, model, args)
 
         def put(seen: Tensor, rest: Tensor) -> Tensor:
-            canvas = torch.empty_like(patches)
-            canvas[b, order] = torch.cat([seen, rest], 1)
-            return unpatchify(canvas).clamp(0, 1)
+            """Patches, visible ones first, back in their places: (B, 3, S, S)."""
+            back = order.argsort(1)
+            return unpatchify(torch.cat([seen, rest], 1)[torch.arange(len(order), device=order.device)[:, None], back])
 
         grey = torch.full_like(hidden, 0.5)
         rows |= {"visible": put(visible, grey), f"{name}: attacked": put(attacked, grey), f"{name}: painted": put(attacked, painted)}
@@ -568,8 +605,9 @@ CONFLICT = {
 }  # fmt: skip
 
 
-class Among(nn.Module):
+class ChooseAmong(nn.Module):
     """A classifier that chooses among groups of its classes, (k, classes) with rows that sum to one: by the mean of their probabilities.
+    (B, 3, S, S) -> (B, k), probabilities up to a factor.
 
     A row with a single 1 stands for one class: so the 200 classes of ImageNet-A and -R are masked."""
 
@@ -584,15 +622,16 @@ class Among(nn.Module):
 def groups_of(names: list[str], classes: list[str], folder: str) -> Tensor:
     """For a folder's classes which of the network's they are: (k, classes). Their names are the network's (wnids), or numbers from 0
     (ImageNet-V2), or the 16 of Conflict Stimuli. Raises UserError for anything else."""
+    numbered = all(name.isdecimal() for name in names)
     if set(names) <= set(classes):
         members = [[classes.index(name)] for name in names]
-    elif all(name.isdigit() and int(name) < len(classes) for name in names):
+    elif numbered and all(int(name) < len(classes) for name in names):
         members = [[int(name)] for name in names]
     elif set(names) <= set(CONFLICT) and len(classes) == 1000:
         ranges = [[part.split("-") for part in CONFLICT[name].split()] for name in names]
         members = [[i for r in rs for i in range(int(r[0]), int(r[-1]) + 1)] for rs in ranges]
     else:
-        odd = min(set(names) - set(classes))
+        odd = min(name for name in names if (int(name) >= len(classes) if numbered else name not in classes))
         raise UserError(f"{folder}: the class folder '{odd}' is none of the network's {len(classes)} classes; name folders as in the training set.")
     groups = torch.zeros(len(names), len(classes))
     for row, these in zip(groups, members, strict=True):
@@ -613,7 +652,7 @@ def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Ten
     for folder in filter(None, (part.strip() for part in args.eval_data.split(","))):
         if Path(folder).name in (*variants, "test", "real"):
             raise UserError(f"--eval-data: '{Path(folder).name}' names two test sets; rename the folder {folder}.")
-        images = open_folder(Path(folder), args.image_size)
+        images = open_folder(Path(folder), args.image_size, "--eval-data")
         groups = groups_of(images.classes, classes, folder)
         images = without_agreement(images) if set(images.classes) <= set(CONFLICT) and len(classes) == 1000 else images
         variants[Path(folder).name] = transformed(images, central_crop(args)), groups
@@ -626,8 +665,8 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
         return None
     try:
         labels = json.loads(Path(args.real).read_text())
-        numbers_ = [int(Path(test_set.pixels.files.samples[i][0]).stem.split("_")[-1]) - 1 for i in test_set.index.tolist()]
-        return [[int(label) for label in labels[i]] for i in numbers_]
+        validation_index = [int(Path(test_set.pixels.files.samples[i][0]).stem.split("_")[-1]) - 1 for i in test_set.index.tolist()]
+        return [[int(label) for label in labels[i]] for i in validation_index]
     except OSError as e:
         raise UserError(f"cannot read {args.real} ({e.strerror}); --real wants ImageNet-ReaL's real.json.") from None
     except (ValueError, TypeError, IndexError, KeyError, AttributeError):
@@ -639,7 +678,7 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
     done = run.read("judged.json") or {"rows": []}  # one by one, so that a resumed run judges none twice
     rows = done["rows"]
     stored = transformed(test_set, central_crop(args))
-    some = draw(stored, min(args.eval_examples or len(stored), len(stored)), seed=0)
+    to_attack = draw(stored, min(args.eval_examples or len(stored), len(stored)), seed=0)
     small = min(args.batch_size, 64 * world()[1])  # attacks are in float32, whose activations take 0.1 GB per image of a ViT-B/16
     judging = Run(run.folder, run.device, run.script, replace(args, norm=args.eval_norm, batch_size=small))
     for state in classifiers:
@@ -652,13 +691,15 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
 
         def score(model: nn.Module, images: Images, where: str) -> float:
             stream = batches(images, args.batch_size, run.device, workers=args.workers)
-            return robust_accuracy(model, with_progress(stream, len(images), where))
+            with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+                return robust_accuracy(model, with_progress(stream, len(images), where))
 
         scores = {"test": (score(model, stored, "test"), len(stored))}
         for where, (images, groups) in variants.items():
-            scores[where] = score(Among(model, groups.to(run.device)), images, where), len(images)
+            scores[where] = score(ChooseAmong(model, groups.to(run.device)), images, where), len(images)
         if real:
-            predicted = map_images(lambda x: model(x).argmax(1), stored, run, args.batch_size).tolist()
+            with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+                predicted = map_images(lambda x: model(x).argmax(1), stored, run, args.batch_size).tolist()
             right = [k in labels for k, labels in zip(predicted, real, strict=True) if labels]
             scores["real"] = 100 * sum(right) / len(right), len(right)
         mine = [
@@ -667,10 +708,10 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
         ]  # fmt: skip
         mine[0]["paper"] = paper_number(state, args)
         radii = [eps for eps in numbers(args.eval_eps) if eps > 0]
-        mine += [row | {"set": "test"} for row in evaluate(judging, name, state, some, radii, {}, train_eps=radii[0])] if radii else []
+        mine += [row | {"set": "test"} for row in evaluate(judging, name, state, to_attack, radii, {}, train_eps=radii[0])] if radii else []
         rows += [row | about for row in mine]
         run.write("judged.json", json.dumps({"script": "adv_mae", "rows": rows}, indent=1))
-        run.say(f"{name}: " + ", ".join(f"{row['set'] if not row['eps'] else eps_name(row['eps'])} {row['accuracy']}" for row in mine))
+        run.say(f"{name}: " + ", ".join(f"{row['norm'] + ' ' + eps_name(row['eps']) if row['eps'] else row['set']} {row['accuracy']:.2f}" for row in mine))
     return rows
 
 
@@ -697,13 +738,19 @@ PAPER = {  # (method, data set, recipe)
     ("mae", "dmlab", "sgd"): (70.22, 73.86, 73.76), ("mae", "dmlab", "adamw"): (76.32, 76.90, 77.34),
     ("byol", "dmlab", "sgd"): (70.93, 72.90, 71.81), ("byol", "dmlab", "adamw"): (72.13, 73.40, 72.39),
 }  # fmt: skip
+PAPER_METHODS = ("mae", "rotnet", "supervised")  # of this script
 BEST_EPS = {  # (linf, l2), section 4.1 and Table 1
     "supervised": (6 / 255, 4.0), "rotnet": (4 / 255, 4.0), "mae": (1 / 255, 0.5), "byol": (2 / 255, 2.0),
 }  # fmt: skip
-# Flags that make pre-training and fine-tuning the paper's, if they are as usual (epochs and gamma it does not tell).
+# A run counts as the paper's if these have their defaults. Not among them: --layer-decay, which it does not report, and --norm and --eps,
+# which BEST_EPS checks. The data sets of --dataset folder are known by the folder's name.
 PAPER_PRETRAINING = (
-    "flip", "arch", "width", "image_size", "pretrain_batch_size", "pretrain_lr", "mask_ratio", "crop", "decoder_width", "decoder_depth",
+    "flip", "pretrain_epochs", "arch", "width", "image_size", "pretrain_batch_size", "pretrain_lr", "mask_ratio", "crop", "decoder_width", "decoder_depth",
     "decoder_heads", "target", "attacked", "attack_steps", "step_size", "mixup", "cutmix", "smoothing", "drop_path", "rand_augment", "ema", "quick",
+)  # fmt: skip
+PAPER_BYOL = dict(
+    dataset="folder", image_size=224, arch="vit_b16", width=1.0, epochs=300, batch_size=1024, lr=1.2, tau=0.999, blur=0.5, weight_decay=5e-4, hidden=4096,
+    projection=256, attack="pgd", attack_steps=2,
 )  # fmt: skip
 PAPER_FINETUNING = ("flip", "arch", "width", "image_size", "epochs", "steps", "batch_size", "lr", "eval_amp", "quick")
 
@@ -738,9 +785,13 @@ def show(results: dict, folder: Path) -> None:
         table.append([name] + [f"{v:.2f}" for v in values])
         if mine[0]["paper"] is not None:
             table.append(["  the paper", f"{mine[0]['paper']:.2f}"] + [""] * (len(values) - 1))
-    print(f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, fine-tuned on clean images ({args['recipe']}); accuracy (%) on {rows[0]['examples']:,} test images", end="")
-    print(f", under {attacked[0][0].upper()} on {next(r['examples'] for r in rows if r['eps']):,}" if attacked else "", end="")
-    print(f". {results['seconds']:.0f} s in all.\n")
+    tuned = any(row["layer_decay"] is not None for row in rows)
+    how = f"fine-tuned on clean images ({args['recipe']})" if tuned else "trained from scratch"
+    attack = f" and under {attacked[0][0].upper()} on {next(r['examples'] for r in rows if r['eps']):,}" if attacked else ""
+    print(
+        f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, {how}; accuracy (%) on {rows[0]['examples']:,} test images{attack}. "
+        f"{results['seconds']:.0f} s in all.\n"
+    )
     print_table(header, table)
     print(f"\nresults.json, the pictures and the checkpoints are in {folder}", flush=True)
 
@@ -752,22 +803,25 @@ def main(args: Args) -> dict:
     """Pre-train, fine-tune, evaluate, print the table; returns what results.json holds ({} if --stage is not that far)."""
     gammas = numbers(args.layer_decay) if args.recipe != "sgd" else [1.0]  # raises for a list that cannot be read
     if not gammas or not all(0 <= g <= 1 for g in gammas):
-        raise UserError(f"--layer-decay {args.layer_decay}: give numbers from 0 to 1, such as 0.65,0.75.")
+        raise UserError(f"--layer-decay {args.layer_decay!r}: give numbers from 0 to 1, such as 0.65,0.75.")
     numbers(args.eval_eps)
     if args.stage in ("finetune", "evaluate") and not args.init:
         raise UserError(f"--stage {args.stage} needs --init (finetune: an encoder such as runs/X/a-mae.pt; evaluate: a classifier or a folder of them).")
     if args.stage in ("all", "pretrain") and args.init:
         raise UserError(f"--stage {args.stage} takes no --init; to fine-tune an encoder use --stage finetune.")
-    if args.norm == "linf" and args.eps == Args.eps:
+    if args.norm == "linf" and args.eps == Args.eps and not args.init:
         raise UserError("--norm linf needs a radius of its own: give --eps 1/255.")
     if args.eval_norm == "linf" and args.eval_eps == Args.eval_eps:
         raise UserError("--eval-norm linf needs radii of its own: give --eval-eps 1/255,2/255.")
     given = read_init(args)
     if given:  # the network is the checkpoint's, for the record
         args = replace(args, **{k: given[0]["network"][k] for k in ("arch", "width")})
-        if args.stage == "evaluate":  # which also says how images are cut
-            args = replace(args, recipe=given[0].get("args", {}).get("recipe", args.recipe))
+        about = given[0]["pretrained"]
+        args = replace(args, **{k: about[k] for k in ("method", "norm", "eps") if about.get(k) is not None and about["method"] in PAPER_METHODS})
     run = start_run(args, "adv_mae")
+    if args.eps == Args.eps and args.method != "mae" and not given:
+        linf, l2 = BEST_EPS[args.method]
+        run.say(f"note: --eps {args.eps:g} is the best radius for MAE; for {args.method} the paper's are l2 {l2:g} and linf {eps_name(linf)}.")
     results = run.finished() or train_and_evaluate(run, args, gammas, given)
     if results and world()[0] == 0:
         show(results, run.folder)
@@ -779,6 +833,8 @@ def read_init(args: Args) -> list[dict]:
     if not args.init:
         return []
     path, evaluating = Path(args.init), args.stage == "evaluate"
+    if path.is_dir() and not evaluating:
+        raise UserError(f"{path} is a folder; name the encoder in it, such as {path / 'a-mae.pt'}.")
     files = sorted(file for file in path.glob("*.pt") if file.name != "last.pt") if evaluating and path.is_dir() else [path]
     given = [(file, load_vit(file)) for file in files]
     if evaluating and path.is_dir():
@@ -792,13 +848,20 @@ def read_init(args: Args) -> list[dict]:
             raise UserError(f"{file} holds no Vision Transformer; take a file such as a-mae.pt, or byorl.pt of an encoder --arch vit_b16.")
         if evaluating and "class" not in state["network"]["heads"]:
             raise UserError(f"{file} is no classifier; to make it one, use --stage finetune.")
-        state["name"], state["file"] = state.get("name", file.stem), str(file)
+        state["name"], state["file"] = file.stem if evaluating else state.get("name", file.stem), str(file)
         its = state.get("args", {})
         if "pretrained" not in state:  # of byorl.py, or a published one
             about = {k: its.get(k) for k in ("norm", "eps", "arch", "width", "image_size", "dataset", "attack_steps", "epochs", "seed")}
-            method = {"byol": "byol", "byorl": "byol"}.get(state["name"], state["name"])
-            about |= {"eps": 0.0} if state["name"] == "byol" else {}
-            state["pretrained"] = about | {"method": method, "classes": 0, "as_paper": False}
+            method = "byol" if state["name"] == "byorl" else state["name"]
+            about |= {"eps": 0.0} if state["name"] == "byol" or not its else {}
+            same = all(its.get(k) == v for k, v in PAPER_BYOL.items()) and its.get("step_size") in (0.0, 5 / 8 * (about["eps"] or 0))
+            classes = 1000 if "imagenet" in str(its.get("data_dir")).lower() else 0
+            state["pretrained"] = about | {"method": method, "classes": classes, "as_paper": same}
+        recipe = its.get("recipe", args.recipe) if state.get("layer_decay") is not None else args.recipe
+        if evaluating and recipe != args.recipe:
+            raise UserError(f"{file} was fine-tuned with --recipe {recipe}, which also says how images are cut: give that.")
+        if any(state["network"][k] != given[0][1]["network"][k] for k in ("arch", "width")):
+            raise UserError(f"{file} and {given[0][0]} are networks of different sizes; evaluate one after the other.")
     return [state for _, state in given]
 
 
@@ -808,9 +871,11 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
     train_set, test_set = load_data(
         args.dataset, args.data_dir, run.device, image_size=stored, data_mirror=args.data_mirror, workers=args.workers, stream=True
     )
-    check_sizes(args, train_set, given)
+    check_sizes(args, train_set, test_set, given)
     variants, real = open_variants(args, train_set.classes), real_labels(args, test_set)
     for state in given:
+        if (size := state.get("args", {}).get("image_size", args.image_size)) != args.image_size:
+            run.say(f"note: {state['name']} was trained on images of {size} pixels, not of {args.image_size} (--image-size).")
         if args.stage == "evaluate" and state["network"]["heads"]["class"] != len(train_set.classes):
             raise UserError(f"{state['name']} knows {state['network']['heads']['class']} classes, {args.dataset} has {len(train_set.classes)}.")
     run.begin()
@@ -820,15 +885,17 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
         radii = {args.method: 0.0} if args.plain or args.eps == 0 else {}
         radii |= {f"a-{args.method}": args.eps} if args.eps > 0 else {}  # a for adversarial
         encoders = {state["name"]: state for state in given}
-        for name, eps in radii.items() if not given else ():
-            encoders[name] = train(name, args.method, run, args, train_set, eps=eps)
+        if not given:
+            encoders = {name: train(name, args.method, run, args, train_set, eps=eps) for name, eps in radii.items()}
         if args.method == "mae" and not given:
             picture(run, args, encoders, test_set)
         if world()[0] == 0:
             save_image_grid(run.folder / "filters.png", {name: filters(state) for name, state in encoders.items()})
         if args.stage == "pretrain":
-            same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "data_dir", "image_size"))
-            run.say(f"The checkpoints are in {run.folder}; go on with: python adv_mae.py --stage finetune --init {run.folder}/{list(encoders)[-1]}.pt{same}")
+            same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "data_dir", "image_size")) + " --quick" * args.quick
+            start = f"torchrun --nproc-per-node={world()[1]}" if world()[1] > 1 else "python"
+            for name in encoders:
+                run.say(f"go on with: {start} adv_mae.py --stage finetune --init {run.folder}/{name}.pt{same}")
             return {}
         classifiers = [
             train(f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd", args.recipe, run, args, train_set, start=state, gamma=gamma)
@@ -842,10 +909,16 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
     return write_results(run, rows, seconds)
 
 
-def check_sizes(args: Args, train_set: Images, given: list[dict]) -> None:
+def check_sizes(args: Args, train_set: Images, test_set: Images, given: list[dict]) -> None:
     """Raise UserError where batches, parts of batches or masks would be empty, or images do not fit the network --init."""
-    pretraining, finetuning = args.stage in ("all", "pretrain"), args.stage in ("all", "finetune")
-    for size in [args.pretrain_batch_size] * pretraining + [args.batch_size] * finetuning:
+    if len(test_set) < world()[1]:
+        raise UserError(f"{len(test_set)} test images are too few for {world()[1]} processes.")
+    sizes = []
+    if args.stage in ("all", "pretrain"):
+        sizes.append(args.pretrain_batch_size)
+    if args.stage in ("all", "finetune"):
+        sizes.append(args.batch_size)
+    for size in sizes:
         share = len(train_set) // (count_batches(len(train_set), size) * world()[1])
         if share < args.accumulate:
             raise UserError(f"{share} images per process and step cannot be cut into --accumulate {args.accumulate} parts.")
@@ -853,7 +926,7 @@ def check_sizes(args: Args, train_set: Images, given: list[dict]) -> None:
     learned = given[0]["network"].get("positions", 0) if given else 0
     if learned not in (0, patches):
         raise UserError(f"{args.init} has learned positions for {learned} patches, --image-size {args.image_size} makes {patches}.")
-    if args.method != "mae" or not pretraining:
+    if args.method != "mae" or args.stage not in ("all", "pretrain"):
         return
     if not 0 < count_visible(patches, args.mask_ratio) < patches:
         raise UserError(f"--mask-ratio {args.mask_ratio:g} of {patches} patches leaves none visible, or none to paint.")

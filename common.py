@@ -567,7 +567,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def _read_checkpoint(path: str | Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which MAE's training script puts beside the weights: data only
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}.") from None
     except IsADirectoryError:
@@ -934,14 +935,11 @@ class _Folder(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
         path, label = self.files.samples[i]
         try:
-            return self.transform(self.original(i)), label, ""
+            image = self.files.loader(path)  # a Pillow image, decoded
         except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises for damaged files
             problem = f"cannot read the image {path} ({type(e).__name__}); remove it or get it again."
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, problem
-
-    def original(self, i: int) -> Any:
-        """Image i as it is stored: a Pillow image."""
-        return self.files.loader(self.files.samples[i][0])
+        return self.transform(image), label, ""
 
 
 class _Transformed(torch.utils.data.Dataset):
@@ -974,13 +972,13 @@ def transformed(data: Images, transform: Callable, seed: int = 0) -> Images:
     return replace(data, pixels=_Transformed(pixels, transform, seed))
 
 
-def open_folder(root: Path, size: int) -> Images:
-    """The images root/<class>/*.jpg|png, not yet read. Raises UserError if there are none."""
+def open_folder(root: Path, size: int, flag: str = "--data-dir, or try --quick") -> Images:
+    """The images root/<class>/*.jpg|png, not yet read. Raises UserError, referring to `flag`, if there are none."""
     try:
         files = _Folder(root, size)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
-            f"no images in {root} ({' '.join(str(e).split())[:120]}); expected <class>/*.jpg|png there: see --data-dir, or try --quick."
+            f"no images in {root} ({' '.join(str(e).split())[:120]}); expected <class>/*.jpg|png there: see {flag}."
         ) from None
     labels = torch.tensor(files.files.targets)
     return Images(files, labels, files.files.classes, torch.arange(len(labels)))
@@ -1764,10 +1762,11 @@ class Block(nn.Module):
 
 
 def init_transformer(module: nn.Module) -> None:
-    """MAE's initial weights: Xavier for linear layers, that of the patches too; biases 0."""
+    """MAE's initial weights: Xavier for linear layers and the patches' convolution, biases of linear layers 0."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(m.weight.flatten(1))
+        if isinstance(m, nn.Linear):
             nn.init.zeros_(m.bias)
 
 
@@ -1819,12 +1818,12 @@ class ViT(nn.Module):
         if x.shape[2] % patch or x.shape[3] % patch:
             raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
         x = self.patch_embed(x)  # (B, dim, H / patch, W / patch)
-        return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:]).to(x)
+        return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:])  # float32, so that in mixed precision what blocks add to is, too
 
     def encode(self, tokens: Tensor) -> Tensor:
         """The class token put before the tokens (B, n, dim), of all patches or of some, and all through the blocks: (B, 1 + n, dim)."""
         first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
-        return self.blocks(torch.cat([first.to(tokens).expand(len(tokens), -1, -1), tokens], 1))
+        return self.blocks(torch.cat([first.expand(len(tokens), -1, -1), tokens], 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc_norm(self.encode(self.embed(x))[:, 1:].mean(1))

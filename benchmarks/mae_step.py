@@ -81,7 +81,7 @@ def plain_step(model, opt, x, seeds, args: Args) -> None:
 
 
 def our_step(model, opt, x, seeds, args: Args) -> None:
-    z, loss = masked_task(x, None, seeds, model, args)
+    z, loss = masked_task(x, seeds, model, args)
     z = perturb(z, loss, seeds, model, args)
     opt.zero_grad(set_to_none=True)
     loss(model, z).mean().backward()
@@ -115,7 +115,7 @@ def main() -> None:
     median = {name: statistics.median(s) for name, s in seconds.items()}
     dtype = amp_dtype(flags.amp, device) or torch.float32
     fastest = matmul_peak(device, dtype)
-    z, loss = masked_task(x[:2], None, seeds[:2], plain[0], args)
+    z, loss = masked_task(x[:2], seeds[:2], plain[0], args)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # which the counter knows on CPUs, too
         loss(plain[0], z)
     # PGD-2: 2 passes with the gradient for the patches (as dear as the pass), and the update (twice that).

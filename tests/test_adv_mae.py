@@ -1,4 +1,5 @@
 """adv_mae.py: masks, targets, the attack on visible patches, fine-tuning with layer-wise decay, ImageNet's variants, published checkpoints."""
+import argparse
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from torch import nn
 import adv_mae
 import byorl
 from adv_mae import (
-    CONFLICT, PAPER, Among, Args, Recipe, filters, groups_of, image_seeds, layer_of, main, masked_autoencoder, masked_task, mix, open_variants,
+    CONFLICT, PAPER, ChooseAmong, Args, Recipe, filters, groups_of, image_seeds, layer_of, main, masked_autoencoder, masked_task, mix, open_variants,
     paper_number, parameter_groups, perturb, real_labels, recipe_of, rotation_task, target_of,
 )  # fmt: skip
 from common import (
@@ -26,6 +27,7 @@ from common import (
 )  # fmt: skip
 
 CPU = torch.device("cpu")
+PLAIN = dict(epochs=1, batch_size=1, lr=0, warmup=0, weight_decay=0, betas=None)
 TINY = dict(
     dataset="digits", image_size=16, flip=False, arch="vit_mini4", width=0.5, workers=0, amp="off", device="cpu", pretrain_epochs=1,
     pretrain_batch_size=240, pretrain_lr=1e-3, crop=0.6, decoder_width=16, decoder_depth=1, decoder_heads=2, epochs=1, batch_size=240, lr=2e-3, steps=7,
@@ -99,12 +101,12 @@ def test_the_decoder_does_not_see_hidden_pixels(mae):
     x2 = torch.where(hidden, torch.rand_like(x), x)
     outputs = []
     for image in (x, x2):
-        z, loss = masked_task(image, None, seeds, model, tiny())
+        z, loss = masked_task(image, seeds, model, tiny())
         spy = lambda v, order: outputs.append(model(v, order)) or outputs[-1]  # noqa: E731
         outputs.append(loss(spy, z).detach())
     (first, loss1), (second, loss2) = outputs[:2], outputs[2:]
     assert torch.equal(first, second) and not torch.allclose(loss1, loss2, rtol=1e-2)  # the same painting, another target
-    z3, _ = masked_task(torch.where(hidden, x, 1 - x), None, seeds, model, tiny())
+    z3, _ = masked_task(torch.where(hidden, x, 1 - x), seeds, model, tiny())
     assert not torch.allclose(model(z3.flatten(0, 1), image_uniform(seeds, 16).argsort(1)), first, rtol=1e-2)  # what is visible matters
 
 
@@ -126,7 +128,7 @@ def test_mae_by_another_way(mae):
     model, x, seeds = mae
     net = model.trunk
     order = image_uniform(seeds, 16).argsort(1)
-    z, loss = masked_task(x, None, seeds, model, tiny())
+    z, loss = masked_task(x, seeds, model, tiny())
     keep, restore = order[:, :4], order.argsort(1)
     h = net.encoder.embed((x - model.mean) / model.std)  # all patches, with a convolution
     h = torch.gather(h, 1, keep[:, :, None].expand(-1, -1, h.shape[2]))
@@ -164,7 +166,7 @@ def test_sincos_positions_in_float64():
 def test_delta_is_zero_where_hidden_and_reaches_eps_where_visible(mae, norm, eps):
     model, x, seeds = mae
     args = tiny(norm=norm, eps=eps)
-    z, loss = masked_task(x, None, seeds, model, args)
+    z, loss = masked_task(x, seeds, model, args)
     z_adv = perturb(z, loss, seeds, model, args)
     delta = canvas(z_adv, x, seeds) - x
     seen = visible_pixels(x, seeds, args)[:, None].expand_as(x)
@@ -181,18 +183,18 @@ def test_delta_is_zero_where_hidden_and_reaches_eps_where_visible(mae, norm, eps
 
 def test_the_ablations(mae):
     model, x, seeds = mae
-    z, loss = masked_task(x, None, seeds, model, tiny())
+    z, loss = masked_task(x, seeds, model, tiny())
     net = lambda v, order: torch.zeros(6, 12, 48)  # noqa: E731
     other = (z + 0.1 * torch.rand_like(z)).clamp(0, 1)
     assert torch.equal(loss(net, z), loss(net, other))  # the clean target does not depend on delta
     assert loss(net, z).mean() == pytest.approx(47 / 48, abs=1e-3)  # a normalised patch's mean square: unbiased variance
     args = tiny(attacked="all", eps=0.3)
-    z, loss = masked_task(x, None, seeds, model, args)
+    z, loss = masked_task(x, seeds, model, args)
     assert z.shape == (6, 16, 3, 4, 4)
     z_adv = perturb(z, loss, seeds, model, args)
     moved = (z_adv - z).flatten(2).norm(dim=2)
     assert (moved > 0).all() and torch.allclose(l2_norm(z_adv - z).flatten(), torch.full((6,), 0.3), rtol=1e-3)
-    z, loss = masked_task(x, None, seeds, model, tiny(attacked="all", target="pixels"))
+    z, loss = masked_task(x, seeds, model, tiny(attacked="all", target="pixels"))
     moved = z.clone()
     moved[:, 4:] = 1 - moved[:, 4:]
     assert not torch.allclose(loss(net, z), loss(net, moved), rtol=1e-3)  # the target is attacked, too
@@ -211,7 +213,7 @@ def test_rotations_are_drawn_once_per_image_and_attacked_after_turning():
     model = build_model("vit_mini4", {"rotation": 4}, width=0.5).eval()
     nn.init.normal_(model.heads["rotation"].weight)
     x, seeds = torch.rand(400, 3, 16, 16), image_seeds(1, torch.arange(400))
-    z, loss = rotation_task(x, None, seeds, model, tiny(smoothing=0.0))
+    z, loss = rotation_task(x, seeds, Recipe(**PLAIN))
     turns = torch.stack([(z == rotate(x, torch.full((400,), k))).flatten(1).all(1) for k in range(4)], 1)
     assert (turns.sum(1) == 1).all() and (turns.float().mean(0) - 0.25).abs().max() < 0.09
     assert torch.allclose(loss(model, z), F.cross_entropy(model(z), turns.float().argmax(1), reduction="none"))
@@ -256,7 +258,7 @@ def test_split_epoch_says_which_images_a_batch_has(ranks):
 
 def test_augmentation_depends_on_image_and_seed_alone(tmp_path):
     train, _ = load_data("digits", "", CPU, image_size=16)
-    crop = adv_mae.augmentation(Recipe(1, 1, 0, 0, 0, None, crop=0.3, rand_augment=True, erase=0.5), tiny(flip=True))
+    crop = adv_mae.augmentation(Recipe(**PLAIN, crop=0.3, rand_augment=True, erase=0.5), tiny(flip=True))
     x = {}
     for workers, batch in ((0, 7), (2, 20)):
         data = transformed(train, crop, seed=5).subset(torch.arange(40))
@@ -278,7 +280,7 @@ def test_streamed_folder_is_cropped_from_the_original(tmp_path):
         stripes[:, np.arange(640) % 8 < 4] = 255
         Image.fromarray(stripes).save(tmp_path / split / "a" / "x.png")
     train, _ = load_data("folder", str(tmp_path), CPU, image_size=64, stream=True)
-    crop = adv_mae.augmentation(Recipe(1, 1, 0, 0, 0, None, crop=0.01), tiny(dataset="folder", image_size=64))
+    crop = adv_mae.augmentation(Recipe(**PLAIN, crop=0.01), tiny(dataset="folder", image_size=64))
     contrast = [next(batches(transformed(train, crop, seed=s), 1, CPU, workers=0))[0].std().item() for s in range(60)]
     reduced = next(batches(train, 1, CPU, workers=0))[0].std().item()
     assert reduced < 0.05 and max(contrast) > 0.3
@@ -332,9 +334,11 @@ def test_recipes_are_the_papers():
     assert (r.rand_augment, r.smoothing, r.mixup, r.cutmix, r.drop_path, r.erase) == (True, 0.1, 0.8, 1.0, 0.1, 0.25)
     r = recipe_of("sgd", args)
     assert (r.batch_size, r.lr, r.weight_decay, r.betas, args.steps * r.warmup, r.clip) == (512, 0.01, 0, None, 500, 1)
+    assert (r.smoothing, r.drop_path, r.steps) == (0, 0, 2500)
     for kind in ("sgd", "adamw"):
         r = recipe_of(kind, args)
-        assert (r.crop, r.rand_augment, r.smoothing, r.mixup, r.cutmix, r.drop_path, r.erase) == (0, False, 0, 0, 0, 0, 0)
+        assert (r.crop, r.rand_augment, r.mixup, r.cutmix, r.erase) == (0, False, 0, 0, 0)
+    assert (r.smoothing, r.drop_path, r.weight_decay, r.betas) == (0.1, 0.1, 0.05, (0.9, 0.999))
     assert recipe_of("mae", Args(pretrain_batch_size=512)).lr == pytest.approx(3e-4)
     assert args.attack_steps == 2 and (args.eps, args.norm) == (0.5, "l2")
 
@@ -366,12 +370,12 @@ def test_mixed_targets_sum_to_one_and_tell_the_share():
     x = (y.float() / 8).view(8, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()  # an image's value tells its class
     kinds = set()
     for _ in range(40):
-        mixed, target = mix(x, y, Recipe(1, 1, 0, 0, 0, None, mixup=0.8, cutmix=1.0), 8)
+        mixed, target = mix(x, y, Recipe(**PLAIN, mixup=0.8, cutmix=1.0), 8)
         assert torch.allclose(target.sum(1), torch.ones(8)) and (target >= 0).all() and (target > 0).sum(1).max() <= 2
         assert torch.allclose(mixed.mean((1, 2, 3)), target @ (y.float() / 8), atol=1e-5)  # pixels and targets are mixed alike
         kinds.add("cut" if len(mixed[1].unique()) > 1 else "up")
     assert kinds == {"cut", "up"}
-    same, target = mix(x, y, Recipe(1, 1, 0, 0, 0, None), 8)
+    same, target = mix(x, y, Recipe(**PLAIN), 8)
     assert torch.equal(same, x) and torch.equal(target, torch.eye(8))
 
 
@@ -383,7 +387,7 @@ def test_drop_path_keeps_the_expectation():
     assert (out.flatten(1) == out[:, 0, :1]).all()  # all of an image's branch or nothing
     assert abs(out.mean() - 1) < 4 * math.sqrt(0.3 / 0.7 / 20_000)
     assert drop_path(x, 0.3, training=False) is x and drop_path(x, 0.0, training=True) is x
-    model = adv_mae.start_model("supervised", tiny(arch="vit_ti4"), Recipe(1, 1, 0, 0, 0, None, drop_path=0.1), None, 10)
+    model = adv_mae.start_model("supervised", tiny(arch="vit_ti4"), Recipe(**PLAIN, drop_path=0.1), None, 10)
     assert [b.drop_path for b in model.trunk.blocks] == pytest.approx([0.1 * i / 11 for i in range(12)])
 
 
@@ -549,7 +553,7 @@ def test_a_step_on_large_images_of_a_folder(tmp_path):
 def test_the_average_of_a_short_run_is_not_its_start(tmp_path):
     main(tiny(method="rotnet", stage="pretrain", eps=0.0, ema=0.9999, pretrain_epochs=3, out=str(tmp_path)))
     torch.manual_seed(0)
-    start = adv_mae.start_model("rotnet", tiny(), Recipe(1, 1, 0, 0, 0, None), None, 10).state_dict()
+    start = adv_mae.start_model("rotnet", tiny(), Recipe(**PLAIN), None, 10).state_dict()
     average, last = (load_checkpoint(tmp_path / f"{name}.pt")["model"] for name in ("rotnet", "last"))
     key = "trunk.blocks.1.mlp.fc1.weight"
     moved = (last[key] - start[key]).norm()
@@ -585,8 +589,32 @@ def test_evaluation_remembers_recipe_and_file(pretrained, tmp_path):
     args = dict(init=str(pretrained / "a-mae.pt"), recipe="adamw", eval_crop=0.4, eval_eps="")
     first = main(tiny(stage="finetune", **args, out=str(tmp_path / "run")))["rows"][0]
     file = tmp_path / "run" / "a-mae-0.75.pt"
-    again = main(tiny(stage="evaluate", eval_crop=0.4, eval_eps="", init=str(file), out=str(tmp_path / "again")))["rows"][0]
+    again = main(tiny(stage="evaluate", recipe="adamw", eval_crop=0.4, eval_eps="", init=str(file), out=str(tmp_path / "again")))["rows"][0]
     assert first["accuracy"] == again["accuracy"] and first["checkpoint"] == again["checkpoint"] == str(file)
+    with pytest.raises(UserError, match="was fine-tuned with --recipe adamw"):
+        main(tiny(stage="evaluate", init=str(file), out=str(tmp_path / "third")))
+
+
+def test_all_classifiers_of_a_folder_are_judged(pretrained, tmp_path):
+    """Two of the same name, one per seed, too."""
+    (tmp_path / "many").mkdir()
+    for seed in (0, 1):
+        main(tiny(stage="finetune", init=str(pretrained / "a-mae.pt"), seed=seed, eval_eps="", out=str(tmp_path / f"{seed}")))
+        shutil.copy(tmp_path / f"{seed}" / "a-mae-0.75.pt", tmp_path / "many" / f"seed{seed}.pt")
+    shutil.copy(pretrained / "a-mae.pt", tmp_path / "many")  # no classifier: left out
+    rows = main(tiny(stage="evaluate", init=str(tmp_path / "many"), eval_eps="", out=str(tmp_path / "all")))["rows"]
+    assert [row["name"] for row in rows] == ["seed0", "seed1"]
+    assert rows[0]["accuracy"] == json.loads((tmp_path / "0" / "results.json").read_text())["rows"][0]["accuracy"]
+    assert rows[1]["accuracy"] == json.loads((tmp_path / "1" / "results.json").read_text())["rows"][0]["accuracy"]
+
+
+def test_an_encoder_keeps_its_own_attack_on_record(tmp_path):
+    main(tiny(stage="pretrain", norm="linf", eps=2 / 255, out=str(tmp_path / "run")))
+    results = main(tiny(stage="finetune", init=str(tmp_path / "run" / "a-mae.pt"), eval_eps="", out=str(tmp_path / "tuned")))
+    assert (results["args"]["norm"], results["args"]["eps"]) == ("linf", 2 / 255)
+    twice = tmp_path / "tuned" / "a-mae-0.75.pt"
+    main(tiny(stage="finetune", init=str(twice), eval_eps="", out=str(tmp_path / "twice")))
+    assert load_checkpoint(tmp_path / "twice" / "a-mae-0.75-0.75.pt")["pretrained"]["as_paper"] is False
 
 
 def test_two_test_sets_of_one_name_are_refused(tmp_path):
@@ -610,10 +638,10 @@ def test_groups_of_classes():
     net = lambda x: logits  # noqa: E731
     module = nn.Module()
     module.forward = net
-    out = Among(module, groups_of(some, classes, "IN-R"))(None)  # masked: only the two count
+    out = ChooseAmong(module, groups_of(some, classes, "IN-R"))(None)  # masked: only the two count
     assert torch.equal(out.argmax(1), logits[:, [7, 3]].argmax(1))
     names = sorted(map(str, range(1000)))  # as folders are sorted: 0, 1, 10, 100, ...
-    out = Among(module, groups_of(names, classes, "IN-V2"))(None)
+    out = ChooseAmong(module, groups_of(names, classes, "IN-V2"))(None)
     assert [int(names[i]) for i in out.argmax(1)] == logits.argmax(1).tolist()
     groups = groups_of(sorted(CONFLICT), classes, "Conflict")
     assert groups.shape == (16, 1000) and torch.allclose(groups.sum(1), torch.ones(16)) and ((groups > 0).sum(0) <= 1).all()
@@ -621,9 +649,11 @@ def test_groups_of_classes():
     assert (groups > 0).sum(1).tolist() == [1, 4, 2, 49, 5, 7, 3, 6, 4, 3, 109, 2, 2, 1, 1, 8]
     probabilities = logits.softmax(1)
     want = torch.stack([probabilities[:, row > 0].mean(1) for row in groups], 1).argmax(1)
-    assert torch.equal(Among(module, groups)(None).argmax(1), want)
+    assert torch.equal(ChooseAmong(module, groups)(None).argmax(1), want)
     with pytest.raises(UserError, match="'zebra' is none of"):
         groups_of(["zebra"], classes, "x")
+    with pytest.raises(UserError, match="'10' is none of"):
+        groups_of(["0", "10", "7"], classes[:10], "x")
     with pytest.raises(UserError, match="'cat' is none of"):
         groups_of(["cat", "dog"], classes[:10], "x")
 
@@ -734,7 +764,7 @@ def published(dim=384, depth=12, patch=16, side=14, decoder=True, head=0, learne
 
 def test_published_checkpoints(tmp_path):
     weights = published()
-    torch.save({"model": weights}, tmp_path / "mae.pth")
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1.0), "epoch": 3}, tmp_path / "mae.pth")  # as MAE's training script writes it
     state = load_vit(tmp_path / "mae.pth")
     assert state["network"]["arch"] == "vit_s16" and state["network"]["heads"] == {} and state["stage"] == "pretrain"
     trunk = build_model(**state["network"]).trunk
@@ -818,7 +848,7 @@ def test_wrong_checkpoints(one_sentence, pretrained, tmp_path):
         ({"stage": "finetune", "init": tmp_path / "resnet.pt"}, "no Vision Transformer"),
         ({"stage": "evaluate", "init": tmp_path / "a-mae.pt"}, "no classifier"),
         ({"stage": "evaluate", "init": tmp_path / "empty"}, "holds no classifiers"),
-        ({"stage": "finetune", "init": tmp_path / "empty"}, "is a folder"),
+        ({"stage": "finetune", "init": tmp_path / "empty"}, "is a folder; name the encoder"),
         ({"stage": "finetune", "init": pretrained / "last.pt"}, "is the state of a run"),
     ):
         assert match in one_sentence(adv_mae, *flags(TINY | changes | {"out": tmp_path / "run"})), changes
