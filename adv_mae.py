@@ -128,9 +128,9 @@ class Args:
 
     # Digits have 8 x 8 pixels: at 16 a patch is 2 x 2 of them, and a small network does. They are no photographs, hence only mild crops.
     QUICK: ClassVar[dict] = dict(
-        dataset="digits", image_size=16, flip=False, arch="vit_mini4", workers=0, amp="off", pretrain_epochs=24, pretrain_batch_size=64,
-        pretrain_lr=1e-3, crop=0.6, decoder_width=64, decoder_depth=1, decoder_heads=2, plain=True, epochs=7, batch_size=64, lr=2e-3,
-        layer_decay="0.75", mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=False, erase=0.0, eval_crop=1.0, eval_eps="0.25,0.5",
+        dataset="digits", image_size=16, flip=False, arch="vit_mini4", workers=0, amp="off", pretrain_epochs=20, pretrain_batch_size=64,
+        pretrain_lr=1e-3, crop=0.6, decoder_width=64, decoder_depth=1, decoder_heads=2, plain=True, recipe="adamw", epochs=8, batch_size=64, lr=4e-3,
+        layer_decay="0.65", mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0, rand_augment=False, erase=0.0, eval_eps="0.25,0.5",
         eval_examples=200,
     )  # fmt: skip
 
@@ -854,7 +854,7 @@ def read_init(args: Args) -> list[dict]:
             about = {k: its.get(k) for k in ("norm", "eps", "arch", "width", "image_size", "dataset", "attack_steps", "epochs", "seed")}
             method = "byol" if state["name"] == "byorl" else state["name"]
             about |= {"eps": 0.0} if state["name"] == "byol" or not its else {}
-            same = all(its.get(k) == v for k, v in PAPER_BYOL.items()) and its.get("step_size") in (0.0, 5 / 8 * (about["eps"] or 0))
+            same = all(its.get(k) == v for k, v in PAPER_BYOL.items()) and (about["eps"] == 0 or its["step_size"] == 5 / 8 * about["eps"])
             classes = 1000 if "imagenet" in str(its.get("data_dir")).lower() else 0
             state["pretrained"] = about | {"method": method, "classes": classes, "as_paper": same}
         recipe = its.get("recipe", args.recipe) if state.get("layer_decay") is not None else args.recipe
