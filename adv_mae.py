@@ -46,7 +46,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -311,8 +311,9 @@ def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) ->
 # ---- augmentation, optimiser ---------------------------------------------------------------------------------------
 
 
-def rand_augment(image, fill: tuple[int, ...]):
-    """RandAugment (Cubuk et al. 2020) by torchvision, with strength 9 of 10 give or take 0.5: two operations, each with probability 1/2."""
+def rand_augment(image: Any, fill: tuple[int, ...]) -> Any:
+    """RandAugment (Cubuk et al. 2020) by torchvision, with strength 9 of 10 give or take 0.5: two operations, each with probability 1/2.
+    image: of Pillow."""
     from torchvision.transforms import InterpolationMode, v2
 
     for _ in range(2):
@@ -854,7 +855,7 @@ def read_init(args: Args) -> list[dict]:
             about = {k: its.get(k) for k in ("norm", "eps", "arch", "width", "image_size", "dataset", "attack_steps", "epochs", "seed")}
             method = "byol" if state["name"] == "byorl" else state["name"]
             about |= {"eps": 0.0} if state["name"] == "byol" or not its else {}
-            same = all(its.get(k) == v for k, v in PAPER_BYOL.items()) and (about["eps"] == 0 or its["step_size"] == 5 / 8 * about["eps"])
+            same = all(its.get(k) == v for k, v in PAPER_BYOL.items()) and (about["eps"] == 0 or its.get("step_size") == 5 / 8 * about["eps"])
             classes = 1000 if "imagenet" in str(its.get("data_dir")).lower() else 0
             state["pretrained"] = about | {"method": method, "classes": classes, "as_paper": same}
         recipe = its.get("recipe", args.recipe) if state.get("layer_decay") is not None else args.recipe
