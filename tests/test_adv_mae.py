@@ -582,6 +582,29 @@ def test_sgd_interrupted_in_its_last_step_is_done(tmp_path, monkeypatch, pretrai
     assert same_state(*(load_checkpoint(tmp_path / run / "a-mae-sgd.pt")["model"] for run in ("whole", "parts")))
 
 
+def test_waiting_is_the_share_of_the_time_that_data_take(monkeypatch):
+    """By a clock that data advance by 1 and a step by 3."""
+    import common
+
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+
+    def stream():
+        for _ in range(5):
+            clock[0] += 1
+            yield torch.zeros(2)
+
+    with common.Epoch(0, 10, 5, CPU) as log:
+        for x in log.watch(stream()):
+            clock[0] += 3
+            log.update(len(x), loss=torch.tensor(1.0))
+    assert log.means()["waiting"] == 0.25 and log.means()["images_per_s"] == 0.5
+    with common.Epoch(0, 10, 5, CPU) as log:  # not watched: not told
+        log.update(2, loss=torch.tensor(1.0))
+    clock[0] += 1
+    assert "waiting" not in log.means()
+
+
 # ---- evaluation ----
 
 
