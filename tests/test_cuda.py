@@ -4,17 +4,10 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 
+import adv_mae
 from common import (
-    batches,
-    batchnorm_mode,
-    build_model,
-    full_precision,
-    load_checkpoint,
-    load_data,
-    pgd,
-    place_model,
-    robust_accuracy,
-)
+    batches, batchnorm_mode, build_model, full_precision, image_uniform, load_checkpoint, load_data, pgd, place_model, robust_accuracy,
+)  # fmt: skip
 from rotation_at import Args, main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -58,3 +51,15 @@ def test_attacks_in_mixed_precision_are_attacks(amp):
         exact = [(attack(x, y, 20), y) for x, y in batches(test, 360, device)]
         a, b = robust_accuracy(model, mixed), robust_accuracy(model, exact)
     assert 20 < b < 90 and abs(a - b) < 0.6
+
+
+def test_masks_are_those_of_a_cpu():
+    seeds = adv_mae.image_seeds(3, torch.arange(50))
+    assert torch.equal(image_uniform(seeds.cuda(), 196).cpu(), image_uniform(seeds, 196))
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_a_run_of_adv_mae(tmp_path, amp):
+    args = adv_mae.Args.QUICK | dict(device="cuda", amp=amp, accumulate=2, plain=False, eval_eps="0.25", out=str(tmp_path))
+    rows = adv_mae.main(adv_mae.Args(**args))["rows"]
+    assert rows[0]["accuracy"] > 60  # chance: 10; on a CPU 91
