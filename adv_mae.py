@@ -31,7 +31,7 @@ Differs from the paper, which released no code and refers to He et al., or is ou
 - layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0 (frozen) and 1 (full);
 - "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label smoothing, drop
   path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of its two operations with probability 1/2;
-  the operations are torchvision's: without theirs Invert and SolarizeAdd, with Identity, and with a milder Posterize;
+  torchvision's operations lack Invert and SolarizeAdd, have Identity, and a milder Posterize;
 - warm-up is the same share of any number of epochs (40 of 800, 20 of 300, 5 of 100); the moving average of weights is faster in the first steps;
 - the attack of the supervised method is on the mixed labels; rotations are drawn once per image, after the augmentation;
 - Table 1's augmentation is "random horizontal flipping", so there is no mixup, cutmix, RandAugment or erasing there; its AdamW keeps label smoothing and drop
@@ -64,7 +64,7 @@ from common import (
 class Args:
     # run
     method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
-    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: the encoder --init; evaluate: only judge the classifier(s) --init
+    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: the encoder that --init names; evaluate: only score the classifier(s) that --init names
     init: str = ""  # encoder to fine-tune: of this script, of byorl.py, or a published ViT (see common.load_vit). With --stage evaluate: a classifier, or a folder of them
     seed: int = 0  # seed of the weights, the order of images, masks, augmentation and attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -88,7 +88,7 @@ class Args:
     pretrain_lr: float = 0.0  # highest learning rate; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
     accumulate: int = 1  # parts into which each GPU's share of a batch is cut, one after the other, to save memory; in fine-tuning too
     mask_ratio: float = 0.75  # share of the patches that MAE hides
-    crop: float = 0.0  # smallest share of an image's area in a random crop, also with --recipe imagenet; 0: the recipe's (MAE 0.2, others 0.08)
+    crop: float = 0.0  # smallest share of an image's area in a random crop, in pre-training and with --recipe imagenet; 0: the recipe's (MAE 0.2, others 0.08)
     decoder_width: int = 512  # channels of MAE's decoder (paper: 2048 hidden units, which is 4 times as many)
     decoder_depth: int = 8  # layers of MAE's decoder
     decoder_heads: int = 16  # attention heads of MAE's decoder
@@ -106,7 +106,7 @@ class Args:
     steps: int = 2500  # steps of fine-tuning (sgd)
     batch_size: int = 512  # images per step over all GPUs
     lr: float = 0.0  # highest learning rate; 0: the recipe's (imagenet and adamw 5e-4, sgd 0.01)
-    layer_decay: str = "0.65,0.75,0.85,0.95"  # gamma, a network for each: the rate of layer k from the top is gamma^k times --lr; 0: only the last norm and the head, 1: all the same (not for sgd)
+    layer_decay: str = "0.65,0.75,0.85,0.95"  # comma-separated gammas, a fine-tuned network for each: the rate of layer k from the top is gamma^k times --lr; 0: only the last norm and the head, 1: all the same (not for sgd)
     # regularisation of fine-tuning with --recipe imagenet (smoothing and drop path with adamw, too), and of supervised and rotnet pre-training
     mixup: float = 0.8  # alpha of mixup (not in rotnet); 0: none
     cutmix: float = 1.0  # alpha of cutmix (not in rotnet); each GPU's share of a batch gets one of the two; 0: none
@@ -667,7 +667,10 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
     try:
         labels = json.loads(Path(args.real).read_text())
         validation_index = [int(Path(test_set.pixels.files.samples[i][0]).stem.split("_")[-1]) - 1 for i in test_set.index.tolist()]
-        return [[int(label) for label in labels[i]] for i in validation_index]
+        chosen = [[int(label) for label in labels[i]] for i in validation_index]
+        if min(validation_index) < 0 or not any(chosen):
+            raise ValueError
+        return chosen
     except OSError as e:
         raise UserError(f"cannot read {args.real} ({e.strerror}); --real wants ImageNet-ReaL's real.json.") from None
     except (ValueError, TypeError, IndexError, KeyError, AttributeError):
@@ -776,7 +779,7 @@ def show(results: dict, folder: Path) -> None:
     args, rows = results["args"], results["rows"]
     sets = list(dict.fromkeys(row["set"] for row in rows if not row["eps"]))
     attacked = list(dict.fromkeys((row["attack"], row["norm"], row["eps"]) for row in rows if row["eps"]))
-    header = ["pre-training, gamma", *sets] + (["average"] if len(sets) > 1 else []) + [f"{norm} {eps_name(eps)}" for _, norm, eps in attacked]
+    header = ["network", *sets] + (["average"] if len(sets) > 1 else []) + [f"{norm} {eps_name(eps)}" for _, norm, eps in attacked]
     table = []
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
@@ -786,8 +789,8 @@ def show(results: dict, folder: Path) -> None:
         table.append([name] + [f"{v:.2f}" for v in values])
         if mine[0]["paper"] is not None:
             table.append(["  the paper", f"{mine[0]['paper']:.2f}"] + [""] * (len(values) - 1))
-    tuned = any(row["layer_decay"] is not None for row in rows)
-    how = f"fine-tuned on clean images ({args['recipe']})" if tuned else "trained from scratch"
+    tuned = all(row["layer_decay"] is not None for row in rows)
+    how = f"fine-tuned on clean images ({args['recipe']})" if tuned else "as they are"
     attack = f" and under {attacked[0][0].upper()} on {next(r['examples'] for r in rows if r['eps']):,}" if attacked else ""
     print(
         f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, {how}; accuracy (%) on {rows[0]['examples']:,} test images{attack}. "
@@ -805,14 +808,16 @@ def main(args: Args) -> dict:
     gammas = numbers(args.layer_decay) if args.recipe != "sgd" else [1.0]  # raises for a list that cannot be read
     if not gammas or not all(0 <= g <= 1 for g in gammas):
         raise UserError(f"--layer-decay {args.layer_decay!r}: give numbers from 0 to 1, such as 0.65,0.75.")
+    if len({f"{g:g}" for g in gammas}) < len(gammas):
+        raise UserError(f"--layer-decay {args.layer_decay!r} names the same gamma twice.")
     numbers(args.eval_eps)
     if args.stage in ("finetune", "evaluate") and not args.init:
         raise UserError(f"--stage {args.stage} needs --init (finetune: an encoder such as runs/X/a-mae.pt; evaluate: a classifier or a folder of them).")
     if args.stage in ("all", "pretrain") and args.init:
         raise UserError(f"--stage {args.stage} takes no --init; to fine-tune an encoder use --stage finetune.")
     if args.norm == "linf" and args.eps == Args.eps and not args.init:
-        raise UserError("--norm linf needs a radius of its own: give --eps 1/255.")
-    if args.eval_norm == "linf" and args.eval_eps == Args.eval_eps:
+        raise UserError(f"--norm linf needs a radius of its own: give --eps {eps_name(BEST_EPS[args.method][0])}.")
+    if args.eval_norm == "linf" and args.eval_eps == (Args.QUICK["eval_eps"] if args.quick else Args.eval_eps):
         raise UserError("--eval-norm linf needs radii of its own: give --eval-eps 1/255,2/255.")
     given = read_init(args)
     if given:  # the network is the checkpoint's, for the record

@@ -716,10 +716,11 @@ def test_variants_and_real_labels_are_scored(tmp_path):
     assert rows["real"]["accuracy"] == pytest.approx(100 * sum(right) / 8, abs=0.01)
     masked = logits("other", [f for f in files if f[0] != "1"])[:, [0, 2]].argmax(1)
     assert rows["other"]["accuracy"] == pytest.approx(100 * (masked == torch.arange(6) // 3).float().mean().item(), abs=0.01)
-    (tmp_path / "real.json").write_text("[[1]]")
     _, test = load_data("folder", str(tmp_path), CPU, image_size=16, stream=True)
-    with pytest.raises(UserError, match="do not fit"):
-        real_labels(args, test)
+    for bad in ("[[1]]", "[[], [], [], [], [], [], [], [], []]"):
+        (tmp_path / "real.json").write_text(bad)
+        with pytest.raises(UserError, match="do not fit"):
+            real_labels(args, test)
 
 
 def test_filters_are_principal_components():
@@ -865,7 +866,7 @@ def test_fine_tuning_a_published_checkpoint(tmp_path):
     ("changes", "match"),
     [
         ({"stage": "finetune"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"), ({"init": "x.pt"}, "takes no --init"), ({"layer_decay": "0.5,2"}, "from 0 to 1"),
-        ({"layer_decay": "x"}, "not a list"), ({"norm": "linf"}, "radius of its own"), ({"mask_ratio": 0.99}, "none visible"), ({"mask_ratio": 0.0}, "none to paint"),
+        ({"layer_decay": "x"}, "not a list"), ({"layer_decay": "0.75,0.75"}, "same gamma twice"), ({"norm": "linf"}, "radius of its own"), ({"mask_ratio": 0.99}, "none visible"), ({"mask_ratio": 0.0}, "none to paint"),
         ({"accumulate": 1000}, "cannot be cut"), ({"decoder_heads": 3}, "multiple of 4"), ({"image_size": 18}, "no multiple of 4"), ({"stage": "finetune", "init": "no.pt"}, "no checkpoint"),
         ({"eval_data": "nowhere"}, "no images in nowhere"), ({"eval_norm": "linf", "eval_eps": Args.eval_eps}, "radii of its own"), ({"real": "nowhere.json"}, "cannot read nowhere.json"), ({"eval_crop": 0.0}, "must be between"), ({"smoothing": 1.0}, "must be between"),
     ],
