@@ -566,8 +566,9 @@ def picture(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, c
         place_model(model, run.device, args.amp).eval()
         patches, order, n = shuffle_patches(x, seeds, args)
         visible, hidden = patches[:, :n], patches[:, n:]  # (B, n, 3, p, p), (B, N - n, 3, p, p)
-        _, loss = masked_task(x, seeds, model, replace(args, attacked="visible"))
-        attacked = perturb(visible, loss, seeds, model, args) if args.eps else visible
+        attacked = visible
+        if args.eps:
+            attacked = perturb(*masked_task(x, seeds, model, replace(args, attacked="visible")), seeds, model, args)
         with torch.no_grad():
             painted = painting(model(attacked.flatten(0, 1), order), hidden, model, args)
 

@@ -606,6 +606,8 @@ def main(args: Args) -> dict:
     fractions = numbers(args.label_fractions)
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise UserError(f"--label-fractions {args.label_fractions}: give shares such as 0.01,0.1,1.")
+    if args.crop < 0.001:
+        raise UserError(f"--crop {args.crop:g} must be between 0.001 and 1.")
     if args.stage in ("probe", "evaluate") and not args.init:
         raise UserError(f"--stage {args.stage} needs --init (probe: an encoder such as runs/X/byorl.pt; evaluate: a head or a folder of heads).")
     if args.stage == "pretrain" and args.init:

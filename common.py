@@ -943,7 +943,7 @@ class _Folder(torch.utils.data.Dataset):
 
 
 class _Transformed(torch.utils.data.Dataset):
-    """The images of another set, each changed by `transform` with random numbers of its own; gives what `_Folder` gives."""
+    """The images of a `_Folder` or a tensor, each changed by `transform` with random numbers of its own; gives what `_Folder` gives."""
 
     def __init__(self, source: Any, transform: Callable, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -1939,7 +1939,7 @@ def load_vit(path: str | Path) -> dict:
 
     Images are normalised by ImageNet's mean and deviation, as MAE and DeiT have it (some of timm's were trained with 0.5 for all).
     The weights may be the file itself, or its entry `model` or `state_dict`. Raises UserError, naming the key, for anything else in it
-    (absolute positions of windows, layer scale, ...) and if the sizes are none of VITS.
+    (relative positions, layer scale, a distillation token, ...) and if the sizes are none of VITS.
     """
     state = _read_checkpoint(path)
     if isinstance(state, dict) and isinstance(state.get("network"), dict):

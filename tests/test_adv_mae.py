@@ -167,6 +167,7 @@ def test_delta_is_zero_where_hidden_and_reaches_eps_where_visible(mae, norm, eps
     model, x, seeds = mae
     args = tiny(norm=norm, eps=eps)
     z, loss = masked_task(x, seeds, model, args)
+    assert z.shape == (6, 4, 3, 4, 4) and torch.equal(canvas(z, x, seeds), x)  # what is attacked is the visible patches, and only they
     z_adv = perturb(z, loss, seeds, model, args)
     delta = canvas(z_adv, x, seeds) - x
     seen = visible_pixels(x, seeds, args)[:, None].expand_as(x)

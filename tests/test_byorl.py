@@ -403,7 +403,7 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
     ("changes", "match"),
     [
         ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"),
-        ({"stage": "pretrain", "init": "x.pt"}, "takes no --init"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"), ({"batch_size": 2}, "at least 2 images"), ({"crop": 5.0}, "--crop 5 must be"),
+        ({"stage": "pretrain", "init": "x.pt"}, "takes no --init"), ({"init": "x.pt"}, "no checkpoint x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"), ({"batch_size": 2}, "at least 2 images"), ({"crop": 5.0}, "--crop 5 must be"), ({"crop": 0.0}, "--crop 0 must be"),
         ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "no checkpoint"),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ import eval_cifar10c
 import jigsaw_at
 import report
 import rotation_at
-from common import parse_args
+from common import ViT, parse_args
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl,
@@ -110,6 +110,22 @@ def test_paper_numbers_of_rebuffi():
             assert adv_mae.PAPER[(method.lower(), *where)] == tuple(map(float, cell.split("/"))), (method, where)
             found += 1
     assert found == 16
+
+
+def test_the_vit_is_copied_with_what_the_readme_lists():
+    """The names beside `ViT` are enough: executed alone, they make the network of common.py."""
+    line = next(line for line in README.splitlines() if line.startswith("A Vision Transformer: "))
+    names = set(re.findall(r"`(\w+)`", line)) - {"load_vit"}
+    source = ast.parse((ROOT / "common.py").read_text())
+    parts = [node for node in source.body if getattr(node, "name", "") in names]
+    assert {node.name for node in parts} == names
+    alone = {}
+    exec("import functools, math, torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n" + "\n".join(map(ast.unparse, parts)), alone)
+    torch.manual_seed(0)
+    copied, ours = alone["ViT"](4, 128, 2, 2), ViT(4, 128, 2, 2)
+    copied.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(copied(x), ours(x))
 
 
 def test_every_public_function_has_a_docstring():
