@@ -135,7 +135,10 @@ _RANGES = [
     ("pretrain_batch_size", 2, math.inf), ("accumulate", 1, math.inf), ("mask_ratio", 0, 1), ("decoder_width", 4, math.inf),
     ("decoder_depth", 1, math.inf), ("decoder_heads", 1, math.inf), ("steps", 1, math.inf), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
     ("smoothing", 0, 0.99), ("drop_path", 0, 0.99), ("erase", 0, 1), ("ema", 0, 0.999999), ("eval_crop", 0.1, 1),
-    ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf), ("unforeseen_steps", 1, math.inf),
+    ("reverse_steps", 0, math.inf), ("reverse_step_size", 0, math.inf), ("reverse_eps", 0, math.inf), ("views", 2, math.inf),
+    ("temperature", 1e-3, math.inf), ("bank", 1, math.inf), ("branch_epochs", 1, math.inf), ("branch_batch_size", 2, math.inf),
+    ("branch_lr", 0, math.inf), ("branch_width", 1 / 64, 64), ("head_batch_size", 2, math.inf), ("head_lr", 0, math.inf),
+    ("adaptive_steps", 1, math.inf), ("eot", 1, math.inf), ("eval_batch_size", 2, math.inf), ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf), ("unforeseen_steps", 1, math.inf),
 ]  # fmt: skip
 
 
@@ -1171,8 +1174,24 @@ def image_uniform(seeds: Tensor, n: int) -> Tensor:
     return (shifted(z ^ shifted(z, 31), 41).float() + 0.5) / 2**23
 
 
-def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
-    """Zero-pad by `pad`, crop back to size at a random place, mirror with probability 1/2: drawn per image.
+def image_rand(seeds: Tensor) -> Callable[..., Tensor]:
+    """Stands in for torch.rand where the first dimension counts the images that have these seeds, int64 (B,): what an image is given
+    depends on its seed and on how often it was asked before, not on the batch it is in (see `image_uniform`)."""
+    calls = itertools.count(1)
+
+    def rand(*shape: int, device: torch.device | None = None) -> Tensor:
+        return image_uniform(mix_seeds(seeds, next(calls)), math.prod(shape[1:])).view(shape)
+
+    return rand
+
+
+def mix_seeds(seeds: Tensor, n: int) -> Tensor:
+    """Other seeds (int64) for the n-th use of these, by a step of a linear congruential generator (Knuth's constants)."""
+    return seeds * 6364136223846793005 + (n + 1) * 1442695040888963407 % 2**63
+
+
+def random_crop_flip(x: Tensor, pad: int, flip: bool = True, mode: str = "constant") -> Tensor:
+    """Pad by `pad` (with zeros; mode "reflect": with the mirrored image), crop back to size at a random place, mirror with probability 1/2: drawn per image.
 
     x: (B, C, H, W), on any device. All of it is one gather, so a GPU does it without waiting for the CPU.
     """
@@ -1183,22 +1202,25 @@ def random_crop_flip(x: Tensor, pad: int, flip: bool = True) -> Tensor:
     if flip:
         cols = torch.where(torch.rand(b, 1, device=x.device) < 0.5, cols.flip(1), cols)
     image = torch.arange(b, device=x.device)[:, None, None]
-    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
+    padded = F.pad(x, (pad, pad, pad, pad), mode).permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # channels_last in memory
 
 
 @torch.no_grad()
-def map_images(f: Callable[[Tensor], Tensor], images: Images, run: "Run", batch_size: int) -> Tensor:
-    """f of every image, in the set's order, (n, ...). Each rank computes its share; the sum over ranks, zero elsewhere, is the whole."""
+def map_images(f: Callable[..., Tensor], images: Images, run: "Run", batch_size: int, indexed: bool = False) -> Tensor:
+    """f of every image, in the set's order, (n, ...). Each rank computes its share; the sum over ranks, zero elsewhere, is the whole.
+
+    f takes images (b, 3, H, W) and, if `indexed`, their positions in the set, int64 (b,); it gives (b, ...)."""
     position = torch.zeros_like(images.labels)  # stands in for the label, so that a batch tells which images are in it
     position[images.index] = torch.arange(len(images))
     out = None
     for x, i in batches(replace(images, labels=position), batch_size, run.device, workers=run.args.workers):
-        values = f(x)
+        values = f(x, i) if indexed else f(x)
         out = values.new_zeros(len(images), *values.shape[1:]) if out is None else out
         out[i] = values
     if out is None:  # fewer images than ranks, and none for this one
-        values = f(torch.zeros(0, 3, run.args.image_size, run.args.image_size, device=run.device))
+        x, i = torch.zeros(0, 3, run.args.image_size, run.args.image_size, device=run.device), position[:0].to(run.device)
+        values = f(x, i) if indexed else f(x)
         out = values.new_zeros(len(images), *values.shape[1:])
     if world()[1] > 1:
         dist.all_reduce(out)
@@ -1209,7 +1231,7 @@ def map_images(f: Callable[[Tensor], Tensor], images: Images, run: "Run", batch_
 
 
 def random_resized_crop(
-    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3), rand: Callable = torch.rand
 ) -> Tensor:
     """Cut a random box out of each image and enlarge it to the image's size, bicubic; x (B, C, H, W) in [0, 1].
 
@@ -1219,7 +1241,7 @@ def random_resized_crop(
     b, _, h, w = x.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(shape, device=x.device)
+        return low + (high - low) * rand(*shape, device=x.device)
 
     area = h * w * uniform(*scale, b, 10)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), b, 10).exp()
@@ -1240,18 +1262,28 @@ def crop_resize(x: Tensor, boxes: Tensor) -> Tensor:
     x: (B, C, H, W); boxes: (B, 4).
     """
     _, _, h, w = x.shape
-    left, top, width, height = boxes.to(x.dtype).unbind(1)
-    across = (torch.arange(w, device=x.device) + 0.5) / w * width[:, None] + left[:, None]  # (B, W), where to look
-    down = (torch.arange(h, device=x.device) + 0.5) / h * height[:, None] + top[:, None]  # (B, H)
-    grid = torch.stack([
-        (2 * across / w - 1)[:, None, :].expand(-1, h, -1), (2 * down / h - 1)[:, :, None].expand(-1, -1, w)
-    ], 3)  # fmt: skip
-    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
+    left, top, width, height = boxes.to(x.dtype)[:, :, None].unbind(1)  # (B, 1)
+    across = (torch.arange(w, device=x.device) + 0.5) / w * width + left  # (B, W), where to look
+    down = (torch.arange(h, device=x.device) + 0.5) / h * height + top  # (B, H)
+    return (_bicubic(down, h)[:, None] @ x @ _bicubic(across, w)[:, None].mT).clamp(0, 1)
 
 
-def random_flip(x: Tensor) -> Tensor:
+def _bicubic(at: Tensor, size: int) -> Tensor:
+    """Weights of a line's pixels in its values at `at` (B, n), in pixels from its border: (B, n, size), for a = -0.75.
+
+    What F.grid_sample computes, as a matrix: that has second derivatives, which unrolled attacks need and grid_sample has not.
+    """
+    first = (at - 0.5).floor()
+    pixel = first[:, :, None] + torch.arange(-1, 3, device=at.device)  # (B, n, 4), the nearest four
+    d = (at[:, :, None] - 0.5 - pixel).abs()
+    weight = torch.where(d <= 1, (1.25 * d - 2.25) * d**2 + 1, -0.75 * (((d - 5) * d + 8) * d - 4))
+    nearest = pixel.clamp(0, size - 1).long()  # beyond the border its own pixel counts
+    return torch.zeros(*at.shape, size, dtype=at.dtype, device=at.device).scatter_add_(2, nearest, weight)
+
+
+def random_flip(x: Tensor, rand: Callable = torch.rand) -> Tensor:
     """Mirror each image with probability 1/2."""
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    return torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
 
 
 def to_grey(x: Tensor) -> Tensor:
@@ -1272,7 +1304,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def color_jitter(
-    x: Tensor, brightness: float, contrast: float, saturation: float, hue: float, p: float = 0.8
+    x: Tensor, brightness: float, contrast: float, saturation: float, hue: float, p: float = 0.8, rand: Callable = torch.rand
 ) -> Tensor:
     """With probability p, change brightness, contrast, saturation and hue of an image, in random order; x (B, 3, H, W) in [0, 1].
 
@@ -1281,10 +1313,10 @@ def color_jitter(
     b = len(x)
 
     def factor(v: float) -> Tensor:
-        return 1 + v * (2 * torch.rand(b, 1, 1, 1, device=x.device) - 1)
+        return 1 + v * (2 * rand(b, 1, 1, 1, device=x.device) - 1)
 
     f_brightness, f_contrast, f_saturation, f_hue = factor(brightness), factor(contrast), factor(saturation), factor(hue) - 1
-    order = torch.rand(b, 4, device=x.device).argsort(1)
+    order = rand(b, 4, device=x.device).argsort(1)
     out = x
     for place in range(4):
         now = order[:, place].view(b, 1, 1, 1)  # which of the four each image gets here
@@ -1293,31 +1325,33 @@ def color_jitter(
         changed = torch.where(now == 0, out * f_brightness, mean + (out - mean) * f_contrast)
         changed = torch.where(now == 2, grey + (out - grey) * f_saturation, changed)
         out = torch.where(now == 3, adjust_hue(out, f_hue), changed).clamp(0, 1)
-    return torch.where(torch.rand(b, 1, 1, 1, device=x.device) < p, out, x)
+    return torch.where(rand(b, 1, 1, 1, device=x.device) < p, out, x)
 
 
-def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
+def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), rand: Callable = torch.rand) -> Tensor:
     """With probability p, smooth an image with a Gaussian of its own sigma, kernel a tenth of its side (SimCLR)."""
     b, c, h, w = x.shape
     radius = max(h // 20, 1)
-    s = sigma[0] + (sigma[1] - sigma[0]) * torch.rand(b, 1, device=x.device)
+    s = sigma[0] + (sigma[1] - sigma[0]) * rand(b, 1, device=x.device)
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / s) ** 2)
     line = (line / line.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (B * C, 1, 2 radius + 1)
     out = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, b * c, h + 2 * radius, w + 2 * radius)
     out = F.conv2d(out, line[:, :, None, :], groups=b * c)
     out = F.conv2d(out, line[:, :, :, None], groups=b * c).view(b, c, h, w).clamp(0, 1)  # rounding can pass 1
-    return torch.where(torch.rand(b, 1, 1, 1, device=x.device) < p, out, x)
+    return torch.where(rand(b, 1, 1, 1, device=x.device) < p, out, x)
 
 
-def simclr_augment(x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True) -> Tensor:
+def simclr_augment(
+    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True, rand: Callable = torch.rand
+) -> Tensor:
     """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop of at least the share `crop` of the area, flip, colour
     jitter (p 0.8; brightness, contrast and saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images,
-    blur with probability `blur`."""
-    x = random_resized_crop(x, (crop, 1.0))
-    x = random_flip(x) if flip else x
-    x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
-    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
-    return random_blur(x, blur) if blur else x
+    blur with probability `blur`. Here and above `rand` is the source of random numbers, e.g. `image_rand`."""
+    x = random_resized_crop(x, (crop, 1.0), rand=rand)
+    x = random_flip(x, rand) if flip else x
+    x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, rand=rand)
+    x = torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
+    return random_blur(x, blur, rand=rand) if blur else x
 
 
 # ---- self-supervised tasks: images are moved, not computed with, so that norms and the attacks' balls are kept ----
@@ -1513,6 +1547,30 @@ class PreActResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.conv1(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, dim, h, w)
+        return F.relu(self.bn(x)).mean((2, 3))
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet trunk with 6 * depth + 4 layers (Zagoruyko and Komodakis 2016): (B, 3, H, W) -> (B, dim). Of the blocks above in three
+    stages of 160, 320 and 640 channels, times `width`; 16 in the first convolution."""
+
+    def __init__(self, depth: int, width: float = 1.0):
+        super().__init__()
+        c = max(1, round(160 * width))
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        c_in, stages = 16, []
+        for i in range(3):
+            blocks = []
+            for j in range(depth):
+                blocks.append(PreActBlock(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                c_in = c * 2**i
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn = nn.BatchNorm2d(c_in)
+        self.dim = c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))  # (B, dim, h, w)
         return F.relu(self.bn(x)).mean((2, 3))
 
 
@@ -1845,13 +1903,15 @@ def build_trunk(arch: str, width: float, stem: str, positions: int = 0) -> nn.Mo
         return ResNet(Bottleneck, [3, 4, 6, 3], width, stem)
     if arch in ("preact18", "preact34"):
         return PreActResNet([2, 2, 2, 2] if arch == "preact18" else [3, 4, 6, 3], width, stem)
+    if arch == "wrn28_10":
+        return WideResNet(4, width)
     if arch in ("resnet26v2", "resnet50v2"):
         return ResNetV2([2, 2, 2, 2] if arch == "resnet26v2" else [3, 4, 6, 3], width, stem)
     if arch in VITS:
         patch, depth, heads = VITS[arch]
         heads = max(1, round(heads * width))
         return ViT(patch, 64 * heads, depth, heads, positions)
-    names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", "resnet26v2", "resnet50v2", *VITS]
+    names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", "wrn28_10", "resnet26v2", "resnet50v2", *VITS]
     raise UserError(f"unknown architecture '{arch}'; there are {', '.join(names)}.")
 
 
@@ -1969,6 +2029,45 @@ def load_vit(path: str | Path) -> dict:
         weights[name] = v.float()
     load_weights(build_model(**network), weights, path)  # every key and shape as they should be?
     return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train" if classes else "pretrain", "epoch": 0}
+
+
+def load_carmon(path: str | Path) -> dict:
+    """A checkpoint for `build_model` and `load_weights`, from one of ours or from the published WideResNet-28-10 of Carmon et al. 2019 (RST):
+
+        theirs                                        ours
+        conv1, bn1, fc                                trunk.conv1, trunk.bn, heads.class
+        block1.layer.0.{bn1, conv1, bn2, conv2}       trunk.layer1.0.{the same}
+        block1.layer.0.convShortcut                   trunk.layer1.0.shortcut.1
+        sub_block1.*                                  nothing: it is in the file, but no image passes through it
+
+    all after `module.` (nn.DataParallel) or not, as the file's entry `state_dict` or alone. Images are not normalised. Raises UserError,
+    naming the entry, if one is missing, unknown or of another shape.
+    """
+    state = _read_checkpoint(path)
+    if isinstance(state, dict) and isinstance(state.get("network"), dict):
+        return load_checkpoint(path)
+    if isinstance(state, dict) and state.get("normalize_input"):
+        raise UserError(f"{path} says normalize_input, but Carmon et al.'s published network takes images as they are.")
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    given = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    given = {k: v for k, v in given.items() if not k.startswith("sub_block1.")}
+    for k in ("block1.layer.0.conv1.weight", "fc.weight"):
+        if k not in given or given[k].dim() not in (2, 4):
+            raise UserError(f"{path} is neither a checkpoint of ours nor one of Carmon et al.'s WideResNets: it has no {k}.")
+    network = {"arch": "wrn28_10", "heads": {"class": len(given["fc.weight"])}, "width": len(given["block1.layer.0.conv1.weight"]) / 160}
+    network |= {"stem": "cifar", "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    own = build_model(**network).state_dict()
+    weights = {k: own[k] for k in ("mean", "std")}
+    for k in own.keys() - weights.keys():
+        name = k.removeprefix("trunk.").replace("shortcut.1", "convShortcut").replace("heads.class", "fc")
+        name = re.sub(r"^layer(\d)", r"block\1.layer", re.sub(r"^bn\.", "bn1.", name))
+        if name not in given or given[name].shape != own[k].shape:
+            what = f"has shape {tuple(given[name].shape)}, not {tuple(own[k].shape)}" if name in given else "is missing"
+            raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: {name} {what}.")
+        weights[k] = given.pop(name).to(own[k].dtype)
+    if given:
+        raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: it holds {min(given)}.")
+    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train", "epoch": 0}
 
 
 def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:
@@ -2190,16 +2289,16 @@ def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
 
 def pgd_attack(
     norm: str, eps: float, steps: int, *, step_size: float = 0.0, keep_best: bool = False, generator: torch.Generator | None = None
-) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
-    """attack(loss, x) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
+) -> Callable[..., Tensor]:
+    """attack(loss, x, noise=None) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
 
     linf 2/255 at every radius (so too Chen et al.); l2 2 eps / steps (they print eps^2 / steps; see rotation_at.py). Where steps of
     2/255 could not cross the ball (a radius of 8/255 in 5 steps), 2 eps / steps too.
     """
     step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
 
-    def attack(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return pgd(loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=keep_best, generator=generator)
+    def attack(loss: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return pgd(loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=keep_best, generator=generator, noise=noise)
 
     return attack
 

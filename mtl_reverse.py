@@ -1,0 +1,1008 @@
+"""Reversing attacks at test time by several self-supervised tasks (Lawhon, Mao, Yang: Using multiple self-supervised tasks improves
+model robustness, 2022, arXiv:2204.03714; the single-task method: Mao et al., ICCV 2021).
+
+An attack on a classifier F also raises the losses of tasks that need no labels. So, before F sees an image x, move it, in a ball of
+radius eps_v around x, to where those losses are small (Algorithm 1). All networks stay as they are.
+
+    x' = x + noise;  K times:
+        L = L_s + L_r + L_i                                              contrastive, rotation and inpainting loss of x'
+        x' <- x' - eta (L_s / L) grad L_s  - eta (L_r / L) grad L_r      in even iterations
+        x' <- x' - eta (L_s / L) grad L_s  - eta (L_i / L) grad L_i      in odd ones
+        x' <- the nearest image within eps_v of x
+    predict F(x')
+
+    python mtl_reverse.py --quick                            # digits, about a minute and a half on two CPU cores
+    python mtl_reverse.py --victim carmon2019.pt             # Table 1: CIFAR-10 and the published WideResNet-28-10 of Carmon et al.
+    python mtl_reverse.py --victim runs/X/best.pt            # a classifier of any script here
+    python mtl_reverse.py                                    # train the classifier too
+    python mtl_reverse.py --victim carmon2019.pt --as-published   # a row more: what the authors' branch computes
+    torchrun --nproc-per-node=8 mtl_reverse.py --victim carmon2019.pt
+
+The paper, attacked by PGD-10 at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (Mao et al.) 65.3 / 86.6, MTL 65.6 / 87.7.
+
+The attackers (--attacks): pgd knows F only. aware maximises CE(F(x)) - lambda L(x), so that little is left to reverse. bpda goes
+through the whole defence and takes the gradient at x' for that at x; unrolled differentiates through all K iterations. suite: AutoPGD,
+MultiTargeted and Square on F. All defences draw noise and views anew after the attack.
+
+Differs from the paper, or from its code (branch one-by-one at b8f5ea7), or is our choice where both are silent:
+- the branch climbs its losses, where the paper descends; brings the inpainting gradient back to 32 pixels by a random convolution,
+  ours is the exact one (autograd of the enlargement: sums over 4 x 4 pixels); and feeds the rotation and inpainting networks images
+  that are not normalised, in train mode. --as-published does all that, and keeps the branch's three perturbations;
+- the centre of the ball is the image as it came (line 11 of Algorithm 1 would let it drift); the losses are those of x', also at first;
+- a gradient is divided by its largest entry, per image, as in the branch: the paper's own would hardly move x'; SSL takes signs (Mao);
+- K 40, eta 2/255, temperature 0.2, 4 views are the branch's; eps_v 16/255: "8" in the paper, which the branch doubles;
+- weights are 1:1:1 as in the paper (the branch: 1:50:10), with L_i the mean over the hole, where the paper prints the sum: that
+  would take nearly all of L (--weights 1,1,9408 is the sum);
+- L_s averages over all pairs of views of an image, as printed (the branch takes one of three); views are drawn per image;
+- the negatives are views of --bank training images, so what becomes of an image does not depend on its batch, and L_t / L is per image
+  (--negatives batch: the batch's other images);
+- without rotation among --tasks, inpainting moves x' in every iteration, and the other way round;
+- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs: by CIFAR's mean
+  and deviation, bilinear); the head's Adam has the rate 1e-4 (Mao et al.; this branch 3e-4);
+- a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch of lowest loss on held-out images.
+"""
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli, color_jitter,
+    count_batches, distribute, draw, eps_name, full_precision, image_rand, image_uniform, learning_rate, load_carmon, load_checkpoint,
+    load_data, load_trunk, load_weights, map_images, mix_seeds, numbers, pgd_attack, place_model, print_table, random_crop_flip, random_flip,
+    random_resized_crop, save_image_grid, seed_step, split_train, start_run, suite_attacks, sync_buffers, to_grey, world, write_results,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    # run
+    stage: Literal["all", "train-branches", "evaluate"] = "all"  # train-branches: stop before the evaluation; evaluate: with --branches
+    victim: str = ""  # the classifier to protect: a checkpoint of any script here, or Carmon et al.'s file; empty: train one (--arch)
+    branches: str = ""  # folder of a run that trained branches for the same classifier; empty: train them
+    seed: int = 0  # seed of the split, the weights, the order of images, the attacks and the reversal
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks, and of the reversal
+    compile: bool = False  # torch.compile the trunks
+    sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
+    workers: int = 2  # processes that decode images (folder)
+    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    quick: bool = False  # a miniature on the bundled digits: every stage in a minute and a half on two CPU cores
+    # data and model
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
+    data_dir: str = "data"  # where the data are, or are downloaded to
+    data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
+    image_size: int = 32  # side in pixels, a power of 2; other images are resized
+    flip: bool = True  # mirror images at random in training and in views
+    arch: Literal["wrn28_10", "resnet18", "resnet34", "resnet50", "preact18", "preact34"] = "wrn28_10"  # classifier, without --victim
+    width: float = 1.0  # multiplies its number of channels
+    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images (ResNets)
+    # training of the classifier, without --victim: SGD with Nesterov momentum 0.9, half a cosine
+    epochs: int = 100  # epochs of training
+    batch_size: int = 128  # images per step over all GPUs
+    lr: float = 0.1  # initial learning rate
+    weight_decay: float = 5e-4  # on all weights
+    # attack, in the classifier's training and in the evaluation
+    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in (the reversal's is linf)
+    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units
+    attack_steps: int = 10  # PGD steps
+    step_size: float = 0.0  # 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    # branches: SGD as above for rotation and inpainting, Adam for the contrastive head
+    backbone: Literal["separate", "shared"] = "separate"  # shared: all tasks on one trunk, which starts as the classifier's (section 5)
+    branch_epochs: int = 200  # epochs of training each branch
+    branch_batch_size: int = 128  # images per step over all GPUs
+    branch_lr: float = 0.1  # initial learning rate of SGD
+    head_batch_size: int = 1024  # images per step of the contrastive head; the others of the batch are its negatives
+    head_lr: float = 1e-4  # learning rate of Adam
+    branch_width: float = 1.0  # multiplies the channels of the rotation and inpainting networks
+    inpaint_size: int = 128  # side to which images are enlarged for inpainting, a power of 2
+    crop: float = 0.08  # smallest share of an image's area that a view shows
+    temperature: float = 0.2  # tau of L_s
+    # reversal (Algorithm 1)
+    tasks: str = "contrastive,rotation,inpainting"  # of the MTL row; any of the three. The SSL row is contrastive
+    reverse_steps: int = 40  # K
+    reverse_step_size: float = 2 / 255  # eta
+    reverse_eps: float = 16 / 255  # eps_v
+    weights: str = "1,1,1"  # of L_s, L_r and L_i (the branch: 1,50,10)
+    views: int = 4  # of each image in L_s
+    negatives: Literal["bank", "batch"] = "bank"  # of L_s: views of training images, or of the batch's other images
+    bank: int = 512  # number of those training images
+    as_published: bool = False  # also evaluate what the authors' branch computes
+    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of that branch: its last, or its last that descends
+    # attackers
+    attacks: str = "pgd,aware,bpda,unrolled"  # any of pgd, aware, bpda, unrolled, suite, suite-fast
+    lambdas: str = "0,0.5,1,2,5,10"  # weights of L in the attack `aware`
+    adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended
+    eot: int = 1  # draws of the defence per step of these that their gradient is the mean of
+    # evaluation
+    val_fraction: float = 0.1  # share of the training images held out to select the epoch
+    eval_examples: int = 0  # test images, drawn once and for all; 0: all
+    eval_batch_size: int = 512  # images per batch of the evaluation
+    eval_amp: bool = False  # classify and attack in mixed precision instead of float32
+    sweep: bool = False  # also accuracy over K and for eps_v of half, 3/4, 1 and 1 1/2 of --reverse-eps
+
+    # Digits at their own 8 x 8 pixels.
+    QUICK: ClassVar[dict] = dict(
+        dataset="digits", image_size=8, flip=False, arch="preact18", width=0.125, epochs=12, batch_size=64, lr=0.05, eps=0.1, attack_steps=10,
+        branch_epochs=15, branch_batch_size=64, branch_lr=0.05, head_batch_size=256, head_lr=1e-2, branch_width=0.25, inpaint_size=32, crop=0.5,
+        reverse_steps=10, reverse_step_size=0.04, reverse_eps=0.15, bank=64, attacks="pgd,aware,bpda,unrolled,suite-fast", lambdas="1,5",
+        adaptive_steps=5, eval_examples=200,
+    )  # fmt: skip
+
+
+TASKS = ("contrastive", "rotation", "inpainting")
+
+
+# ---- the tasks: networks and losses --------------------------------------------------------------------------------
+
+
+class Contrastive(nn.Module):
+    """L_s (section 3.2.1): how far apart the views of an image are, compared with other images. A small head on the features of `net`."""
+
+    def __init__(self, net: Network, args: Args):
+        super().__init__()
+        self.net = net
+        self.head = nn.Sequential(nn.Linear(net.trunk.dim, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 16))
+        self.crop, self.flip, self.temperature = args.crop, args.flip, args.temperature
+
+    def augment(self, x: Tensor, rand: Callable) -> Tensor:
+        """A view of each image: crop, mirror, colour jitter, grey with probability 0.2 (the branch's strengths; no blur)."""
+        x = random_resized_crop(x, (self.crop, 1.0), rand=rand)
+        x = random_flip(x, rand) if self.flip else x
+        x = color_jitter(x, 0.8, 0.8, 0.8, 0.2, p=1.0, rand=rand)
+        return torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
+
+    def embed(self, x: Tensor, views: int, rand: Callable = torch.rand) -> Tensor:
+        """Unit vectors of `views` views of each image: (B, 3, S, S) -> (B, views, 16). `rand` is asked for numbers of views * B images."""
+        v = self.augment(x.repeat(views, 1, 1, 1), rand)  # the first view of all images, then the second, ...
+        return F.normalize(self.head(self.net.features(v)), dim=1).unflatten(0, (views, len(x))).transpose(0, 1)
+
+    def forward(
+        self, x: Tensor, views: int = 2, rand: Callable = torch.rand, bank: Tensor | None = None, first_positive: bool = False
+    ) -> Tensor:
+        """L_s per image, (B,). bank: (M, 16), the negatives; None: the views of all other images of the batch, on all GPUs."""
+        z = self.embed(x, views, rand)
+        positive = z @ z.mT / self.temperature  # (B, V, V): z_i z_j / tau
+        same = torch.eye(views, dtype=torch.bool, device=x.device)
+        if bank is not None:
+            negative = z @ bank.T / self.temperature  # (B, V, M)
+        else:
+            everyone, first = gather(z)
+            negative = (z.flatten(0, 1) @ everyone.flatten(0, 1).T / self.temperature).unflatten(0, z.shape[:2])  # (B, V, N V)
+            of = torch.arange(len(everyone), device=x.device).repeat_interleave(views)
+            own = of == first + torch.arange(len(x), device=x.device)[:, None]  # (B, N V)
+            negative = negative.masked_fill(own[:, None], -math.inf)
+        every = torch.cat([positive.masked_fill(same, -math.inf), negative], 2).logsumexp(2, keepdim=True)  # the sum over k
+        loss = every - positive  # (B, V, V): y_ij = 1 for all but i = j
+        if first_positive:  # the branch: one other view is the right answer, the rest count as wrong ones
+            return torch.cat([loss[:, :1, 1], loss[:, 1:, 0]], 1).mean(1)
+        return loss.masked_fill(same, 0).sum((1, 2)) / (views * (views - 1))
+
+
+def gather(z: Tensor) -> tuple[Tensor, int]:
+    """(the z (B, ...) of all ranks one after the other, with gradients; where this rank's begin)."""
+    rank, ranks = world()
+    if ranks == 1:
+        return z, 0
+    from torch.distributed.nn.functional import all_gather
+
+    sizes = [torch.zeros(1, dtype=torch.int64, device=z.device) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([len(z)], device=z.device))
+    sizes = torch.cat(sizes).tolist()  # they may differ by one
+    padded = torch.cat([z, z.new_zeros(max(sizes) - len(z), *z.shape[1:])])
+    return torch.cat([part[:n] for part, n in zip(all_gather(padded), sizes, strict=True)]), sum(sizes[:rank])
+
+
+class NiN(nn.Module):
+    """Network in Network (Lin et al. 2014) with four blocks, as in Gidaris et al. 2018: (B, 3, S, S) -> (B, dim)."""
+
+    def __init__(self, width: float):
+        super().__init__()
+        a, b, c = (max(1, round(n * width)) for n in (192, 160, 96))
+
+        def conv(c_in: int, c_out: int, size: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+        self.layers = nn.Sequential(
+            conv(3, a, 5), conv(a, b, 1), conv(b, c, 1), nn.MaxPool2d(3, 2, 1),
+            conv(c, a, 5), conv(a, a, 1), conv(a, a, 1), nn.AvgPool2d(3, 2, 1),
+            conv(a, a, 3), conv(a, a, 1), conv(a, a, 1),
+            conv(a, a, 3), conv(a, a, 1), conv(a, a, 1),
+        )  # fmt: skip
+        self.dim = a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean((2, 3))
+
+
+class Rotation(nn.Module):
+    """L_r (section 3.2.3): cross-entropy of telling by how much an image was turned, averaged over the four rotations."""
+
+    def __init__(self, net: Network):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])  # (4 B, 3, S, S)
+        k = torch.arange(4, device=x.device).repeat_interleave(len(x))
+        return ce_per_image(self.net(turned, "rotation"), k).unflatten(0, (4, len(x))).mean(0)  # (B,)
+
+
+CONTEXT_CHANNELS = (64, 64, 128, 256, 512)  # after each halving of 128 pixels to 4; smaller images need fewer
+
+
+def halvings(size: int) -> int:
+    """How often an image of `size` pixels is halved until 4 are left."""
+    return int(math.log2(size)) - 2
+
+
+class ContextEncoder(nn.Module):
+    """Encoder of the inpainting network (Pathak et al. 2016): (B, 3, size, size) -> (B, dim); convolutions halve the image to 4 x 4."""
+
+    def __init__(self, size: int, width: float):
+        super().__init__()
+        channels = [3] + [max(1, round(c * width)) for c in CONTEXT_CHANNELS[: halvings(size)]]
+        self.dim = max(1, round(4000 * width))
+        layers = []
+        for c_in, c_out in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], self.dim, 4, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(1)
+
+
+class ContextDecoder(nn.Module):
+    """Its decoder: (B, dim, 1, 1) -> the image's centre, (B, 3, size / 2, size / 2), in (-1, 1)."""
+
+    def __init__(self, dim: int, size: int, width: float):
+        super().__init__()
+        middle = [max(1, round(c * width)) for c in CONTEXT_CHANNELS[1:][: halvings(size) - 1]][::-1]
+        channels = [dim, *middle, 3]
+        layers = []
+        for i, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 1 if i == 0 else 2, 0 if i == 0 else 1, bias=False)]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+def enlarge(x: Tensor, size: int) -> Tensor:
+    """Repeat pixels: (B, C, S, S) -> (B, C, size, size). Its gradient, the adjoint map, sums over the copies of a pixel."""
+    return x.repeat_interleave(size // x.shape[3], 3).repeat_interleave(size // x.shape[2], 2)
+
+
+class Inpainting(nn.Module):
+    """L_i (section 3.2.2): mean squared error of the pixels painted into a hole in the middle, in units of half the range of pixels."""
+
+    FILL = (117 / 255, 104 / 255, 123 / 255)  # ImageNet's mean colour
+
+    def __init__(self, net: Network, decoder: Network, size: int):
+        super().__init__()
+        self.net, self.decoder, self.size = net, decoder, size
+        self.register_buffer("fill", torch.tensor(self.FILL).view(1, 3, 1, 1), persistent=False)
+
+    def paint(self, x: Tensor) -> tuple[Tensor, Tensor, slice]:
+        """(what is painted, what was there, both (B, 3, size / 2, size / 2) in (-1, 1); which of their rows and columns are the hole)."""
+        x = enlarge(x, self.size)
+        border = self.size // 32  # of the centre, 64 pixels of 128, the outer 4 are visible
+        hole = slice(self.size // 4 + border, 3 * self.size // 4 - border)
+        holed = x.clone()
+        holed[:, :, hole, hole] = self.fill
+        painted = self.decoder.features(self.net.features(holed)[:, :, None, None])
+        centre = slice(self.size // 4, 3 * self.size // 4)
+        return painted, 2 * x[:, :, centre, centre] - 1, slice(border, self.size // 2 - border)
+
+    def forward(self, x: Tensor, whole_centre: bool = False) -> Tensor:
+        """L_i per image, (B,). whole_centre: with the visible border, as in the branch."""
+        painted, truth, hole = self.paint(x)
+        error = (painted - truth) ** 2
+        return (error if whole_centre else error[:, :, hole, hole]).mean((1, 2, 3))
+
+
+class Shared(nn.ModuleDict):
+    """All tasks on one trunk, trained together: L = L_s + L_r + L_i per image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(task(x) for task in self.values())
+
+
+def build_branches(args: Args, victim: Network) -> dict[str, nn.Module]:
+    """{task: its network}, each of which maps images to losses (B,); untrained, but for the classifier's features."""
+    if args.backbone == "shared":
+        net = build_model(**victim.spec | {"heads": {"rotation": 4}})
+        load_trunk(net.trunk, {"model": victim.state_dict()}, "the classifier")
+        features, rotation, inpainting, size, dim = net, net, net, args.image_size, net.trunk.dim
+    else:
+        mean, std = STATS[args.dataset]
+        features, rotation, size = victim, Network(NiN(args.branch_width), {"rotation": 4}, mean, std), args.inpaint_size
+        inpainting = Network(ContextEncoder(size, args.branch_width), {}, [0.5] * 3, [0.5] * 3)  # images in [-1, 1]
+        dim = inpainting.trunk.dim
+    decoder = Network(ContextDecoder(dim, size, args.branch_width), {}, [0.0], [1.0])  # a Network for its mixed precision
+    tasks = [Contrastive(features, args), Rotation(rotation), Inpainting(inpainting, decoder, size)]
+    return dict(zip(TASKS, tasks, strict=True))
+
+
+# ---- the reversal: Algorithm 1 -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Defence:
+    """The tasks that move an image, with the weights of their losses; without tasks the classifier stands alone."""
+
+    name: str
+    branches: dict[str, nn.Module]
+    weights: dict[str, float]
+    args: Args
+    bank: Tensor | None = None  # (M, 16), negatives of L_s
+    sign: bool = False  # steps along the gradient's sign, as in Mao et al.
+
+
+def ssl_loss(defence: Defence, task: str, z: Tensor, seeds: Tensor) -> Tensor:
+    """A task's weighted loss per image, (B,). seeds: int64 (B,), from which the views are drawn."""
+    branch, weight = defence.branches[task], defence.weights[task]
+    if task != "contrastive":
+        return weight * branch(z)
+    views = defence.args.views
+    rand = image_rand(torch.cat([mix_seeds(seeds, v) for v in range(views)]))
+    return weight * branch(z, views, rand, defence.bank)
+
+
+def whose_turn(tasks: Any, k: int) -> list[str]:
+    """The tasks that move the image in iteration k = 1, 2, ...: lines 4, 6 and 8. Rotation and inpainting take turns if both are there."""
+    absent = "inpainting" if k % 2 == 0 else "rotation"
+    return [t for t in tasks if t != absent or not {"rotation", "inpainting"} <= set(tasks)]
+
+
+def reverse_step(z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor, differentiable: bool = False) -> Tensor:
+    """Iteration k of Algorithm 1: from z to the next image, in the ball around x. differentiable: so that its derivative can be taken."""
+    args = defence.args
+    with torch.enable_grad():
+        z = z if differentiable else z.detach().requires_grad_()
+        turn, losses, move = whose_turn(defence.branches, k), {}, 0
+        for task in defence.branches:
+            with torch.set_grad_enabled(differentiable or task in turn):  # of the third only the value is needed
+                losses[task] = ssl_loss(defence, task, z, mix_seeds(seeds, k))
+        total = sum(losses.values())  # line 3, per image
+        for task in turn:
+            (g,) = torch.autograd.grad(losses[task].sum(), z, create_graph=differentiable)
+            if defence.sign and not differentiable:
+                g = g.sign()
+            else:  # also in place of the sign where that must be differentiated
+                g = g / (g.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
+            share = losses[task] / total
+            move = move + (share if differentiable else share.detach()).view(-1, 1, 1, 1) * g
+        z = z - args.reverse_step_size * move  # lines 4 to 9
+        z = torch.clamp(z, x - args.reverse_eps, x + args.reverse_eps).clamp(0, 1)  # line 10
+    return z if differentiable else z.detach()
+
+
+def start(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+    """Line 1: noise, uniform in the ball."""
+    noise = 2 * image_uniform(mix_seeds(seeds, 0), x[0].numel()).view_as(x) - 1
+    return (x + defence.args.reverse_eps * noise).clamp(0, 1)
+
+
+def trajectory(x: Tensor, defence: Defence, seeds: Tensor) -> Iterator[Tensor]:
+    """The images of Algorithm 1: x with noise, then after each of the K iterations; x itself if there are none, or no tasks."""
+    if not defence.branches or defence.args.reverse_steps == 0:
+        yield x
+        return
+    z = start(x, defence, seeds)
+    yield z
+    for k in range(1, defence.args.reverse_steps + 1):
+        z = reverse_step(z, x, k, defence, seeds)
+        yield z
+
+
+def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+    """Algorithm 1: the images x (B, 3, S, S) in [0, 1] with what attacks did to them reversed, as far as it goes.
+
+    seeds: int64 (B,), an image's noise and views are drawn from its own; with a bank of negatives, nothing depends on the batch.
+    """
+    if defence.name == "as published":
+        return reverse_as_published(x, defence, seeds)
+    *_, last = trajectory(x, defence, seeds)
+    return last
+
+
+class Unrolled(torch.autograd.Function):
+    """`reverse` with its derivative, for attackers: backwards through all iterations, each computed again from where it began.
+    So K images are kept and one iteration's graph at a time, whatever K is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+        ctx.defence, ctx.seeds, ctx.x = defence, seeds, x.detach()
+        ctx.points = list(trajectory(ctx.x, defence, seeds))
+        return ctx.points[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        defence, seeds, for_x = ctx.defence, ctx.seeds, torch.zeros_like(g)
+        for k in range(len(ctx.points) - 1, 0, -1):
+            with torch.enable_grad():
+                z, x = ctx.points[k - 1].detach().requires_grad_(), ctx.x.clone().requires_grad_()
+                after = reverse_step(z, x, k, defence, seeds, differentiable=True)
+            g, more = torch.autograd.grad(after, (z, x), g)  # x also is the centre of the ball
+            for_x += more
+        if len(ctx.points) == 1:
+            return g, None, None
+        with torch.enable_grad():
+            x = ctx.x.clone().requires_grad_()
+            first = start(x, defence, seeds)
+        return for_x + torch.autograd.grad(first, x, g)[0], None, None
+
+
+def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+    """What the branch linked in the paper computes (attack_constrastive_Mhead at --commit); its last commit raises the losses.
+
+    Three perturbations with starts of their own, of which the first is the result; the others follow it on their own turn only, so their
+    gradients are of an image of two iterations before. Rotation and inpainting networks: in train mode, on images that are not normalised.
+    Weights L_t / L of the whole batch, with 1:50:10; negatives are the batch; one draw of the augmentation for all images of a view.
+    """
+    args, branches, size = defence.args, defence.branches, defence.branches["inpainting"].size
+    generator = torch.Generator(x.device).manual_seed(int(seeds[0]) % 2**63) if len(x) else None
+    eps, eta = args.reverse_eps, args.reverse_step_size
+
+    def uniform(like: Tensor) -> Tensor:
+        noise = 2 * torch.rand(like.shape, generator=generator, device=x.device) - 1
+        return (like + eps * noise).clamp(0, 1) - like
+
+    def once_per_view(n: int, *shape: int, device: torch.device) -> Tensor:
+        drawn = torch.rand(args.views, 1, *shape, generator=generator, device=device)
+        return drawn.expand(-1, n // args.views, *[-1] * len(shape)).flatten(0, 1)
+
+    def raw(net: Network, z: Tensor) -> Tensor:
+        return z * net.std + net.mean  # what the network's own normalisation undoes
+
+    def scaled(g: Tensor) -> Tensor:
+        return g / (g.abs().amax(1 if args.commit == "855d32d" else (1, 2, 3), keepdim=True) + 1e-12)
+
+    big = enlarge(x, size)
+    delta = {"contrastive": uniform(x), "rotation": uniform(x), "inpainting": uniform(big)}
+    for i in range(args.reverse_steps):
+        z = {t: ((big if t == "inpainting" else x) + delta[t]).requires_grad_() for t in TASKS}
+        turn = "rotation" if i % 2 else "inpainting"
+        with torch.enable_grad(), contextlib.ExitStack() as modes:
+            for t in ("rotation", "inpainting"):
+                modes.enter_context(batchnorm_mode(branches[t], "train"))
+            losses = {
+                "contrastive": branches["contrastive"](z["contrastive"], args.views, once_per_view, None, first_positive=True).mean(),
+                "rotation": 50 * branches["rotation"](raw(branches["rotation"].net, z["rotation"])).mean(),
+                "inpainting": 10 * branches["inpainting"](raw(branches["inpainting"].net, z["inpainting"]), whole_centre=True).mean(),
+            }
+            grads = {t: torch.autograd.grad(losses[t], z[t])[0] for t in ("contrastive", turn)}
+        if turn == "inpainting":  # back to 32 pixels by a convolution with random weights, new ones each time
+            k = size // x.shape[3]
+            bound = 1 / math.sqrt(3 * k * k)  # PyTorch's initial weights
+            weight, bias = (bound * (2 * torch.rand(shape, generator=generator, device=x.device) - 1) for shape in ((3, 3, k, k), (3,)))
+            grads[turn] = F.conv2d(grads[turn], weight, bias, stride=k)
+        total = sum(losses.values())
+        for t in ("contrastive", turn):
+            step = eta * (losses[t] / total).detach() * scaled(grads[t])
+            moved = delta["contrastive"] - step if args.commit == "855d32d" else delta["contrastive"] + step
+            delta["contrastive"] = (x + moved.clamp(-eps, eps)).clamp(0, 1) - x
+        delta[turn] = enlarge(delta["contrastive"], size) if turn == "inpainting" else delta["contrastive"]
+    return (x + delta["contrastive"]).clamp(0, 1)
+
+
+# ---- the attackers -------------------------------------------------------------------------------------------------
+
+# What seeds are mixed with, so that no two uses draw the same: the defence after an attack, PGD's start, the attackers' own draws.
+FOR_DEFENCE, FOR_START, FOR_ATTACKER = 1, 2, 1_000
+
+
+def logits_of(victim: Network, x: Tensor, args: Args) -> Tensor:
+    """F(x), in float32 unless --eval-amp."""
+    with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
+        return victim(x, "class")
+
+
+def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defence: Defence, lam: float = 0.0) -> Tensor:
+    """The attacker's images, in the eps-ball around x (section 3.1). See the top for the kinds; none of them sees the defence's draws."""
+    args, draws = defence.args, FOR_ATTACKER
+
+    def fresh() -> Tensor:  # seeds of the next draw of the defence
+        nonlocal draws
+        draws += 1
+        return mix_seeds(seeds, draws)
+
+    def class_loss(z: Tensor) -> Tensor:
+        return ce_per_image(logits_of(victim, z, args), y)
+
+    def lagrangian(z: Tensor) -> Tensor:
+        new = fresh()
+        return class_loss(z) - lam * sum(ssl_loss(defence, t, z, new) for t in defence.branches)
+
+    def straight_through(z: Tensor) -> Tensor:  # BPDA (Athalye et al. 2018): the reversal's derivative is taken to be the identity
+        return sum(class_loss(z + (reverse(z.detach(), defence, fresh()) - z).detach()) for _ in range(args.eot)) / args.eot
+
+    def unrolled(z: Tensor) -> Tensor:
+        return sum(class_loss(Unrolled.apply(z, defence, fresh())) for _ in range(args.eot)) / args.eot
+
+    if kind == "none":
+        return x
+    u = image_uniform(mix_seeds(seeds, FOR_START), x[0].numel()).view_as(x) if len(x) else x
+    noise = 2 * u - 1 if args.norm == "linf" else torch.erfinv(2 * u - 1)
+    by_pgd = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size, keep_best=True)  # highest loss: the branch's
+    if kind == "aware":
+        return by_pgd(lagrangian, x, noise)
+    with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
+        x_adv = by_pgd(class_loss, x, noise)
+        if kind.startswith("suite"):
+            return suite(kind, x, x_adv, y, victim, args)
+    if kind in ("bpda", "unrolled"):  # from where PGD ended; the last point counts, since the loss is random
+        loss = straight_through if kind == "bpda" else unrolled
+        return pgd_attack(args.norm, args.eps, args.adaptive_steps)(loss, x, (x_adv - x) / args.eps)
+    return x_adv
+
+
+def suite(kind: str, x: Tensor, x_adv: Tensor, y: Tensor, victim: Network, args: Args) -> Tensor:
+    """x_adv, but where F still stands, the images of the first attack of the suite (on F alone) that F falls to."""
+    x_adv = x_adv.clone()
+    with torch.no_grad():
+        for _, starts, by in suite_attacks(kind, args.norm, args.eps, args.seed):
+            for i in range(starts):
+                rows = (victim(x_adv, "class").argmax(1) == y).nonzero().squeeze(1)
+                if not len(rows):
+                    return x_adv
+                found = by(lambda z: victim(z, "class"), x[rows], y[rows], i)
+                fooled = victim(found, "class").argmax(1) != y[rows]
+                x_adv[rows[fooled]] = found[fooled]
+    return x_adv
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+# Added to an epoch's number, so that no two kinds of training draw the same random numbers.
+FIRST_ID = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "inpainting": 300_000, "shared": 400_000}
+
+
+def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, network: dict, train_set: Images, val_set: Images) -> dict:
+    """Train `trained`, a part of `net` or all of it, and return its checkpoint: the epoch of lowest loss on held-out images.
+
+    name: 'classifier' (net: images to logits; adversarial training), a task or 'shared' (net: images to losses, which are minimised).
+    network: what the checkpoint says of it.
+    """
+    if (done := run.load(f"{name}.pt")) is not None:
+        load_weights(trained, done["model"], run.folder / f"{name}.pt")
+        return done  # before the run was resumed
+    if name == "classifier":
+        epochs, batch_size, lr = args.epochs, args.batch_size, args.lr
+    elif name == "contrastive":
+        epochs, batch_size, lr = args.branch_epochs, args.head_batch_size, args.head_lr
+    else:
+        epochs, batch_size, lr = args.branch_epochs, args.branch_batch_size, args.branch_lr
+    if name == "contrastive":
+        opt = torch.optim.Adam(trained.parameters(), lr)
+    else:
+        opt = torch.optim.SGD(trained.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    state = run.resume(name, trained, opt)
+    best = state.get("best", {"loss": math.inf, "epoch": 0, "model": {}})
+    history, began = state["history"], time.perf_counter() - state["seconds"]
+    ddp = distribute(net, args.sync_bn)
+    steps = count_batches(len(train_set), batch_size)
+    pgd_steps = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+
+    def loss_of(net: nn.Module, bare: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # (B,)
+        if name != "classifier":
+            return net(x)
+        with batchnorm_mode(bare, "eval"):
+            x = pgd_steps(lambda z: ce_per_image(bare(z, "class"), y), x)
+        return ce_per_image(net(x, "class"), y)
+
+    def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
+        run.save("last.pt", {
+            "network": network, "model": trained.state_dict(), "optimizer": opt.state_dict(), "args": vars(args), "name": name,
+            "epoch": epoch, "step": step, "sums": sums or {}, "history": history, "best": best, "seconds": time.perf_counter() - began,
+        })  # fmt: skip
+
+    for epoch in range(state["epoch"], epochs):
+        epoch_id = FIRST_ID[name] + epoch
+        skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
+        stream = batches(
+            train_set, batch_size, run.device, shuffle=args.seed * 1_000_003 + epoch_id, skip=skip, workers=args.workers
+        )
+        net.eval()  # what is frozen stays in eval mode
+        trained.train()
+        with Epoch(epoch, len(train_set), steps, run.device, skip, sums) as log:
+            for x, y in stream:  # (B, 3, S, S), (B,)
+                sync_buffers(net)
+                seed_step(args.seed, epoch_id, log.step)
+                if name != "contrastive":
+                    for group in opt.param_groups:
+                        group["lr"] = learning_rate(lr, epoch * steps + log.step, 0, epochs * steps)
+                if name != "inpainting":
+                    x = random_crop_flip(x, args.image_size // 8, args.flip, "reflect" if name == "contrastive" else "constant")
+                loss = loss_of(ddp, net, x, y).mean()
+                opt.zero_grad(set_to_none=True)
+                loss.backward()
+                opt.step()
+                log.update(len(y), loss=loss)
+                if log.interrupted():
+                    break
+        if log.interrupted():
+            save(epoch, log.step, log.shared_sums())
+            raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
+        sync_buffers(net)
+        net.eval()
+        seed_step(args.seed, FIRST_ID[name], 999_999)  # each epoch is judged by the same draws
+        labels = val_set.labels[val_set.index].to(run.device)
+        held_out = map_images(lambda x, i: loss_of(net, net, x, labels[i]), val_set, run, batch_size, indexed=True).mean().item()  # noqa: B023
+        if held_out < best["loss"]:
+            best = {"loss": held_out, "epoch": epoch + 1, "model": copy.deepcopy(trained.state_dict())}
+        run.log(
+            history, name, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(), val_loss=held_out,
+            seconds=round(time.perf_counter() - began, 1),
+        )  # fmt: skip
+        save(epoch + 1)
+    if not best["model"]:
+        raise UserError(f"the loss of {name} on held-out images was never a number: take a smaller --lr, --branch-lr or --head-lr.")
+    run.save(f"{name}.pt", {
+        "network": network, "model": best["model"], "args": vars(args), "name": name, "stage": "train", "epoch": best["epoch"],
+        "val_loss": best["loss"],
+    })  # fmt: skip
+    trained.load_state_dict(best["model"])
+    return run.load(f"{name}.pt")
+
+
+def get_classifier(run: Run, args: Args, given: dict | None, train_set: Images, val_set: Images) -> tuple[Network, dict]:
+    """(F, frozen, in eval mode; its checkpoint): that of --victim, or trained."""
+    torch.manual_seed(args.seed)
+    mean, std = STATS[args.dataset]
+    heads = {"class": len(train_set.classes)}
+    network = given["network"] if given else {"arch": args.arch, "heads": heads, "width": args.width, "stem": args.stem, "mean": mean, "std": std}
+    victim = build_model(**network)
+    if given:
+        load_weights(victim, given["model"], args.victim)
+    place_model(victim, run.device, args.amp, args.compile)
+    state = given or train("classifier", run, args, victim, victim, victim.spec, train_set, val_set)
+    return victim.eval().requires_grad_(False), state
+
+
+def get_branches(run: Run, args: Args, victim: Network, tasks: list[str], train_set: Images, val_set: Images) -> dict[str, nn.Module]:
+    """{task: its network, frozen, in eval mode}: those of --branches, or trained."""
+    digest = hashlib.sha256()
+    for v in victim.state_dict().values():
+        digest.update(v.cpu().contiguous().numpy().tobytes())
+    torch.manual_seed(args.seed)
+    branches = build_branches(args, victim)
+    for branch in branches.values():
+        for net in branch.modules():
+            if isinstance(net, Network) and net is not victim:
+                place_model(net, run.device, args.amp, args.compile)
+        branch.to(run.device)
+    if args.backbone == "shared":
+        together = Shared(branches)
+        todo = {"shared": (together, together)}
+    else:
+        todo = {t: (branches[t], branches[t].head if t == "contrastive" else branches[t]) for t in tasks}
+    for name, (net, trained) in todo.items():
+        network = {"branch": name, "image_size": args.image_size} | (
+            {"classifier": digest.hexdigest()} if name in ("contrastive", "shared") else {"branch_width": args.branch_width})
+        network |= {"inpaint_size": args.inpaint_size} if name == "inpainting" else {}
+        if args.branches:
+            path = f"{args.branches}/{name}.pt"
+            state = load_checkpoint(path)
+            if state["network"] != network:
+                k = next((k for k in network if state["network"].get(k) != network[k]), "more")
+                told = "was trained on the features of another classifier" if k == "classifier" else (
+                    f"has {k} {state['network'].get(k)}, not {network.get(k)}")  # fmt: skip
+                raise UserError(f"{path} {told}: train branches for this one (without --branches).")
+            load_weights(trained, state["model"], path)
+        else:
+            train(name, run, args, net, trained, network, train_set, val_set)
+        net.eval().requires_grad_(False)
+    return branches
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+# Table 1: {defence: (clean, attacked)}; defence-aware attackers are said to do no better than PGD, without numbers.
+PAPER = {"none": (89.7, 63.9), "ssl": (86.6, 65.3), "mtl": (87.7, 65.6)}
+
+
+def paper_number(defence: str, kind: str, args: Args, published: bool) -> float | None:
+    """Table 1's accuracy, if the setting is the paper's, as far as that is known; published: --victim is Carmon et al.'s file."""
+    usual = Args()
+    same = ("dataset", "image_size", "norm", "eps", "attack_steps", "step_size", "backbone", "tasks", "views", "eval_examples", "eval_amp")
+    if not published or defence not in PAPER or kind not in ("none", "pgd") or any(getattr(args, k) != getattr(usual, k) for k in same):
+        return None
+    return PAPER[defence][kind == "pgd"]
+
+
+def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_set: Images) -> list[Defence]:
+    """The rows of the table: none, SSL (Mao et al.), the --tasks, and what the branch computes if asked for."""
+    weights = dict(zip(TASKS, numbers(args.weights), strict=True))
+    bank = None
+    if args.negatives == "bank":
+        some = draw(train_set, min(args.bank, len(train_set)), args.seed)
+
+        def embed(x: Tensor, i: Tensor) -> Tensor:
+            rand = image_rand(torch.cat([mix_seeds(mix_seeds(i, args.seed), v) for v in range(args.views)]))
+            return branches["contrastive"].embed(x, args.views, rand)
+
+        bank = map_images(embed, some, run, args.eval_batch_size, indexed=True).flatten(0, 1)
+    tasks = args.tasks.split(",")
+    name = "mtl" if set(tasks) == set(TASKS) else "+".join(tasks)
+    ours = Defence(name, {t: branches[t] for t in TASKS if t in tasks}, weights, args, bank)
+    ssl = Defence("ssl", {"contrastive": branches["contrastive"]}, weights, args, bank, sign=True)
+    return [Defence("none", {}, {}, args), ssl, ours] + ([replace(ours, name="as published")] if args.as_published else [])
+
+
+def attacks_on(defence: Defence) -> list[tuple[str, float]]:
+    """The attackers of a row of the table, as (kind, lambda)."""
+    args = defence.args
+    kinds = args.attacks.split(",")
+    if defence.name == "as published":
+        kinds = ["pgd"]
+    elif defence.name == "none":  # the defence-aware attack is PGD then, and unrolled the same as bpda: PGD continued
+        kinds = [k for k in kinds if k not in ("aware", "unrolled")]
+    each = [[("aware", lam) for lam in numbers(args.lambdas)] if k == "aware" else [(k, 0.0)] for k in kinds]
+    return [("none", 0.0), *sum(each, [])]
+
+
+def judge(run: Run, args: Args, victim: Network, defences: list[Defence], test_set: Images, about: dict, published: bool) -> list[dict]:
+    """Rows of results.json: accuracies with standard errors, paired differences, losses before and after, the sweep."""
+    done = run.read("judged.json") or {"rows": []}  # one by one, so that a resumed run judges none twice
+    cells = done["rows"]  # {"name", "attack", "lambda", "right": "1101..."} or a row for results.json
+    labels, index = test_set.labels[test_set.index].to(run.device), test_set.index.to(run.device)
+
+    def keep(rows: list[dict]) -> None:
+        cells.extend(rows)
+        run.write("judged.json", json.dumps({"script": run.script, "rows": cells}))
+
+    def known(**what: Any) -> bool:
+        return any(all(cell.get(k) == v for k, v in what.items()) for cell in cells)
+
+    def seeds_of(i: Tensor) -> Tensor:
+        return mix_seeds(index[i], args.seed)
+
+    def right(x: Tensor, i: Tensor, defence: Defence) -> Tensor:
+        """Is F right on the images, after the defence? (b,)"""
+        logits = logits_of(victim, reverse(x, defence, mix_seeds(seeds_of(i), FOR_DEFENCE)), args)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the classifier returns NaN or infinite logits, so its accuracy would mean nothing.")
+        return (logits.argmax(1) == labels[i]).float()
+
+    def attacked(kind: str, x: Tensor, i: Tensor, defence: Defence, lam: float = 0.0) -> Tensor:
+        return attack(kind, x, labels[i], seeds_of(i), victim, defence, lam) if len(x) else x
+
+    for defence in defences:
+        for kind, lam in attacks_on(defence):
+            cell = {"name": defence.name, "attack": kind, "lambda": lam}
+            if known(**cell):
+                continue
+            began = time.perf_counter()
+            bits = map_images(lambda x, i: right(attacked(kind, x, i, defence, lam), i, defence), test_set, run, args.eval_batch_size, indexed=True)  # noqa: B023
+            keep([cell | {"right": "".join("01"[int(b)] for b in bits.tolist())}])
+            lam_text = f" lambda {lam:g}" if kind == "aware" else ""
+            run.say(f"{defence.name}, attack {kind}{lam_text}: {100 * bits.mean():.2f}% ({time.perf_counter() - began:.1f} s)")
+    some = test_set.subset(torch.arange(min(500, len(test_set))))
+    for defence in defences[1:]:
+        if not known(kind="losses", name=defence.name):
+            plain = replace(defence, weights=dict.fromkeys(TASKS, 1.0))  # of the reversal, they are defence.weights
+
+            def losses(x: Tensor, i: Tensor) -> Tensor:  # (b, 3, tasks)
+                x_adv = attacked("pgd", x, i, defence)  # noqa: B023
+                images = x, x_adv, reverse(x_adv, defence, mix_seeds(seeds_of(i), FOR_DEFENCE))  # noqa: B023
+                return torch.stack([torch.stack([ssl_loss(plain, t, z, seeds_of(i)) for t in plain.branches], 1) for z in images], 1)  # noqa: B023
+
+            values = map_images(losses, some, run, args.eval_batch_size, indexed=True)
+            keep([
+                {"kind": "losses", "name": defence.name, "task": task, "images": images, "mean": round(v.mean().item(), 4),
+                 "values": [float(f"{x:.4g}") for x in v.tolist()]}
+                for i, images in enumerate(("clean", "attacked", "reversed"))
+                for task, v in zip(defence.branches, values[:, i].T, strict=True)
+            ])  # fmt: skip
+    if args.sweep and not known(kind="sweep"):
+        keep(sweep(run, args, defences[1:3], test_set, right, attacked))
+    picture(run, defences[2], test_set, attacked, seeds_of)
+    rows, bits = [], {}
+    for cell in cells:
+        if "right" not in cell:
+            rows.append(cell)
+            continue
+        b = torch.tensor([float(c) for c in cell["right"]])
+        bits[cell["name"], cell["attack"], cell["lambda"]] = b
+        name, n, p = cell["attack"], len(b), b.mean().item()
+        steps = {"pgd": f"pgd-{args.attack_steps}", "aware": f"aware-{args.attack_steps}"}.get(name, f"{name}-{args.adaptive_steps}")
+        rows.append({
+            "name": cell["name"], "attack": steps if name in ("pgd", "aware", "bpda", "unrolled") else name, "lambda": cell["lambda"],
+            "norm": args.norm, "eps": 0 if name == "none" else args.eps, "examples": n, "accuracy": round(100 * p, 2),
+            "se": round(100 * math.sqrt(p * (1 - p) / n), 2), "paper": paper_number(cell["name"], name, args, published), "epoch": about["epoch"],
+        })  # fmt: skip
+    return rows + columns(bits)
+
+
+COLUMNS = {"clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "adaptive": ("bpda", "unrolled"), "suite": ("suite", "suite-fast")}
+
+
+def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
+    """The table's cells, for each defence and column the accuracy under the strongest of its attacks, and paired differences between
+    defences: mean and standard error of the difference per image. bits: (defence, attack, lambda): (n,) 1 where right."""
+    rows, chosen = [], {}
+    names = list(dict.fromkeys(name for name, _, _ in bits))
+    for column, kinds in COLUMNS.items():
+        for name in names:
+            mine = {key: b for key, b in bits.items() if key[0] == name and key[1] in kinds}
+            if not mine or (column == "defence-aware" and not any(key[1] == "aware" for key in bits)):
+                continue
+            if name == "as published" and column == "defence-aware":
+                continue
+            key = min(mine, key=lambda k: mine[k].mean().item())
+            chosen[column, name] = b = mine[key]
+            n, p = len(b), b.mean().item()
+            rows.append({"kind": "column", "name": name, "column": column, "strongest": key[1], "lambda": key[2], "examples": n,
+                         "accuracy": round(100 * p, 2), "se": round(100 * math.sqrt(p * (1 - p) / n), 2)})  # fmt: skip
+    for a, b in [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]:
+        for column in COLUMNS:
+            if (column, a) in chosen and (column, b) in chosen:
+                d = 100 * (chosen[column, a] - chosen[column, b])
+                rows.append({"kind": "difference", "name": f"{a} - {b}", "column": column, "examples": len(d),
+                             "difference": round(d.mean().item(), 2), "se": round(d.std().item() / math.sqrt(len(d)), 2)})  # fmt: skip
+    return rows
+
+
+def sweep(run: Run, args: Args, defences: list[Defence], test_set: Images, right: Callable, attacked: Callable) -> list[dict]:
+    """Accuracy over K, on clean and on PGD's images, for several eps_v."""
+    rows = []
+    kept = [k for k in (0, 1, 2, 5, 10, 20, 40, 80, 160) if k < args.reverse_steps] + [args.reverse_steps]
+    nothing = Defence("none", {}, {}, args)
+    for defence in defences:
+        for factor in (0.5, 0.75, 1.0, 1.5):
+            radius = factor * args.reverse_eps
+            smaller = replace(defence, args=replace(args, reverse_eps=radius))
+
+            def along(x: Tensor, i: Tensor) -> Tensor:  # (b, 2, points)
+                out = []
+                for z in x, attacked("pgd", x, i, defence):  # noqa: B023
+                    seeds = mix_seeds(mix_seeds(test_set.index[i.cpu()].to(x.device), args.seed), FOR_DEFENCE)
+                    out.append(torch.stack([right(p, i, nothing) for k, p in enumerate(trajectory(z, smaller, seeds)) if k in kept], 1))  # noqa: B023
+                return torch.stack(out, 1)
+
+            accuracy = 100 * map_images(along, test_set, run, args.eval_batch_size, indexed=True).mean(0)  # (2, points)
+            for images, line in zip(("none", "pgd"), accuracy.tolist(), strict=True):
+                rows += [{"kind": "sweep", "name": defence.name, "attack": images, "reverse_eps": radius, "reverse_steps": k, "examples": len(test_set),
+                          "accuracy": round(a, 2)} for k, a in zip(kept, line, strict=True)]  # fmt: skip
+            run.say(f"{defence.name}, eps_v {eps_name(radius)}, K {kept[-1]}: clean {accuracy[0, -1]:.2f}, attacked {accuracy[1, -1]:.2f}")
+    return rows
+
+
+def picture(run: Run, defence: Defence, test_set: Images, attacked: Callable, seeds_of: Callable) -> None:
+    """Write reversed.png: test images, attacked by PGD, reversed, and what the reversal added, magnified (grey is nothing)."""
+    few = test_set.subset(torch.arange(min(10, len(test_set))))
+
+    def shown(x: Tensor, i: Tensor) -> Tensor:
+        x_adv = attacked("pgd", x, i, defence)
+        return torch.stack([x, x_adv, reverse(x_adv, defence, mix_seeds(seeds_of(i), FOR_DEFENCE))], 1)
+
+    x, x_adv, z = map_images(shown, few, run, len(few), indexed=True).unbind(1)
+    gain = 0.5 / max((z - x_adv).abs().max().item(), 1e-6)
+    if world()[0] == 0:
+        save_image_grid(run.folder / "reversed.png", {"clean": x, "attacked": x_adv, "reversed": z, f"difference x {gain:.3g}": 0.5 + gain * (z - x_adv)})
+
+
+def show(results: dict, folder: str) -> None:
+    """Print Table 1 with ours, paired differences, and the tasks' losses before and after."""
+    args, rows = results["args"], results["rows"]
+    cells = {(row["name"], row["column"]): row for row in rows if row.get("kind") == "column"}
+    names, shown = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    first = next(iter(cells.values()))
+    print(
+        f"\n{args['dataset']}, {args['victim'] or args['arch']}, attacked with {args['norm']} eps {eps_name(args['eps'])}; accuracy (%) and its standard "
+        f"error on {first['examples']:,} test images. K {args['reverse_steps']}, eta {eps_name(args['reverse_step_size'])}, eps_v "
+        f"{eps_name(args['reverse_eps'])}.\n"
+    )
+    table = []
+    for name in names:
+        table.append([name] + [f"{cells[name, c]['accuracy']:.2f} ±{cells[name, c]['se']:.2f}" if (name, c) in cells else "" for c in shown])
+        known = {row["attack"].split("-")[0]: row["paper"] for row in rows if row["name"] == name and row.get("paper") is not None}
+        if known:
+            table.append(["  the paper"] + [f"{known[k]:.1f}" if (k := {"clean": "none"}.get(c, c)) in known else "" for c in shown])
+    for name in dict.fromkeys(row["name"] for row in rows if row.get("kind") == "difference"):
+        mine = {row["column"]: row for row in rows if row.get("kind") == "difference" and row["name"] == name}
+        table.append([name] + [f"{mine[c]['difference']:+.2f} ±{mine[c]['se']:.2f}" if c in mine else "" for c in shown])
+    print_table(["defence"] + [{"pgd": f"pgd-{args['attack_steps']}"}.get(c, c) for c in shown], table)
+    strongest = [
+        f"{name}: " + (f"aware with lambda {cell['lambda']:g}" if cell["strongest"] == "aware" else cell["strongest"])
+        for (name, column), cell in cells.items() if column in ("defence-aware", "adaptive") and name != "none"
+    ]  # fmt: skip
+    if strongest:
+        print(f"\nThe strongest, defence-aware and adaptive: {'; '.join(strongest)}.")
+    losses = [row for row in rows if row.get("kind") == "losses"]
+    table = []
+    for name, task in dict.fromkeys((row["name"], row["task"]) for row in losses):
+        mine = {row["images"]: row["mean"] for row in losses if (row["name"], row["task"]) == (name, task)}
+        table.append([f"{name}, {task}"] + [f"{mine[k]:.3f}" for k in ("clean", "attacked", "reversed")])
+    print()
+    print_table(["loss of", "clean", "attacked", "reversed"], table)
+    print(f"\nresults.json, reversed.png and the checkpoints are in {folder}", flush=True)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> dict:
+    """Train what is not given, evaluate, print the table; returns what results.json holds ({} after --stage train-branches)."""
+    check(args)
+    given = load_carmon(args.victim) if args.victim else None
+    if given and "class" not in given["network"]["heads"]:
+        raise UserError(f"--victim {args.victim} has no head for classes; take a file such as best.pt.")
+    run = start_run(args, "mtl_reverse")
+    results = run.finished() or protect(run, args, given)
+    if results and world()[0] == 0:
+        show(results, str(run.folder))
+    return results
+
+
+def check(args: Args) -> None:
+    """Raise UserError for flags that do not go together."""
+    tasks, attacks = args.tasks.split(","), args.attacks.split(",")
+    kinds = ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")
+    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
+        raise UserError(f"--tasks {args.tasks}: give some of {','.join(TASKS)}.")
+    if not set(attacks) <= set(kinds):
+        raise UserError(f"--attacks {args.attacks}: give some of {','.join(kinds)}.")
+    if len(weights := numbers(args.weights)) != 3 or not all(weights):
+        raise UserError(f"--weights {args.weights}: give three numbers above 0, for L_s, L_r and L_i.")
+    if "aware" in attacks and not numbers(args.lambdas):
+        raise UserError("--attacks aware needs --lambdas, such as 0,1,5.")
+    for flag, size, low in ("image-size", args.image_size, 8), ("inpaint-size", args.inpaint_size, 32):
+        if size < low or size & (size - 1):
+            raise UserError(f"--{flag} {size} must be a power of 2, {low} or more.")
+    if args.inpaint_size < args.image_size:
+        raise UserError(f"--inpaint-size {args.inpaint_size} must be at least --image-size {args.image_size}.")
+    if args.stage == "evaluate" and not args.branches:
+        raise UserError("--stage evaluate needs --branches, the folder of a run with trained branches.")
+    if args.branches and not args.victim:
+        raise UserError("--branches were trained for a classifier: name it with --victim.")
+    if args.as_published and (args.backbone == "shared" or set(tasks) != set(TASKS)):
+        raise UserError("--as-published needs all three --tasks, and --backbone separate.")
+
+
+def protect(run: Run, args: Args, given: dict | None) -> dict:
+    """All stages that --stage asks for."""
+    train_set, test_set = load_data(
+        args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
+    )
+    train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
+    if not len(val_set):
+        raise UserError("no held-out images to select epochs by: raise --val-fraction.")
+    if args.eval_examples:
+        test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
+    for size in (args.batch_size, args.branch_batch_size, args.head_batch_size):
+        check_batches(len(train_set), size)
+    if given and given["network"]["heads"]["class"] != len(test_set.classes):
+        raise UserError(f"--victim knows {given['network']['heads']['class']} classes, {args.dataset} has {len(test_set.classes)}.")
+    run.begin()
+    victim, about = get_classifier(run, args, given, train_set, val_set)
+    tasks = [t for t in TASKS if t == "contrastive" or t in args.tasks.split(",")]  # contrastive: the SSL row
+    branches = get_branches(run, args, victim, tasks, train_set, val_set)
+    if args.stage == "train-branches":
+        classifier = args.victim or run.folder / "classifier.pt"
+        run.say(f"The branches are in {run.folder}; go on with: python mtl_reverse.py --stage evaluate --victim {classifier} --branches {run.folder}")
+        return {}
+    began = time.perf_counter()
+    defences = make_defences(run, args, branches, train_set)
+    published = given is not None and given["args"] == {} and given["network"]["width"] == 1 and given["network"]["arch"] == "wrn28_10"
+    rows = judge(run, args, victim, defences, test_set, about, published)
+    last = run.load("last.pt")
+    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
+    return write_results(run, rows, seconds)
+
+
+if __name__ == "__main__":
+    cli(main, Args)
