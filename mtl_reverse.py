@@ -843,10 +843,10 @@ def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
     for column, kinds in COLUMNS.items():
         for name in names:
             mine = {key: b for key, b in bits.items() if key[0] == name and key[1] in kinds}
-            if not mine or (column == "defence-aware" and not any(key[1] == "aware" for key in bits)):
+            if not mine or (column in ("defence-aware", "adaptive") and not any(key[1] in kinds[1:] for key in bits)):
                 continue
-            if name == "as published" and column == "defence-aware":
-                continue
+            if name == "as published" and column not in ("clean", "pgd"):
+                continue  # attacked by PGD only
             key = min(mine, key=lambda k: mine[k].mean().item())
             chosen[column, name] = b = mine[key]
             n, p = len(b), b.mean().item()
@@ -923,7 +923,7 @@ def show(results: dict, folder: str) -> None:
     print_table(["defence"] + [{"pgd": f"pgd-{args['attack_steps']}"}.get(c, c) for c in shown], table)
     strongest = [
         f"{name}: " + (f"aware with lambda {cell['lambda']:g}" if cell["strongest"] == "aware" else cell["strongest"])
-        for (name, column), cell in cells.items() if column in ("defence-aware", "adaptive") and name != "none"
+        for (name, column), cell in cells.items() if column in ("defence-aware", "adaptive") and name not in ("none", "as published")
     ]  # fmt: skip
     if strongest:
         print(f"\nThe strongest, defence-aware and adaptive: {'; '.join(strongest)}.")

@@ -33,6 +33,12 @@ Rebuffi et al. 2023 (adv_mae.py; byorl.py's encoders fine-tuned by it):
     rebuffi-robust-*.png     Figure 5: accuracy over the radius of the attack on the fine-tuned network, one line per gamma
     rebuffi-filters.png      Figure 4 for any checkpoints of ViTs: python report.py runs/X/mae.pt runs/X/a-mae.pt
 
+Lawhon et al. 2022 (mtl_reverse.py):
+
+    lawhon-table.md          Table 1 per run, with standard errors and paired differences, all attacks, the losses before and after
+    lawhon-losses-*.png      histograms of the tasks' losses of clean, attacked and reversed images
+    lawhon-sweep-*.png       accuracy over K and eps_v (runs with --sweep)
+
 This is the only file that needs matplotlib; without it only the tables are written.
 """
 import json
@@ -54,6 +60,7 @@ import adv_mae
 import byorl
 import chen_pretrain_finetune
 import jigsaw_at
+import mtl_reverse
 import rotation_at
 from common import (
     VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, write_atomically,
@@ -92,6 +99,12 @@ CHEN_ROWS = {
     None: {"task", "pair", "pick", "best_epoch", "images"}, "transfer": {"source", "target"}, "venn": {"source", "target", "other"},
     "average": {"models"}, "unforeseen": {"strength", "steps", "targeted", "ata"},
 }  # fmt: skip
+# The same of mtl_reverse.py.
+LAWHON_ROWS = {
+    None: {"name", "attack", "lambda", "eps", "examples", "accuracy", "se", "paper"}, "column": {"name", "column", "strongest", "examples", "accuracy", "se"},
+    "difference": {"name", "column", "difference", "se"}, "losses": {"name", "task", "images", "mean", "values"},
+    "sweep": {"name", "attack", "reverse_eps", "reverse_steps", "accuracy"},
+}  # fmt: skip
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -123,6 +136,10 @@ def read(paths: tuple[str, ...]) -> list[dict]:
                         raise ValueError
                     if row.get("kind") == "venn" and not {(row["source"], row["target"]), (row["source"], row["other"])} <= made:
                         raise ValueError
+            if result["script"] == "mtl_reverse":
+                args, needed = set(vars(mtl_reverse.Args())), set()
+                if not all(LAWHON_ROWS[row.get("kind")] <= row.keys() for row in result["rows"]):
+                    raise ValueError
             if not result["rows"] or not args <= result["args"].keys() or not all(needed <= row.keys() for row in result["rows"]):
                 raise ValueError
         except (OSError, ValueError, AttributeError, TypeError, KeyError):
@@ -142,7 +159,7 @@ def dataset_name(result: dict) -> str:
 def unusual(result: dict, names: Iterable[str]) -> list[str]:
     """Those of the flags `names` that a run has set to something else than usual, as one types them."""
     args = result["args"]
-    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl, "chen_pretrain_finetune": chen_pretrain_finetune, "adv_mae": adv_mae}[result["script"]]
+    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl, "chen_pretrain_finetune": chen_pretrain_finetune, "adv_mae": adv_mae, "mtl_reverse": mtl_reverse}[result["script"]]
     usual = vars(script.Args()) | (script.Args.QUICK if args["quick"] else {})
     parts = []
     for k in names:
@@ -1182,6 +1199,110 @@ def filter_figure(states: dict[str, dict], out: Path) -> Path:
     return path
 
 
+# ---- Lawhon et al. -------------------------------------------------------------------------------------------------
+
+
+def reversal_setting(result: dict) -> str:
+    """The setting of a run of mtl_reverse.py in a few words."""
+    a = result["args"]
+    hidden = NOT_THE_SETTING | {"dataset", "arch", "width", "norm", "eps", "victim", "branches", "attacks", "sweep", "as_published", "eval_batch_size"}
+    network = a["victim"] or f"{a['arch']} x{a['width']:g}"
+    n = next(row["examples"] for row in result["rows"] if row.get("kind") is None)
+    parts = [dataset_name(result), network, f"attacked with {a['norm']} {eps_name(a['eps'])}", f"{n:,} test images", *(["--quick"] if a["quick"] else [])]
+    return ", ".join(parts + unusual(result, [k for k in a if k not in hidden]))
+
+
+def kind_of(result: dict, kind: str | None) -> list[dict]:
+    """The rows of one kind."""
+    return [row for row in result["rows"] if row.get("kind") == kind]
+
+
+def lawhon_table(results: list[dict]) -> str:
+    """Of every run: Table 1, paired differences, all attacks, the losses."""
+    parts = ["# Lawhon et al.: accuracy (%) with and without reversal, ± standard error"]
+    for result in results:
+        cells, differences = ({(row["name"], row["column"]): row for row in kind_of(result, kind)} for kind in ("column", "difference"))
+        columns = list(dict.fromkeys(column for _, column in cells))
+        rows = [[name, *(f"{cells[name, c]['accuracy']:.2f} ± {cells[name, c]['se']:.2f}" if (name, c) in cells else "" for c in columns)]
+                for name in dict.fromkeys(name for name, _ in cells)]  # fmt: skip
+        for name, numbers in mtl_reverse.PAPER.items():
+            known = dict(zip(("clean", "pgd"), numbers, strict=True))
+            rows.append([f"*the paper, {name} (Carmon et al.'s network)*", *(f"{known[c]:.1f}" if c in known else "" for c in columns)])
+        for name in dict.fromkeys(name for name, _ in differences):
+            rows.append([name, *(f"{d['difference']:+.2f} ± {d['se']:.2f}" if (d := differences.get((name, c))) else "" for c in columns)])
+        single = [[row["name"], row["attack"] + (f", λ {row['lambda']:g}" if row["attack"].startswith("aware") else ""), f"{row['accuracy']:.2f} ± {row['se']:.2f}"]
+                  for row in kind_of(result, None)]  # fmt: skip
+        losses = {}
+        for row in kind_of(result, "losses"):
+            losses.setdefault((row["name"], row["task"]), {})[row["images"]] = f"{row['mean']:.3f}"
+        parts += [
+            f"## {reversal_setting(result)}", markdown(["defence", *columns], rows), markdown(["defence", "attack", "accuracy"], single),
+            markdown(["defence", "loss", "clean", "attacked", "reversed"], ([*key, *v.values()] for key, v in losses.items())),
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def lawhon_figures(results: list[dict], out: Path) -> list[Path]:
+    """Histograms of the losses, and accuracy over K and eps_v. Returns what was written."""
+    plt, written = pyplot(), []
+
+    def write(figure: "Figure", kind: str, result: dict) -> None:
+        figure.suptitle(textwrap.fill(reversal_setting(result), 90), fontsize=10)
+        path = unused(out / file_name(f"lawhon-{kind}-{reversal_setting(result)}"), written)
+        save(figure, path)
+        written.append(path)
+
+    for result in results:
+        losses = kind_of(result, "losses")
+        names, tasks = (list(dict.fromkeys(row[k] for row in losses)) for k in ("name", "task"))
+        if losses:
+            figure, axes = plt.subplots(len(names), len(tasks), figsize=(4 * len(tasks), 2.6 * len(names) + 0.6), squeeze=False, layout="constrained")
+            for line, name in zip(axes, names, strict=True):
+                for ax, task in zip(line, tasks, strict=True):
+                    mine = {row["images"]: row["values"] for row in losses if (row["name"], row["task"]) == (name, task)}
+                    if not mine:
+                        ax.axis("off")
+                        continue
+                    everything = torch.tensor(sum(mine.values(), []))
+                    low, high = everything.quantile(torch.tensor([0.0, 0.99])).tolist()  # a few large losses would leave no room for the others
+                    bins = torch.linspace(low, max(high, low + 1e-6), 31).tolist()
+                    for i, (images, values) in enumerate(mine.items()):
+                        ax.hist([min(v, bins[-1]) for v in values], bins, histtype="step", color=f"C{i}", linewidth=1.5, label=images)
+                        ax.axvline(fmean(values), color=f"C{i}", linestyle=":")
+                    ax.set_title(f"{name}: {task} loss (dotted: mean)", fontsize=9)
+            axes[0, 0].legend(fontsize=8)
+            write(figure, "losses", result)
+        swept = kind_of(result, "sweep")
+        names, radii = (list(dict.fromkeys(row[k] for row in swept)) for k in ("name", "reverse_eps"))
+        if swept:
+            alone = {row["attack"].split("-")[0]: row["accuracy"] for row in kind_of(result, None) if row["name"] == "none"}
+            figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.8), sharey=True, layout="constrained")
+            for ax, name in zip(axes, names, strict=False):
+                for i, radius in enumerate(radii):
+                    for images, style in ("pgd", "-"), ("none", "--"):
+                        line = [(row["reverse_steps"], row["accuracy"]) for row in swept if (row["name"], row["reverse_eps"], row["attack"]) == (name, radius, images)]
+                        label = f"ε_v {eps_name(radius)}" if images == "pgd" else None
+                        ax.plot(*zip(*line, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=label)
+                ax.set(title=f"{name} (dashed: clean images)", xlabel="iterations (0: noise only)")
+                ax.set_xscale("symlog", linthresh=1)
+                ax.legend(fontsize=8)
+            last = max(row["reverse_steps"] for row in swept)
+            for i, name in enumerate(names):
+                for images, style in ("pgd", "-"), ("none", "--"):
+                    line = [(row["reverse_eps"], row["accuracy"]) for row in swept if (row["name"], row["reverse_steps"], row["attack"]) == (name, last, images)]
+                    axes[-1].plot(*zip(*line, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=name if images == "pgd" else None)
+            axes[-1].set(title=f"K {last}", xlabel="ε_v")
+            axes[-1].legend(fontsize=8)
+            for ax in axes:
+                ax.grid(alpha=0.3)
+                for images, style in ("pgd", "-"), ("none", "--"):
+                    if images in alone:
+                        ax.axhline(alone[images], linestyle=style, color="grey", linewidth=1)  # without reversal
+            axes[0].set_ylabel("accuracy (%), grey: without reversal")
+            write(figure, "sweep", result)
+    return written
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -1199,6 +1320,8 @@ def main(args: Args) -> list[Path]:
     found, heads, settings, tuned = curves(results), all_heads(results), chen_settings(results), tuned_networks(results)
     texts = {"kucer-tables.md": found and tables(found), "gowal-table.md": heads and gowal_table(heads), "chen-tables.md": chen_tables(settings)}
     texts["rebuffi-table.md"] = tuned and rebuffi_table(tuned)
+    reversals = [result for result in results if result["script"] == "mtl_reverse"]
+    texts["lawhon-table.md"] = reversals and lawhon_table(reversals)
     for name, text in texts.items():
         if text:
             write_atomically(out / name, lambda f: f.write(text.encode()))
@@ -1211,7 +1334,7 @@ def main(args: Args) -> list[Path]:
         written += curve_figures(found, out)
         written += accuracy_figures(heads, "label_fraction", out) + accuracy_figures(heads, "jitter_strength", out)
         written += summary_figures(settings, out) + venn_figures(results, out) + unforeseen_figures(settings, out)
-        written += rebuffi_figures(tuned, out)
+        written += rebuffi_figures(tuned, out) + lawhon_figures(reversals, out)
         states = {path: load_checkpoint(path) for path in checkpoints}
         vits = {f"{Path(path).parent.name} {Path(path).stem}": state for path, state in states.items() if state["network"].get("arch") in VITS}
         if vits:

@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -98,6 +99,32 @@ def timed(step, device: torch.device) -> tuple[float, float]:
     return seconds, 0.0
 
 
+def in_turns(steps: dict[str, Callable], images: int, device: torch.device, rounds: int, warm_up: int) -> list[dict]:
+    """A row per step: images per second by the median of `rounds`, peak memory, and how many times faster than the first it is."""
+    seconds, peak = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
+    for i in range(-warm_up, rounds):
+        for name, step in steps.items():
+            s, mb = timed(step, device)
+            if i >= 0:
+                seconds[name].append(s)
+                peak[name] = max(peak[name], mb)
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    first = next(iter(median.values()))
+    return [
+        {"name": name, "images_per_s": float(f"{images / s:.3g}"), "seconds": s, "peak_mb": round(peak[name]), "ratio": round(first / s, 2)}
+        for name, s in median.items()
+    ]  # fmt: skip
+
+
+def print_rows(rows: list[dict], device: torch.device, amp: str) -> None:
+    """The table of `in_turns`."""
+    print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(amp, device) or 'off'}")
+    print_table(
+        ["step", "images/s", "peak MB", "ratio"],
+        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
+    )
+
+
 def compare(batch: int, device: torch.device, rounds: int, amp: str, compile: bool) -> list[dict]:
     """Rows for the plain and our step at one batch size. Memory counts both networks, which is the same for each."""
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
@@ -105,20 +132,7 @@ def compare(batch: int, device: torch.device, rounds: int, amp: str, compile: bo
     ours, our_opt = make(device, amp, compile)
     net = PlainNetwork(plain)
     steps = {"plain": lambda: plain_step(net, plain_opt, x, y), "ours": lambda: our_step(ours, our_opt, x, y)}
-    seconds = {name: [] for name in steps}
-    peak = dict.fromkeys(steps, 0.0)
-    for i in range(-2 if device.type == "cpu" else -10, rounds):  # negative rounds warm up
-        for name, step in steps.items():
-            s, mb = timed(step, device)
-            if i >= 0:
-                seconds[name].append(s)
-                peak[name] = max(peak[name], mb)
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    return [
-        {"name": f"{name}, batch {batch}", "images_per_s": round(batch / median[name], 1), "peak_mb": round(peak[name]),
-         "ratio": round(median["plain"] / median[name], 2)}
-        for name in steps
-    ]  # fmt: skip
+    return in_turns({f"{name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 2 if device.type == "cpu" else 10)
 
 
 def attack_strength(device: torch.device) -> list[dict]:
@@ -168,11 +182,7 @@ def main() -> None:
     rows = []
     for batch in args.batch_size or ([64] if on_cpu else [128, 512]):
         rows += compare(batch, device, args.rounds or (5 if on_cpu else 30), args.amp, args.compile)
-    print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(args.amp, device) or 'off'}")
-    print_table(
-        ["step", "images/s", "peak MB", "ratio"],
-        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
-    )
+    print_rows(rows, device, args.amp)
     strength = attack_strength(device)
     print()
     print_table(["attack", "accuracy %"], [[r["name"], f"{r['accuracy']:.2f}"] for r in strength])

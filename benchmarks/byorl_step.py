@@ -14,7 +14,6 @@ augmentation alone: ours for a whole batch, and torchvision's, image by image.
 import argparse
 import copy
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import timed  # noqa: E402
+from at_step import in_turns, print_rows, timed  # noqa: E402
 
 from byorl import LARS, Args, Online, attack_view, distance  # noqa: E402
-from common import STATS, amp_dtype, apgd_checkpoints, build_model, choose_device, device_name, place_model, print_table, simclr_augment  # noqa: E402
+from common import STATS, amp_dtype, apgd_checkpoints, build_model, choose_device, device_name, place_model, simclr_augment  # noqa: E402
 
 
 def make(args: Args, device: torch.device, amp: str | None, compile: bool = False):
@@ -144,14 +143,7 @@ def main() -> None:
     x = torch.rand(batch, 3, 32, 32, device=device)
     plain, ours = make(args, device, None), make(args, device, flags.amp, flags.compile)
     steps = {"plain": lambda: plain_step(*plain, x, args), "ours": lambda: our_step(*ours, x, args)}
-    seconds, peak = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
-    for i in range(-1 if on_cpu else -5, rounds):  # negative rounds warm up
-        for name, step in steps.items():
-            s, mb = timed(step, device)
-            if i >= 0:
-                seconds[name].append(s)
-                peak[name] = max(peak[name], mb)
-    median = {name: statistics.median(s) for name, s in seconds.items()}
+    rows = in_turns({f"BYORL {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 1 if on_cpu else 5)
     dtype = amp_dtype(flags.amp, device) or torch.float32
     fastest = matmul_peak(device, dtype)
     online, small = make(args, device, flags.amp)[0], x[:8]
@@ -160,12 +152,7 @@ def main() -> None:
     forward = counter.get_total_flops() / len(small)
     # Per view: one pass of the target, K + 1 passes with the gradient for the image (as dear as the pass), and the update (twice that).
     flops = 2 * (1 + 2 * (args.attack_steps + 1) + 3) * forward
-    rows = [
-        {"name": f"BYORL {name}, batch {batch}", "images_per_s": round(batch / median[name], 1), "peak_mb": round(peak[name]),
-         "ratio": round(median["plain"] / median[name], 2)}
-        for name in steps
-    ]  # fmt: skip
-    rows[1] |= {"gflops_per_image": round(flops / 1e9, 1), "share_of_matmul_peak": round(flops * batch / median["ours"] / fastest, 3)}
+    rows[1] |= {"gflops_per_image": round(flops / 1e9, 1), "share_of_matmul_peak": round(flops * batch / rows[1]["seconds"] / fastest, 3)}
     augment = v2.Compose([
         v2.RandomResizedCrop(32, (0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
@@ -174,11 +161,7 @@ def main() -> None:
         f()
         rows.append({"name": f"views: {name}", "images_per_s": round(batch / min(timed(f, device)[0] for _ in range(3)), 1), "peak_mb": 0})
     rows[3]["ratio"], rows[2]["ratio"] = 1.0, round(rows[2]["images_per_s"] / rows[3]["images_per_s"], 2)
-    print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(flags.amp, device) or 'off'}")
-    print_table(
-        ["step", "images/s", "peak MB", "ratio"],
-        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
-    )
+    print_rows(rows, device, flags.amp)
     print(f"\nours: {flops / 1e9:.1f} GFLOP per image; {100 * rows[1]['share_of_matmul_peak']:.1f}% of {fastest / 1e12:.2f} TFLOP/s, "
           f"the speed of a {dtype} matrix product here.")  # fmt: skip
     if flags.json:

@@ -12,7 +12,6 @@ In turns, on the same batch; the median counts.
 """
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,13 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import timed  # noqa: E402
+from at_step import in_turns, print_rows  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from chen_pretrain_finetune import TASKS, Args, Objective, Pretext, log_det, make_view, task_loss  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_STATS, Network, amp_dtype, batchnorm_mode, choose_device, device_name, fast_second_derivatives, input_gradients_only,
-    jigsaw_permutations, pgd, place_model, print_table,
+    IMAGENET_STATS, Network, batchnorm_mode, choose_device, device_name, fast_second_derivatives, input_gradients_only,
+    jigsaw_permutations, pgd, place_model,
 )  # fmt: skip
 
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -115,25 +114,10 @@ def main() -> None:
             "ours": lambda: our_step(*ours, x, permutations, args),  # noqa: B023
             "ours, --low-memory": lambda: our_step(*ours, x, permutations, replace(args, low_memory=True)),  # noqa: B023
         }
-        seconds, peak = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            for i in range(-1, flags.rounds or (2 if on_cpu else 5)):  # a negative round warms up
-                for name, step in steps.items():
-                    s, mb = timed(step, device)
-                    if i >= 0:
-                        seconds[name].append(s)
-                        peak[name] = max(peak[name], mb)
-        median = {name: statistics.median(s) for name, s in seconds.items()}
-        rows += [
-            {"name": f"DPE {name}, batch {batch}", "images_per_s": round(batch / median[name], 2), "peak_mb": round(peak[name]),
-             "ratio": round(median["plain"] / median[name], 2)}
-            for name in steps
-        ]  # fmt: skip
-    print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(flags.amp, device) or 'off'}")
-    print_table(
-        ["step", "images/s", "peak MB", "ratio"],
-        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
-    )
+            named = {f"DPE {name}, batch {batch}": step for name, step in steps.items()}
+            rows += in_turns(named, batch, device, flags.rounds or (2 if on_cpu else 5), 1)
+    print_rows(rows, device, flags.amp)
     if flags.json:
         Path(flags.json).write_text(json.dumps({"device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
 

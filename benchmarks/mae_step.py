@@ -13,7 +13,6 @@ decoded, cropped, turned and put on the device by --workers processes, alone.
 """
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -25,13 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import timed  # noqa: E402
+from at_step import in_turns, print_rows, timed  # noqa: E402
 from byorl_step import matmul_peak  # noqa: E402
 
 from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, perturb, recipe_of, target_of  # noqa: E402
 from common import (  # noqa: E402
-    amp_dtype, batches, build_model, choose_device, device_name, image_uniform, l2_norm, open_folder, patchify, place_model, print_table,
-    sincos_positions, transformed,
+    amp_dtype, batches, build_model, choose_device, device_name, image_uniform, l2_norm, open_folder, patchify, place_model, sincos_positions, transformed,
 )  # fmt: skip
 
 
@@ -105,14 +103,7 @@ def main() -> None:
     x, seeds = torch.rand(batch, 3, 224, 224, device=device), image_seeds(0, torch.arange(batch)).to(device)
     plain, ours = make(args, device, None), make(args, device, flags.amp, flags.compile)
     steps = {"plain": lambda: plain_step(*plain, x, seeds, args), "ours": lambda: our_step(*ours, x, seeds, args)}
-    seconds, peak = {name: [] for name in steps}, dict.fromkeys(steps, 0.0)
-    for i in range(-1 if on_cpu else -5, rounds):  # negative rounds warm up
-        for name, step in steps.items():
-            s, mb = timed(step, device)
-            if i >= 0:
-                seconds[name].append(s)
-                peak[name] = max(peak[name], mb)
-    median = {name: statistics.median(s) for name, s in seconds.items()}
+    rows = in_turns({f"A-MAE {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 1 if on_cpu else 5)
     dtype = amp_dtype(flags.amp, device) or torch.float32
     fastest = matmul_peak(device, dtype)
     z, loss = masked_task(x[:2], seeds[:2], plain[0], args)
@@ -120,12 +111,7 @@ def main() -> None:
         loss(plain[0], z)
     # PGD-2: 2 passes with the gradient for the patches (as dear as the pass), and the update (twice that).
     flops = (2 * args.attack_steps + 3) * counter.get_total_flops() / 2
-    rows = [
-        {"name": f"A-MAE {name}, batch {batch}", "images_per_s": round(batch / median[name], 2), "peak_mb": round(peak[name]),
-         "ratio": round(median["plain"] / median[name], 2)}
-        for name in steps
-    ]  # fmt: skip
-    rows[1] |= {"gflops_per_image": round(flops / 1e9, 1), "share_of_matmul_peak": round(flops * batch / median["ours"] / fastest, 3)}
+    rows[1] |= {"gflops_per_image": round(flops / 1e9, 1), "share_of_matmul_peak": round(flops * batch / rows[1]["seconds"] / fastest, 3)}
     workers = flags.workers or (2 if on_cpu else 16)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").mkdir()
@@ -137,11 +123,7 @@ def main() -> None:
         files = transformed(open_folder(Path(folder), 224), augmentation(recipe_of("mae", args), args))
         s, _ = timed(lambda: [images for images, _ in batches(files, 32, device, workers=workers)], device)
     rows.append({"name": f"decode and crop, {workers} processes", "images_per_s": round(count / s, 1), "peak_mb": 0, "ratio": 1.0})
-    print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(flags.amp, device) or 'off'}")
-    print_table(
-        ["step", "images/s", "peak MB", "ratio"],
-        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
-    )
+    print_rows(rows, device, flags.amp)
     print(f"\nours: {flops / 1e9:.1f} GFLOP per image; {100 * rows[1]['share_of_matmul_peak']:.1f}% of {fastest / 1e12:.2f} TFLOP/s, "
           f"the speed of a {dtype} matrix product here.")  # fmt: skip
     if flags.json:
