@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from conftest import TINY
 
 import adv_mae
+import mtl_reverse
 from common import (
     batches, batchnorm_mode, build_model, full_precision, image_uniform, load_checkpoint, load_data, pgd, place_model, robust_accuracy,
 )  # fmt: skip
@@ -63,3 +64,12 @@ def test_a_run_of_adv_mae(tmp_path, amp):
     args = adv_mae.Args.QUICK | dict(device="cuda", amp=amp, accumulate=2, plain=False, eval_eps="0.25", out=str(tmp_path))
     rows = adv_mae.main(adv_mae.Args(**args))["rows"]
     assert rows[0]["accuracy"] > 60  # chance: 10; on a CPU 91
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_reversal(tmp_path, amp):
+    """The quick run in less: losses of attacked images fall, attackers that go through the reversal stay in the ball."""
+    quick = mtl_reverse.Args.QUICK | dict(device="cuda", amp=amp, epochs=4, branch_epochs=6, attacks="pgd,bpda,unrolled", adaptive_steps=2)
+    results = mtl_reverse.main(mtl_reverse.Args(**quick, quick=True, out=str(tmp_path)))
+    mean = {(row["task"], row["images"]): row["mean"] for row in results["rows"] if row.get("kind") == "losses" and row["name"] == "mtl"}
+    assert sum(mean[t, "reversed"] < mean[t, "attacked"] for t in mtl_reverse.TASKS) >= 2

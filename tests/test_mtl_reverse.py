@@ -803,3 +803,21 @@ def test_two_ranks_contrast_with_all_images(tmp_path):
     for r in ranks:
         for a, b in zip(r["grads"], branch.head.parameters(), strict=True):
             assert torch.allclose(a, b.grad, atol=1e-5)
+
+
+def test_two_ranks_train_and_evaluate_like_one(trained, tmp_path):
+    """torchrun: every image is judged once, by the same draws as in one process (an image may tip over by rounding)."""
+    folder, results = trained
+    args = TINY | dict(victim=str(folder / "classifier.pt"), attacks="pgd,bpda", out=str(tmp_path / "two"))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "mtl_reverse.py")]
+    done = subprocess.run([*run, *flags(args), "--branches", str(folder)], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = ({(r["name"], r["attack"]): r["accuracy"] for r in rows if "kind" not in r and r["lambda"] == 0}
+                for rows in (results["rows"], json.loads((tmp_path / "two" / "results.json").read_text())["rows"]))  # fmt: skip
+    assert len(two) == 9
+    assert all(abs(one[key] - accuracy) <= 2.5 for key, accuracy in two.items())
+    trained_by_two = subprocess.run(
+        [*run, *flags(args | {"out": str(tmp_path / "branches")}), "--stage", "train-branches"], capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
+    assert trained_by_two.returncode == 0, trained_by_two.stderr
+    assert all((tmp_path / "branches" / f"{t}.pt").exists() for t in TASKS)

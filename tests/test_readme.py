@@ -13,13 +13,14 @@ import byorl
 import chen_pretrain_finetune
 import eval_cifar10c
 import jigsaw_at
+import mtl_reverse
 import report
 import rotation_at
 from common import ViT, parse_args
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl,
-           "chen_pretrain_finetune.py": chen_pretrain_finetune, "adv_mae.py": adv_mae}  # fmt: skip
+           "chen_pretrain_finetune.py": chen_pretrain_finetune, "adv_mae.py": adv_mae, "mtl_reverse.py": mtl_reverse}  # fmt: skip
 
 
 def commands():
@@ -48,7 +49,7 @@ def test_the_two_commands_are_there():
 def test_files_and_flags_exist():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/dpe_step.py", "benchmarks/mae_step.py", "benchmarks/corruptions.py"))
+    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/dpe_step.py", "benchmarks/mae_step.py", "benchmarks/reverse_step.py", "benchmarks/corruptions.py"))
     torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", README)) - torchrun:
         assert flag[2:].removeprefix("no-").replace("-", "_") in known, flag
@@ -110,6 +111,11 @@ def test_paper_numbers_of_rebuffi():
             assert adv_mae.PAPER[(method.lower(), *where)] == tuple(map(float, cell.split("/"))), (method, where)
             found += 1
     assert found == 16
+
+
+def test_paper_numbers_of_lawhon():
+    rows = re.findall(r"^\| (none|SSL|MTL)[^|]* \| ([\d.]+) \| ([\d.]+) \| *\|", README, re.M)
+    assert {name.lower(): (float(clean), float(attacked)) for name, clean, attacked in rows} == mtl_reverse.PAPER and len(rows) == 3
 
 
 def test_the_vit_is_copied_with_what_the_readme_lists():

@@ -10,6 +10,7 @@ from conftest import ROOT, flags
 import adv_mae
 import byorl
 import chen_pretrain_finetune as chen
+import mtl_reverse
 import report
 from common import build_model, save_checkpoint
 from jigsaw_at import Args as JigsawArgs
@@ -563,3 +564,58 @@ def test_a_damaged_result_of_adv_mae_is_refused(one_sentence, tmp_path):
     del result["rows"][0]["layer_decay"]
     (folder,) = write(tmp_path, result)
     assert "is not a results.json" in one_sentence(report, folder)
+
+
+# ---- Lawhon et al. ----
+
+
+def reversal(**changes) -> dict:
+    """A results.json of mtl_reverse.py, with a sweep over two K and two eps_v."""
+    args = vars(mtl_reverse.Args(**changes))
+    cell = {"lambda": 0.0, "norm": "linf", "examples": 400, "se": 2.5, "paper": None, "epoch": 1}
+    rows = [{"name": n, "attack": a, "eps": e, "accuracy": v} | cell for n, a, e, v in (("none", "none", 0, 90.0), ("none", "pgd-10", 0.03, 60.0), ("mtl", "aware-10", 0.03, 55.5))]
+    rows += [{"kind": "column", "name": n, "column": c, "strongest": "pgd", "lambda": 0.0, "examples": 400, "accuracy": v, "se": 1.25}
+             for n, c, v in (("none", "clean", 90.0), ("none", "pgd", 60.0), ("mtl", "clean", 88.0), ("mtl", "pgd", 61.5))]  # fmt: skip
+    rows.append({"kind": "difference", "name": "mtl - none", "column": "pgd", "examples": 400, "difference": 1.5, "se": 0.75})
+    rows += [{"kind": "losses", "name": "mtl", "task": t, "images": i, "mean": 1.0 + j, "values": [0.5 + j, 1.5 + j]}
+             for t in mtl_reverse.TASKS for j, i in enumerate(("clean", "attacked", "reversed"))]  # fmt: skip
+    rows += [{"kind": "sweep", "name": "mtl", "attack": a, "reverse_eps": e, "reverse_steps": k, "examples": 400, "accuracy": 50.0 + k + 100 * e}
+             for a in ("none", "pgd") for e in (0.05, 0.1) for k in (0, 40)]  # fmt: skip
+    return {"script": "mtl_reverse", "args": args, "device": "", "torch": "", "seconds": 1.0, "rows": rows}
+
+
+def test_lawhon_table():
+    text = report.lawhon_table([reversal(victim="carmon2019.pt", weights="1,50,10")])
+    assert "## cifar10, carmon2019.pt, attacked with linf 8/255, 400 test images, --weights 1,50,10" in text
+    for row in (
+        "| none | 90.00 ± 1.25 | 60.00 ± 1.25 |", "| mtl | 88.00 ± 1.25 | 61.50 ± 1.25 |", "| mtl - none |  | +1.50 ± 0.75 |", "| mtl | aware-10, λ 0 | 55.50 ± 2.50 |",
+        "| *the paper, mtl (Carmon et al.'s network)* | 87.7 | 65.6 |", "| mtl | rotation | 1.000 | 2.000 | 3.000 |",
+    ):  # fmt: skip
+        assert row in text, row
+    for table in text.split("\n\n"):
+        rows = [x for x in table.splitlines() if x.startswith("|")]
+        assert len({x.count("|") for x in rows}) <= 1
+
+
+def test_lawhon_figures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
+    paths = report.lawhon_figures([reversal()], tmp_path)
+    assert [p.name.split("-")[1] for p in paths] == ["losses", "sweep"]
+    histograms, curves = drawn
+    assert [ax.get_title() for ax in histograms.axes] == [f"mtl: {t} loss (dotted: mean)" for t in mtl_reverse.TASKS]
+    over_k, over_radius = curves.axes
+    solid = [line for line in over_k.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 2 and line.get_label().startswith("ε_v")]
+    assert [list(line.get_ydata()) for line in solid] == [[55.0, 95.0], [60.0, 100.0]]
+    assert [list(line.get_ydata()) for line in over_radius.lines if line.get_label() == "mtl"] == [[95.0, 100.0]]
+    grey = [line for line in over_radius.lines if line.get_color() == "grey"]
+    assert sorted(line.get_ydata()[0] for line in grey) == [60.0, 90.0]
+
+
+def test_a_damaged_result_of_mtl_reverse_is_refused(one_sentence, tmp_path):
+    for i, damage in enumerate((lambda r: r["rows"][0].pop("se"), lambda r: r["rows"][-1].pop("reverse_eps"), lambda r: r["args"].pop("victim"))):
+        broken = reversal()
+        damage(broken)
+        (tmp_path / f"{i}.json").write_text(json.dumps(broken))
+        assert "not a results.json" in one_sentence(report, tmp_path / f"{i}.json", "--out", tmp_path / "out")
