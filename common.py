@@ -2058,9 +2058,11 @@ def load_carmon(path: str | Path) -> dict:
     network |= {"stem": "cifar", "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     own = build_model(**network).state_dict()
     weights = {k: own[k] for k in ("mean", "std")}
-    for k in own.keys() - weights.keys():
+    for k in sorted(own.keys() - weights.keys()):
         name = k.removeprefix("trunk.").replace("shortcut.1", "convShortcut").replace("heads.class", "fc")
         name = re.sub(r"^layer(\d)", r"block\1.layer", re.sub(r"^bn\.", "bn1.", name))
+        if name.endswith("num_batches_tracked"):
+            given.setdefault(name, own[k])  # which old files lack, and nothing uses
         if name not in given or given[name].shape != own[k].shape:
             what = f"has shape {tuple(given[name].shape)}, not {tuple(own[k].shape)}" if name in given else "is missing"
             raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: {name} {what}.")
@@ -2127,6 +2129,7 @@ def pgd(
     keep_best: bool = False,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Projected gradient ascent on `loss` within the eps-ball around x and within [0, 1] (Madry et al. 2018).
 
@@ -2143,6 +2146,7 @@ def pgd(
     keep_best: return, per image, the iterate of highest loss instead of the last one (costs one more forward pass).
     generator: source of the random start; None is torch's global one.
     noise: like x; what the start is made of instead, uniform in [-1, 1] for 'linf', Gaussian for 'l2'.
+    start: like x; the images to begin with, in place of a random start.
     Returns the adversarial images, detached. Raises ValueError for a wrong norm or radius, images outside [0, 1],
     and a loss that is not one value per image or does not depend on the images.
     """
@@ -2174,7 +2178,9 @@ def pgd(
         return values
 
     x_adv = x
-    if random_start and norm == "linf":
+    if start is not None:
+        x_adv = project(start.detach())
+    elif random_start and norm == "linf":
         if noise is None:
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
         x_adv = project(x + noise * eps)
@@ -2290,15 +2296,17 @@ def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
 def pgd_attack(
     norm: str, eps: float, steps: int, *, step_size: float = 0.0, keep_best: bool = False, generator: torch.Generator | None = None
 ) -> Callable[..., Tensor]:
-    """attack(loss, x, noise=None) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
+    """attack(loss, x, noise=None, start=None) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
 
     linf 2/255 at every radius (so too Chen et al.); l2 2 eps / steps (they print eps^2 / steps; see rotation_at.py). Where steps of
     2/255 could not cross the ball (a radius of 8/255 in 5 steps), 2 eps / steps too.
     """
     step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
 
-    def attack(loss: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor | None = None) -> Tensor:
-        return pgd(loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=keep_best, generator=generator, noise=noise)
+    def attack(loss: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        return pgd(
+            loss, x, eps=eps, norm=norm, steps=steps, step_size=step_size, keep_best=keep_best, generator=generator, noise=noise, start=start
+        )
 
     return attack
 

@@ -27,18 +27,19 @@ MultiTargeted and Square on F. All defences draw noise and views anew after the 
 Differs from the paper, or from its code (branch one-by-one at b8f5ea7), or is our choice where both are silent:
 - the branch climbs its losses, where the paper descends; brings the inpainting gradient back to 32 pixels by a random convolution,
   ours is the exact one (autograd of the enlargement: sums over 4 x 4 pixels); and feeds the rotation and inpainting networks images
-  that are not normalised, in train mode. --as-published does all that, and keeps the branch's three perturbations;
+  that are not normalised, in train mode. --as-published does all that, and keeps the branch's three perturbations where ours is one;
 - the centre of the ball is the image as it came (line 11 of Algorithm 1 would let it drift); the losses are those of x', also at first;
 - a gradient is divided by its largest entry, per image, as in the branch: the paper's own would hardly move x'; SSL takes signs (Mao);
-- K 40, eta 2/255, temperature 0.2, 4 views are the branch's; eps_v 16/255: "8" in the paper, which the branch doubles;
+- K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are the branch's; eps_v 16/255: "8" in the paper, which the branch doubles;
 - weights are 1:1:1 as in the paper (the branch: 1:50:10), with L_i the mean over the hole, where the paper prints the sum: that
   would take nearly all of L (--weights 1,1,9408 is the sum);
-- L_s averages over all pairs of views of an image, as printed (the branch takes one of three); views are drawn per image;
+- L_s averages over all pairs of views of an image, as printed (the branch takes one of three); views are drawn per image, and
+  resized bicubically;
 - the negatives are views of --bank training images, so what becomes of an image does not depend on its batch, and L_t / L is per image
   (--negatives batch: the batch's other images);
 - without rotation among --tasks, inpainting moves x' in every iteration, and the other way round;
-- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs: by CIFAR's mean
-  and deviation, bilinear); the head's Adam has the rate 1e-4 (Mao et al.; this branch 3e-4);
+- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs, as
+  far as is known: by CIFAR's mean and deviation, bilinear); the head's Adam has the rate 1e-4 (Mao et al.; this branch 3e-4);
 - a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch of lowest loss on held-out images.
 """
 import contextlib
@@ -123,8 +124,8 @@ class Args:
     # attackers
     attacks: str = "pgd,aware,bpda,unrolled"  # any of pgd, aware, bpda, unrolled, suite, suite-fast
     lambdas: str = "0,0.5,1,2,5,10"  # weights of L in the attack `aware`
-    adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended
-    eot: int = 1  # draws of the defence per step of these that their gradient is the mean of
+    adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended; the point of highest loss counts
+    eot: int = 4  # draws of the defence per step of these that their loss is the mean of
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the epoch
     eval_examples: int = 0  # test images, drawn once and for all; 0: all
@@ -272,7 +273,8 @@ class ContextDecoder(nn.Module):
         channels = [dim, *middle, 3]
         layers = []
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
-            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 1 if i == 0 else 2, 0 if i == 0 else 1, bias=False)]
+            stride, padding = (1, 0) if i == 0 else (2, 1)  # 1 to 4 pixels, then twice as many
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=c_out == 3)]
         self.layers = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -378,12 +380,11 @@ def reverse_step(z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor, 
         total = sum(losses.values())  # line 3, per image
         for task in turn:
             (g,) = torch.autograd.grad(losses[task].sum(), z, create_graph=differentiable)
-            if defence.sign and not differentiable:
-                g = g.sign()
-            else:  # also in place of the sign where that must be differentiated
-                g = g / (g.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
+            direction = g / (g.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
+            if defence.sign:  # whose derivative is taken to be that of the normalised gradient
+                direction = direction + (g.sign() - direction).detach()
             share = losses[task] / total
-            move = move + (share if differentiable else share.detach()).view(-1, 1, 1, 1) * g
+            move = move + (share if differentiable else share.detach()).view(-1, 1, 1, 1) * direction
         z = z - args.reverse_step_size * move  # lines 4 to 9
         z = torch.clamp(z, x - args.reverse_eps, x + args.reverse_eps).clamp(0, 1)  # line 10
     return z if differentiable else z.detach()
@@ -391,7 +392,7 @@ def reverse_step(z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor, 
 
 def start(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
     """Line 1: noise, uniform in the ball."""
-    noise = 2 * image_uniform(mix_seeds(seeds, 0), x[0].numel()).view_as(x) - 1
+    noise = 2 * image_uniform(mix_seeds(seeds, 0), x.shape[1:].numel()).view_as(x) - 1
     return (x + defence.args.reverse_eps * noise).clamp(0, 1)
 
 
@@ -422,6 +423,8 @@ class Unrolled(torch.autograd.Function):
     """`reverse` with its derivative, for attackers: backwards through all iterations, each computed again from where it began.
     So K images are kept and one iteration's graph at a time, whatever K is."""
 
+    PART = 64  # images per graph, where they do not depend on each other: some 11 GB for WideResNet-28-10 and 4 views
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
         ctx.defence, ctx.seeds, ctx.x = defence, seeds, x.detach()
@@ -430,19 +433,25 @@ class Unrolled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        defence, seeds, for_x = ctx.defence, ctx.seeds, torch.zeros_like(g)
+        if len(ctx.points) == 1:  # no iterations
+            return g, None, None
+        parts = torch.arange(len(g), device=g.device).split(Unrolled.PART if ctx.defence.bank is not None else max(1, len(g)))
+        return torch.cat([Unrolled.pull_back(ctx, g[rows], rows) for rows in parts]), None, None
+
+    @staticmethod
+    def pull_back(ctx: Any, g: Tensor, rows: Tensor) -> Tensor:
+        """From the derivative of something by the last images to that by the first, of some rows of the batch."""
+        defence, seeds, for_x = ctx.defence, ctx.seeds[rows], torch.zeros_like(g)
         for k in range(len(ctx.points) - 1, 0, -1):
             with torch.enable_grad():
-                z, x = ctx.points[k - 1].detach().requires_grad_(), ctx.x.clone().requires_grad_()
+                z, x = ctx.points[k - 1][rows].requires_grad_(), ctx.x[rows].requires_grad_()
                 after = reverse_step(z, x, k, defence, seeds, differentiable=True)
             g, more = torch.autograd.grad(after, (z, x), g)  # x also is the centre of the ball
             for_x += more
-        if len(ctx.points) == 1:
-            return g, None, None
         with torch.enable_grad():
-            x = ctx.x.clone().requires_grad_()
+            x = ctx.x[rows].requires_grad_()
             first = start(x, defence, seeds)
-        return for_x + torch.autograd.grad(first, x, g)[0], None, None
+        return for_x + torch.autograd.grad(first, x, g)[0]
 
 
 def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
@@ -470,6 +479,9 @@ def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
     def scaled(g: Tensor) -> Tensor:
         return g / (g.abs().amax(1 if args.commit == "855d32d" else (1, 2, 3), keepdim=True) + 1e-12)
 
+    k = size // x.shape[3]
+    bound = 1 / math.sqrt(3 * k * k)  # PyTorch's initial weights of a convolution
+    weight, bias = (bound * (2 * torch.rand(shape, generator=generator, device=x.device) - 1) for shape in ((3, 3, k, k), (3,)))
     big = enlarge(x, size)
     delta = {"contrastive": uniform(x), "rotation": uniform(x), "inpainting": uniform(big)}
     for i in range(args.reverse_steps):
@@ -484,24 +496,23 @@ def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
                 "inpainting": 10 * branches["inpainting"](raw(branches["inpainting"].net, z["inpainting"]), whole_centre=True).mean(),
             }
             grads = {t: torch.autograd.grad(losses[t], z[t])[0] for t in ("contrastive", turn)}
-        if turn == "inpainting":  # back to 32 pixels by a convolution with random weights, new ones each time
-            k = size // x.shape[3]
-            bound = 1 / math.sqrt(3 * k * k)  # PyTorch's initial weights
-            weight, bias = (bound * (2 * torch.rand(shape, generator=generator, device=x.device) - 1) for shape in ((3, 3, k, k), (3,)))
+        if turn == "inpainting":  # back to 32 pixels by a convolution with random weights, drawn once per call
             grads[turn] = F.conv2d(grads[turn], weight, bias, stride=k)
         total = sum(losses.values())
         for t in ("contrastive", turn):
             step = eta * (losses[t] / total).detach() * scaled(grads[t])
             moved = delta["contrastive"] - step if args.commit == "855d32d" else delta["contrastive"] + step
-            delta["contrastive"] = (x + moved.clamp(-eps, eps)).clamp(0, 1) - x
+            delta["contrastive"] = moved.clamp(-eps, eps)
+        delta["contrastive"] = (x + delta["contrastive"]).clamp(0, 1) - x
         delta[turn] = enlarge(delta["contrastive"], size) if turn == "inpainting" else delta["contrastive"]
     return (x + delta["contrastive"]).clamp(0, 1)
 
 
 # ---- the attackers -------------------------------------------------------------------------------------------------
 
-# What seeds are mixed with, so that no two uses draw the same: the defence after an attack, PGD's start, the attackers' own draws.
-FOR_DEFENCE, FOR_START, FOR_ATTACKER = 1, 2, 1_000
+# What seeds are mixed with, so that no two uses draw the same: the defence after an attack, PGD's start, measuring losses, the bank of
+# negatives, the attackers' own draws.
+FOR_DEFENCE, FOR_START, FOR_MEASURE, FOR_BANK, FOR_ATTACKER = 1, 2, 3, 4, 1_000
 
 
 def logits_of(victim: Network, x: Tensor, args: Args) -> Tensor:
@@ -534,18 +545,18 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defe
 
     if kind == "none":
         return x
-    u = image_uniform(mix_seeds(seeds, FOR_START), x[0].numel()).view_as(x) if len(x) else x
+    u = image_uniform(mix_seeds(seeds, FOR_START), x.shape[1:].numel()).view_as(x)
     noise = 2 * u - 1 if args.norm == "linf" else torch.erfinv(2 * u - 1)
-    by_pgd = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size, keep_best=True)  # highest loss: the branch's
-    if kind == "aware":
+    by_pgd = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    if kind == "aware" and lam > 0:
         return by_pgd(lagrangian, x, noise)
     with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
         x_adv = by_pgd(class_loss, x, noise)
         if kind.startswith("suite"):
             return suite(kind, x, x_adv, y, victim, args)
-    if kind in ("bpda", "unrolled"):  # from where PGD ended; the last point counts, since the loss is random
-        loss = straight_through if kind == "bpda" else unrolled
-        return pgd_attack(args.norm, args.eps, args.adaptive_steps)(loss, x, (x_adv - x) / args.eps)
+    if kind in ("bpda", "unrolled"):
+        onward = pgd_attack(args.norm, args.eps, args.adaptive_steps, step_size=args.step_size, keep_best=True)
+        return onward(straight_through if kind == "bpda" else unrolled, x, start=x_adv)
     return x_adv
 
 
@@ -690,9 +701,13 @@ def get_branches(run: Run, args: Args, victim: Network, tasks: list[str], train_
     else:
         todo = {t: (branches[t], branches[t].head if t == "contrastive" else branches[t]) for t in tasks}
     for name, (net, trained) in todo.items():
-        network = {"branch": name, "image_size": args.image_size} | (
-            {"classifier": digest.hexdigest()} if name in ("contrastive", "shared") else {"branch_width": args.branch_width})
-        network |= {"inpaint_size": args.inpaint_size} if name == "inpainting" else {}
+        network = {"branch": name, "dataset": args.dataset, "image_size": args.image_size}
+        if name in ("contrastive", "shared"):
+            network |= {"classifier": digest.hexdigest(), "crop": args.crop, "flip": args.flip, "temperature": args.temperature}
+        if name != "contrastive":
+            network["branch_width"] = args.branch_width
+        if name == "inpainting":
+            network["inpaint_size"] = args.inpaint_size
         if args.branches:
             path = f"{args.branches}/{name}.pt"
             state = load_checkpoint(path)
@@ -717,7 +732,10 @@ PAPER = {"none": (89.7, 63.9), "ssl": (86.6, 65.3), "mtl": (87.7, 65.6)}
 def paper_number(defence: str, kind: str, args: Args, published: bool) -> float | None:
     """Table 1's accuracy, if the setting is the paper's, as far as that is known; published: --victim is Carmon et al.'s file."""
     usual = Args()
-    same = ("dataset", "image_size", "norm", "eps", "attack_steps", "step_size", "backbone", "tasks", "views", "eval_examples", "eval_amp")
+    same = ("dataset", "image_size", "norm", "eps", "attack_steps", "step_size", "eval_examples", "eval_amp")
+    if defence != "none":  # Mao et al. and the branch, where the paper is silent; "8" may be half of what the branch calls 8
+        same += ("backbone", "tasks", "views", "temperature", "reverse_steps", "reverse_step_size") + (("weights",) if defence == "mtl" else ())
+        published = published and args.reverse_eps in (8 / 255, 16 / 255)
     if not published or defence not in PAPER or kind not in ("none", "pgd") or any(getattr(args, k) != getattr(usual, k) for k in same):
         return None
     return PAPER[defence][kind == "pgd"]
@@ -731,7 +749,7 @@ def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_se
         some = draw(train_set, min(args.bank, len(train_set)), args.seed)
 
         def embed(x: Tensor, i: Tensor) -> Tensor:
-            rand = image_rand(torch.cat([mix_seeds(mix_seeds(i, args.seed), v) for v in range(args.views)]))
+            rand = image_rand(torch.cat([mix_seeds(mix_seeds(mix_seeds(i, args.seed), FOR_BANK), v) for v in range(args.views)]))
             return branches["contrastive"].embed(x, args.views, rand)
 
         bank = map_images(embed, some, run, args.eval_batch_size, indexed=True).flatten(0, 1)
@@ -778,7 +796,7 @@ def judge(run: Run, args: Args, victim: Network, defences: list[Defence], test_s
         return (logits.argmax(1) == labels[i]).float()
 
     def attacked(kind: str, x: Tensor, i: Tensor, defence: Defence, lam: float = 0.0) -> Tensor:
-        return attack(kind, x, labels[i], seeds_of(i), victim, defence, lam) if len(x) else x
+        return attack(kind, x, labels[i], seeds_of(i), victim, defence, lam)
 
     for kind, lam, judged in jobs(defences):
         cell = {"attack": kind, "lambda": lam}
@@ -803,7 +821,7 @@ def judge(run: Run, args: Args, victim: Network, defences: list[Defence], test_s
             def losses(x: Tensor, i: Tensor) -> Tensor:  # (b, 3, tasks)
                 x_adv = attacked("pgd", x, i, defence)  # noqa: B023
                 images = x, x_adv, reverse(x_adv, defence, mix_seeds(seeds_of(i), FOR_DEFENCE))  # noqa: B023
-                return torch.stack([torch.stack([ssl_loss(plain, t, z, seeds_of(i)) for t in plain.branches], 1) for z in images], 1)  # noqa: B023
+                return torch.stack([torch.stack([ssl_loss(plain, t, z, mix_seeds(seeds_of(i), FOR_MEASURE)) for t in plain.branches], 1) for z in images], 1)  # noqa: B023
 
             values = map_images(losses, some, run, args.eval_batch_size, indexed=True)
             keep([
@@ -832,7 +850,9 @@ def judge(run: Run, args: Args, victim: Network, defences: list[Defence], test_s
     return rows + columns(bits)
 
 
-COLUMNS = {"clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "adaptive": ("pgd", "bpda", "unrolled"), "suite": ("suite", "suite-fast")}
+# The columns of the table: which attacks each is the strongest of. An adaptive attacker has them all.
+COLUMNS = {"clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "suite": ("suite", "suite-fast"),
+           "adaptive": ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")}  # fmt: skip
 
 
 def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
@@ -843,7 +863,8 @@ def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
     for column, kinds in COLUMNS.items():
         for name in names:
             mine = {key: b for key, b in bits.items() if key[0] == name and key[1] in kinds}
-            if not mine or (column in ("defence-aware", "adaptive") and not any(key[1] in kinds[1:] for key in bits)):
+            own = {"defence-aware": {"aware"}, "adaptive": {"bpda", "unrolled"}}.get(column, set(kinds))
+            if not mine or not any(key[1] in own for key in bits):
                 continue
             if name == "as published" and column not in ("clean", "pgd"):
                 continue  # attacked by PGD only
@@ -862,7 +883,7 @@ def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
 
 
 def sweep(run: Run, args: Args, defences: list[Defence], test_set: Images, right: Callable, attacked: Callable) -> list[dict]:
-    """Accuracy over K, on clean and on PGD's images, for several eps_v."""
+    """Accuracy over K (0: with the noise alone), on clean and on PGD's images, for several eps_v."""
     rows = []
     kept = [k for k in (0, 1, 2, 5, 10, 20, 40, 80, 160) if k < args.reverse_steps] + [args.reverse_steps]
     nothing = Defence("none", {}, {}, args)
@@ -970,6 +991,8 @@ def check(args: Args) -> None:
             raise UserError(f"--{flag} {size} must be a power of 2, {low} or more.")
     if args.inpaint_size < args.image_size:
         raise UserError(f"--inpaint-size {args.inpaint_size} must be at least --image-size {args.image_size}.")
+    if args.compile and "unrolled" in attacks:
+        raise UserError("--compile makes networks without second derivatives, which the attack unrolled needs: leave out one of them.")
     if args.stage == "evaluate" and not args.branches:
         raise UserError("--stage evaluate needs --branches, the folder of a run with trained branches.")
     if args.branches and not args.victim:
@@ -986,8 +1009,9 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
     if not len(val_set):
         raise UserError("no held-out images to select epochs by: raise --val-fraction.")
-    if args.eval_examples:
-        test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
+    test_set = draw(test_set, min(args.eval_examples or len(test_set), len(test_set)), seed=0)  # folders are sorted by class
+    if args.as_published:  # BatchNorm in train mode
+        check_batches(min(500, len(test_set)), args.eval_batch_size)
     for size in (args.batch_size, args.branch_batch_size, args.head_batch_size):
         check_batches(len(train_set), size)
     if given and given["network"]["heads"]["class"] != len(test_set.classes):
@@ -1003,7 +1027,8 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
     began = time.perf_counter()
     defences = make_defences(run, args, branches, train_set)
     published = given is not None and given["args"] == {} and given["network"]["width"] == 1 and given["network"]["arch"] == "wrn28_10"
-    rows = judge(run, args, victim, defences, test_set, about, published)
+    with contextlib.nullcontext() if args.eval_amp else full_precision(nn.Identity()):  # no TF32 in what is not in mixed precision
+        rows = judge(run, args, victim, defences, test_set, about, published)
     last = run.load("last.pt")
     seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
     return write_results(run, rows, seconds)

@@ -271,3 +271,15 @@ def test_batchnorm_under_attack():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.allclose(model(x), inside, atol=1e-5)  # the statistics of ordinary training mode
     assert not torch.equal(model.trunk.bn1.running_mean, before["trunk.bn1.running_mean"])  # which move again
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.5)])
+def test_start_is_where_pgd_begins(norm, eps):
+    x, start = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    seen = []
+    pgd(lambda z: seen.append(z.detach()) or z.sum((1, 2, 3)), x, eps=eps, norm=norm, steps=1, start=start)
+    size = (seen[0] - x).abs().amax((1, 2, 3)) if norm == "linf" else (seen[0] - x).flatten(1).norm(dim=1)
+    assert (size <= eps + 1e-6).all() and ((seen[0] - x) * (start - x) >= 0).all()  # projected
+    near = (x + 0.01 * (0.5 - x)).clone()
+    pgd(lambda z: seen.append(z.detach()) or z.sum((1, 2, 3)), x, eps=eps, norm=norm, steps=1, start=near)
+    assert torch.allclose(seen[1], near, atol=1e-6)
