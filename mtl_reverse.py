@@ -1,8 +1,8 @@
 """Reversing attacks at test time by several self-supervised tasks (Lawhon, Mao, Yang: Using multiple self-supervised tasks improves
 model robustness, 2022, arXiv:2204.03714; the single-task method: Mao et al., ICCV 2021).
 
-An attack on a classifier F also raises the losses of tasks that need no labels. So, before F sees an image x, move it, in a ball of
-radius eps_v around x, to where those losses are small (Algorithm 1). All networks stay as they are.
+An attack on a classifier F also raises the losses of tasks that need no labels. So, before F sees an image x, change x within a ball of
+radius eps_v so that those losses become small (Algorithm 1: `reverse` and `reverse_step`). All networks stay as they are.
 
     x' = x + noise;  K times:
         L = L_s + L_r + L_i                                              contrastive, rotation and inpainting loss of x'
@@ -15,41 +15,45 @@ radius eps_v around x, to where those losses are small (Algorithm 1). All networ
     python mtl_reverse.py --victim carmon2019.pt             # Table 1: CIFAR-10 and the published WideResNet-28-10 of Carmon et al.
     python mtl_reverse.py --victim runs/X/best.pt            # a classifier of any script here
     python mtl_reverse.py                                    # train the classifier too
-    python mtl_reverse.py --victim carmon2019.pt --as-published   # a row more: what the authors' branch computes
+    python mtl_reverse.py --victim carmon2019.pt --as-published   # a row more: what the authors' code computes
     torchrun --nproc-per-node=8 mtl_reverse.py --victim carmon2019.pt
 
-The paper, attacked by PGD-10 at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (Mao et al.) 65.3 / 86.6, MTL 65.6 / 87.7.
+The paper, attacked by PGD at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (Mao et al.) 65.3 / 86.6, MTL 65.6 / 87.7.
 
-The attackers (--attacks): pgd knows F only. aware maximises CE(F(x)) - lambda L(x), so that little is left to reverse. bpda goes
-through the whole defence and takes the gradient at x' for that at x; unrolled differentiates through all K iterations. suite: AutoPGD,
-MultiTargeted and Square on F. All defences draw noise and views anew after the attack.
+The attackers (--attacks). pgd knows F only; it is the paper's. aware maximises CE(F(x)) - lambda L(x), so that little is left to reverse.
+bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates through all K iterations. suite:
+AutoPGD, MultiTargeted and Square on F. The defence draws noise and views anew after each attack.
 
-Differs from the paper, or from its code (branch one-by-one at b8f5ea7), or is our choice where both are silent:
-- the branch climbs its losses, where the paper descends; brings the inpainting gradient back to 32 pixels by a random convolution,
-  ours is the exact one (autograd of the enlargement: sums over 4 x 4 pixels); and feeds the rotation and inpainting networks images
-  that are not normalised, in train mode. --as-published does all that, and keeps the branch's three perturbations where ours is one;
-- the centre of the ball is the image as it came (line 11 of Algorithm 1 would let it drift); the losses are those of x', also at first;
-- a gradient is divided by its largest entry, per image, as in the branch: the paper's own would hardly move x'; SSL takes signs (Mao);
-- K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are the branch's; eps_v 16/255: "8" in the paper, which the branch doubles;
-- weights are 1:1:1 as in the paper (the branch: 1:50:10), with L_i the mean over the hole, where the paper prints the sum: that
-  would take nearly all of L (--weights 1,1,9408 is the sum);
-- L_s averages over all pairs of views of an image, as printed (the branch takes one of three); views are drawn per image, and
-  resized bicubically;
-- the negatives are views of --bank training images, so what becomes of an image does not depend on its batch, and L_t / L is per image
-  (--negatives batch: the batch's other images);
-- without rotation among --tasks, inpainting moves x' in every iteration, and the other way round;
-- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs, as
-  far as is known: by CIFAR's mean and deviation, bilinear); the head's Adam has the rate 1e-4 (Mao et al.; this branch 3e-4);
+Differs from the paper, from its code (SelfSupDefense, branch one-by-one, commit b8f5ea7), or is our choice where both are silent:
+- their code increases the losses; the paper and ours decrease them. Their code maps the inpainting gradient from 128 to 32 pixels by a
+  convolution with random weights; ours is the exact gradient (the sum over 4 x 4 pixels). Their rotation and inpainting networks see
+  images that are not normalised, in train mode. Their code keeps three perturbations, ours one. --as-published is their code;
+- the ball's centre is the image as it came (line 11 of Algorithm 1 would move it), and the result is clipped to [0, 1];
+- the losses are those of x', also in the first iteration (Algorithm 1 prints x, without the noise);
+- a gradient is divided by its largest entry, per image, as in their code (without that x' would hardly move); SSL takes its signs (Mao);
+- K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are their code's. eps_v is 16/255: the paper's "8", doubled there;
+- weights are 1:1:1, as in the paper (their code: 1:50:10). L_i is the mean over the hole where the paper prints the sum, which would take
+  nearly all of L (--weights 1,1,9408 is the sum);
+- L_s averages over all pairs of views of an image, as printed (their code takes one of three);
+- views are drawn per image and resized bicubically (theirs: one draw for the whole batch, bilinear);
+- the negatives are views of --bank training images and L_t / L is per image, so that what becomes of an image does not depend on its
+  batch (theirs: the batch's other images, --negatives batch);
+- if one of rotation and inpainting is not among --tasks, the other moves x' in every iteration;
+- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs, as far as is known:
+  normalised by CIFAR's mean and deviation, and bilinear); the contrastive head's Adam has the rate 1e-4 (Mao et al.; theirs 3e-4);
 - a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch of lowest loss on held-out images.
 """
+import collections
 import contextlib
 import copy
 import hashlib
 import json
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,9 +72,9 @@ from common import (
 @dataclass
 class Args:
     # run
-    stage: Literal["all", "train-branches", "evaluate"] = "all"  # train-branches: stop before the evaluation; evaluate: with --branches
+    stage: Literal["all", "train-branches"] = "all"  # train-branches: stop before the evaluation
     victim: str = ""  # the classifier to protect: a checkpoint of any script here, or Carmon et al.'s file; empty: train one (--arch)
-    branches: str = ""  # folder of a run that trained branches for the same classifier; empty: train them
+    branches: str = ""  # folder of a run that trained the tasks' networks for the same --victim; empty: train them
     seed: int = 0  # seed of the split, the weights, the order of images, the attacks and the reversal
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks, and of the reversal
@@ -87,49 +91,49 @@ class Args:
     image_size: int = 32  # side in pixels, a power of 2; other images are resized
     flip: bool = True  # mirror images at random in training and in views
     arch: Literal["wrn28_10", "resnet18", "resnet34", "resnet50", "preact18", "preact34"] = "wrn28_10"  # classifier, without --victim
-    width: float = 1.0  # multiplies its number of channels
+    width: float = 1.0  # multiplies that classifier's channels
     stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images (ResNets)
     # training of the classifier, without --victim: SGD with Nesterov momentum 0.9, half a cosine
-    epochs: int = 100  # epochs of training
-    batch_size: int = 128  # images per step over all GPUs
-    lr: float = 0.1  # initial learning rate
-    weight_decay: float = 5e-4  # on all weights
+    epochs: int = 100  # of the classifier
+    batch_size: int = 128  # images per step over all GPUs, of the classifier
+    lr: float = 0.1  # initial learning rate, of the classifier
+    weight_decay: float = 5e-4  # of all SGD, on all weights
     # attack, in the classifier's training and in the evaluation
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in (the reversal's is linf)
     eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units
     attack_steps: int = 10  # PGD steps
     step_size: float = 0.0  # 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
-    # branches: SGD as above for rotation and inpainting, Adam for the contrastive head
+    # branches, the tasks' networks: SGD as above for rotation and inpainting, Adam for the contrastive head
     backbone: Literal["separate", "shared"] = "separate"  # shared: all tasks on one trunk, which starts as the classifier's (section 5)
     branch_epochs: int = 200  # epochs of training each branch
-    branch_batch_size: int = 128  # images per step over all GPUs
-    branch_lr: float = 0.1  # initial learning rate of SGD
+    branch_batch_size: int = 128  # images per step over all GPUs, of rotation and inpainting (and of all if shared)
+    branch_lr: float = 0.1  # initial learning rate of those
     head_batch_size: int = 1024  # images per step of the contrastive head; the others of the batch are its negatives
-    head_lr: float = 1e-4  # learning rate of Adam
+    head_lr: float = 1e-4  # learning rate of the contrastive head (Adam)
     branch_width: float = 1.0  # multiplies the channels of the rotation and inpainting networks
     inpaint_size: int = 128  # side to which images are enlarged for inpainting, a power of 2
-    crop: float = 0.08  # smallest share of an image's area that a view shows
-    temperature: float = 0.2  # tau of L_s
+    crop: float = 0.08  # smallest share of an image's area that a view shows, in training and reversal
+    temperature: float = 0.2  # tau of the contrastive loss, in training and reversal
     # reversal (Algorithm 1)
-    tasks: str = "contrastive,rotation,inpainting"  # of the MTL row; any of the three. The SSL row is contrastive
-    reverse_steps: int = 40  # K
-    reverse_step_size: float = 2 / 255  # eta
-    reverse_eps: float = 16 / 255  # eps_v
-    weights: str = "1,1,1"  # of L_s, L_r and L_i (the branch: 1,50,10)
-    views: int = 4  # of each image in L_s
-    negatives: Literal["bank", "batch"] = "bank"  # of L_s: views of training images, or of the batch's other images
-    bank: int = 512  # number of those training images
-    as_published: bool = False  # also evaluate what the authors' branch computes
-    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of that branch: its last, or its last that descends
+    tasks: str = "contrastive,rotation,inpainting"  # tasks of the MTL row, any of these; the SSL row is contrastive
+    reverse_steps: int = 40  # K, number of iterations
+    reverse_step_size: float = 2 / 255  # eta, step size
+    reverse_eps: float = 16 / 255  # eps_v, radius of the ball around x
+    weights: str = "1,1,1"  # of the contrastive, rotation and inpainting loss (their code: 1,50,10)
+    views: int = 4  # views of each image in the contrastive loss
+    negatives: Literal["bank", "batch"] = "bank"  # of the contrastive loss: views of training images, or of the other images of the batch
+    bank: int = 512  # number of training images whose views are the negatives
+    as_published: bool = False  # also evaluate what the authors' code computes
+    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of that code. b8f5ea7: the last, which increases the losses; 855d32d: the last that decreases them
     # attackers
-    attacks: str = "pgd,aware,bpda,unrolled"  # any of pgd, aware, bpda, unrolled, suite, suite-fast
-    lambdas: str = "0,0.5,1,2,5,10"  # weights of L in the attack `aware`
+    attacks: str = "pgd,aware,bpda,unrolled"  # besides pgd, any of aware, bpda, unrolled, suite, suite-fast
+    lambdas: str = "0,0.5,1,2,5,10"  # of the attack aware, one attack for each
     adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended; the point of highest loss counts
-    eot: int = 4  # draws of the defence per step of these that their loss is the mean of
+    eot: int = 4  # draws of the defence over which bpda and unrolled average their loss and its gradient
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the epoch
     eval_examples: int = 0  # test images, drawn once and for all; 0: all
-    eval_batch_size: int = 512  # images per batch of the evaluation
+    eval_batch_size: int = 128  # images per batch of the evaluation over all GPUs (their code: 512 or 50)
     eval_amp: bool = False  # classify and attack in mixed precision instead of float32
     sweep: bool = False  # also accuracy over K and for eps_v of half, 3/4, 1 and 1 1/2 of --reverse-eps
 
@@ -138,11 +142,95 @@ class Args:
         dataset="digits", image_size=8, flip=False, arch="preact18", width=0.125, epochs=10, batch_size=64, lr=0.05, eps=0.1, attack_steps=7,
         branch_epochs=15, branch_batch_size=64, branch_lr=0.05, head_batch_size=256, head_lr=1e-2, branch_width=0.25, inpaint_size=32, crop=0.5,
         reverse_steps=10, reverse_step_size=0.04, reverse_eps=0.15, weights="1,10,50", bank=64, attacks="pgd,aware,bpda,unrolled,suite-fast", lambdas="0.1,1",
-        adaptive_steps=5, eval_examples=150,
+        adaptive_steps=5, eot=1, eval_examples=150,
     )  # fmt: skip
 
 
 TASKS = ("contrastive", "rotation", "inpainting")
+
+
+# ---- the reversal: Algorithm 1 -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Defence:
+    """A row of the table: the tasks that move an image, with the weights of their losses. Without tasks the classifier stands alone."""
+
+    name: str
+    branches: dict[str, nn.Module]  # task: its network, which maps images to losses (B,)
+    weights: dict[str, float]
+    args: Args
+    bank: Tensor | None = None  # (M, 16), negatives of L_s; None: the other images of the batch
+    sign: bool = False  # steps along the gradient's signs, as in Mao et al.
+
+
+def ssl_loss(defence: Defence, task: str, z: Tensor, seeds: Tensor) -> Tensor:
+    """A task's weighted loss per image, (B,). seeds: int64 (B,), from which the views are drawn."""
+    branch, weight = defence.branches[task], defence.weights[task]
+    if task != "contrastive":
+        return weight * branch(z)
+    views = defence.args.views
+    rand = image_rand(torch.cat([mix_seeds(seeds, v) for v in range(views)]))
+    return weight * branch(z, views, rand, defence.bank)
+
+
+def whose_turn(tasks: Iterable[str], k: int) -> list[str]:
+    """The tasks that move the image in iteration k = 1, 2, ...: lines 4, 6 and 8. Rotation and inpainting take turns if both are there."""
+    waiting = "inpainting" if k % 2 == 0 else "rotation"
+    return [t for t in tasks if t != waiting or not {"rotation", "inpainting"} <= set(tasks)]
+
+
+def direction(g: Tensor, sign: bool) -> Tensor:
+    """Where a gradient (B, 3, S, S) points: divided by its largest entry, or its signs. The derivative of these, for attackers, is taken
+    to be that of the former, since a sign has none (BPDA)."""
+    scaled = g / (g.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
+    return scaled + (g.sign() - scaled).detach() if sign else scaled
+
+
+def reverse_step(z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor, differentiable: bool = False) -> Tensor:
+    """Iteration k of Algorithm 1: from z to the next image, in the ball around x. differentiable: so that its derivative can be taken."""
+    args, turn, losses, move = defence.args, whose_turn(defence.branches, k), {}, 0
+    with torch.enable_grad():
+        z = z if differentiable else z.detach().requires_grad_()
+        for task in defence.branches:
+            with torch.set_grad_enabled(differentiable or task in turn):  # of the third only the value is needed
+                losses[task] = ssl_loss(defence, task, z, mix_seeds(seeds, k))
+        L = sum(losses.values())  # line 3, (B,)
+        for task in turn:  # lines 4 to 9
+            (g,) = torch.autograd.grad(losses[task].sum(), z, create_graph=differentiable)
+            move = move + (losses[task] / L).view(-1, 1, 1, 1) * direction(g, defence.sign)
+        z = z - args.reverse_step_size * move
+        z = torch.clamp(z, x - args.reverse_eps, x + args.reverse_eps).clamp(0, 1)  # line 10
+    return z if differentiable else z.detach()
+
+
+def start(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+    """Line 1: noise, uniform in the ball."""
+    noise = 2 * image_uniform(mix_seeds(seeds, 0), x.shape[1:].numel()).view_as(x) - 1
+    return (x + defence.args.reverse_eps * noise).clamp(0, 1)
+
+
+def trajectory(x: Tensor, defence: Defence, seeds: Tensor) -> Iterator[Tensor]:
+    """The images of Algorithm 1: x with noise, then after each of the K iterations; x itself if there are none, or no tasks."""
+    if not defence.branches or defence.args.reverse_steps == 0:
+        yield x
+        return
+    z = start(x, defence, seeds)
+    yield z
+    for k in range(1, defence.args.reverse_steps + 1):
+        z = reverse_step(z, x, k, defence, seeds)
+        yield z
+
+
+def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+    """Algorithm 1: images x (B, 3, S, S) in [0, 1], attacked or not, to x'.
+
+    seeds: int64 (B,), an image's noise and views are drawn from its own; with a bank of negatives, nothing depends on the batch.
+    """
+    if defence.name == "as published":
+        return reverse_as_published(x, defence, seeds)
+    (last,) = collections.deque(trajectory(x, defence, seeds), maxlen=1)
+    return last
 
 
 # ---- the tasks: networks and losses --------------------------------------------------------------------------------
@@ -158,7 +246,7 @@ class Contrastive(nn.Module):
         self.crop, self.flip, self.temperature = args.crop, args.flip, args.temperature
 
     def augment(self, x: Tensor, rand: Callable) -> Tensor:
-        """A view of each image: crop, mirror, colour jitter, grey with probability 0.2 (the branch's strengths; no blur)."""
+        """A view of each image: crop, mirror, colour jitter, grey with probability 0.2 (their code's strengths; no blur)."""
         x = random_resized_crop(x, (self.crop, 1.0), rand=rand)
         x = random_flip(x, rand) if self.flip else x
         x = color_jitter(x, 0.8, 0.8, 0.8, 0.2, p=1.0, rand=rand)
@@ -169,26 +257,30 @@ class Contrastive(nn.Module):
         v = self.augment(x.repeat(views, 1, 1, 1), rand)  # the first view of all images, then the second, ...
         return F.normalize(self.head(self.net.features(v)), dim=1).unflatten(0, (views, len(x))).transpose(0, 1)
 
-    def forward(
-        self, x: Tensor, views: int = 2, rand: Callable = torch.rand, bank: Tensor | None = None, first_positive: bool = False
-    ) -> Tensor:
-        """L_s per image, (B,). bank: (M, 16), the negatives; None: the views of all other images of the batch, on all GPUs."""
+    def losses(self, x: Tensor, views: int = 2, rand: Callable = torch.rand, bank: Tensor | None = None) -> Tensor:
+        """For each image, -log of the share of view j among all that view i is compared with: (B, V, V); i = j is not meant.
+
+        bank: (M, 16), the negatives; None: the views of all other images of the batch, on all GPUs.
+        """
         z = self.embed(x, views, rand)
-        positive = z @ z.mT / self.temperature  # (B, V, V): z_i z_j / tau
-        same = torch.eye(views, dtype=torch.bool, device=x.device)
+        similar = z @ z.mT / self.temperature  # (B, V, V): z_i z_j / tau
         if bank is not None:
             negative = z @ bank.T / self.temperature  # (B, V, M)
         else:
-            everyone, first = gather(z)
-            negative = (z.flatten(0, 1) @ everyone.flatten(0, 1).T / self.temperature).unflatten(0, z.shape[:2])  # (B, V, N V)
-            of = torch.arange(len(everyone), device=x.device).repeat_interleave(views)
-            own = of == first + torch.arange(len(x), device=x.device)[:, None]  # (B, N V)
-            negative = negative.masked_fill(own[:, None], -math.inf)
-        every = torch.cat([positive.masked_fill(same, -math.inf), negative], 2).logsumexp(2, keepdim=True)  # the sum over k
-        loss = every - positive  # (B, V, V): y_ij = 1 for all but i = j
-        if first_positive:  # the branch: one other view is the right answer, the rest count as wrong ones
-            return torch.cat([loss[:, :1, 1], loss[:, 1:, 0]], 1).mean(1)
-        return loss.masked_fill(same, 0).sum((1, 2)) / (views * (views - 1))
+            every_z, first = gather(z)  # (N, V, 16)
+            negative = (z.flatten(0, 1) @ every_z.flatten(0, 1).T / self.temperature).unflatten(0, z.shape[:2])  # (B, V, N V)
+            image_of_view = torch.arange(len(every_z), device=x.device).repeat_interleave(views)
+            same_image = image_of_view == first + torch.arange(len(x), device=x.device)[:, None]  # (B, N V)
+            negative = negative.masked_fill(same_image[:, None], -math.inf)
+        itself = torch.eye(views, dtype=torch.bool, device=x.device)
+        log_sum = torch.cat([similar.masked_fill(itself, -math.inf), negative], 2).logsumexp(2, keepdim=True)  # the sum over k
+        return log_sum - similar
+
+    def forward(self, x: Tensor, views: int = 2, rand: Callable = torch.rand, bank: Tensor | None = None) -> Tensor:
+        """L_s per image, (B,): the mean over the pairs of different views, of which y_ij = 1."""
+        losses = self.losses(x, views, rand, bank)
+        itself = torch.eye(views, dtype=torch.bool, device=x.device)
+        return losses.masked_fill(itself, 0).sum((1, 2)) / (views * (views - 1))
 
 
 def gather(z: Tensor) -> tuple[Tensor, int]:
@@ -240,12 +332,9 @@ class Rotation(nn.Module):
         return ce_per_image(self.net(turned, "rotation"), k).unflatten(0, (4, len(x))).mean(0)  # (B,)
 
 
-CONTEXT_CHANNELS = (64, 64, 128, 256, 512)  # after each halving of 128 pixels to 4; smaller images need fewer
-
-
-def halvings(size: int) -> int:
-    """How often an image of `size` pixels is halved until 4 are left."""
-    return int(math.log2(size)) - 2
+def context_channels(size: int) -> list[int]:
+    """Channels after each halving of an image of `size` pixels to 4: 64, 64, 128, 256, 512 for 128 pixels."""
+    return [min(64 * 2 ** max(i - 1, 0), 512) for i in range(int(math.log2(size)) - 2)]
 
 
 class ContextEncoder(nn.Module):
@@ -253,7 +342,7 @@ class ContextEncoder(nn.Module):
 
     def __init__(self, size: int, width: float):
         super().__init__()
-        channels = [3] + [max(1, round(c * width)) for c in CONTEXT_CHANNELS[: halvings(size)]]
+        channels = [3] + [max(1, round(c * width)) for c in context_channels(size)]
         self.dim = max(1, round(4000 * width))
         layers = []
         for c_in, c_out in zip(channels, channels[1:], strict=False):
@@ -269,7 +358,7 @@ class ContextDecoder(nn.Module):
 
     def __init__(self, dim: int, size: int, width: float):
         super().__init__()
-        middle = [max(1, round(c * width)) for c in CONTEXT_CHANNELS[1:][: halvings(size) - 1]][::-1]
+        middle = [max(1, round(c * width)) for c in context_channels(size)[1:]][::-1]
         channels = [dim, *middle, 3]
         layers = []
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
@@ -307,11 +396,10 @@ class Inpainting(nn.Module):
         centre = slice(self.size // 4, 3 * self.size // 4)
         return painted, 2 * x[:, :, centre, centre] - 1, slice(border, self.size // 2 - border)
 
-    def forward(self, x: Tensor, whole_centre: bool = False) -> Tensor:
-        """L_i per image, (B,). whole_centre: with the visible border, as in the branch."""
+    def forward(self, x: Tensor) -> Tensor:
+        """L_i per image, (B,)."""
         painted, truth, hole = self.paint(x)
-        error = (painted - truth) ** 2
-        return (error if whole_centre else error[:, :, hole, hole]).mean((1, 2, 3))
+        return (painted - truth)[:, :, hole, hole].square().mean((1, 2, 3))
 
 
 class Shared(nn.ModuleDict):
@@ -337,86 +425,79 @@ def build_branches(args: Args, victim: Network) -> dict[str, nn.Module]:
     return dict(zip(TASKS, tasks, strict=True))
 
 
-# ---- the reversal: Algorithm 1 -------------------------------------------------------------------------------------
+# ---- what the authors' code computes ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Defence:
-    """The tasks that move an image, with the weights of their losses; without tasks the classifier stands alone."""
+def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
+    """What the code linked in the paper computes (attack_constrastive_Mhead at --commit); its last commit increases the losses.
 
-    name: str
-    branches: dict[str, nn.Module]
-    weights: dict[str, float]
-    args: Args
-    bank: Tensor | None = None  # (M, 16), negatives of L_s
-    sign: bool = False  # steps along the gradient's sign, as in Mao et al.
-
-
-def ssl_loss(defence: Defence, task: str, z: Tensor, seeds: Tensor) -> Tensor:
-    """A task's weighted loss per image, (B,). seeds: int64 (B,), from which the views are drawn."""
-    branch, weight = defence.branches[task], defence.weights[task]
-    if task != "contrastive":
-        return weight * branch(z)
-    views = defence.args.views
-    rand = image_rand(torch.cat([mix_seeds(seeds, v) for v in range(views)]))
-    return weight * branch(z, views, rand, defence.bank)
-
-
-def whose_turn(tasks: Any, k: int) -> list[str]:
-    """The tasks that move the image in iteration k = 1, 2, ...: lines 4, 6 and 8. Rotation and inpainting take turns if both are there."""
-    absent = "inpainting" if k % 2 == 0 else "rotation"
-    return [t for t in tasks if t != absent or not {"rotation", "inpainting"} <= set(tasks)]
-
-
-def reverse_step(z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor, differentiable: bool = False) -> Tensor:
-    """Iteration k of Algorithm 1: from z to the next image, in the ball around x. differentiable: so that its derivative can be taken."""
-    args = defence.args
-    with torch.enable_grad():
-        z = z if differentiable else z.detach().requires_grad_()
-        turn, losses, move = whose_turn(defence.branches, k), {}, 0
-        for task in defence.branches:
-            with torch.set_grad_enabled(differentiable or task in turn):  # of the third only the value is needed
-                losses[task] = ssl_loss(defence, task, z, mix_seeds(seeds, k))
-        total = sum(losses.values())  # line 3, per image
-        for task in turn:
-            (g,) = torch.autograd.grad(losses[task].sum(), z, create_graph=differentiable)
-            direction = g / (g.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
-            if defence.sign:  # whose derivative is taken to be that of the normalised gradient
-                direction = direction + (g.sign() - direction).detach()
-            share = losses[task] / total
-            move = move + (share if differentiable else share.detach()).view(-1, 1, 1, 1) * direction
-        z = z - args.reverse_step_size * move  # lines 4 to 9
-        z = torch.clamp(z, x - args.reverse_eps, x + args.reverse_eps).clamp(0, 1)  # line 10
-    return z if differentiable else z.detach()
-
-
-def start(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
-    """Line 1: noise, uniform in the ball."""
-    noise = 2 * image_uniform(mix_seeds(seeds, 0), x.shape[1:].numel()).view_as(x) - 1
-    return (x + defence.args.reverse_eps * noise).clamp(0, 1)
-
-
-def trajectory(x: Tensor, defence: Defence, seeds: Tensor) -> Iterator[Tensor]:
-    """The images of Algorithm 1: x with noise, then after each of the K iterations; x itself if there are none, or no tasks."""
-    if not defence.branches or defence.args.reverse_steps == 0:
-        yield x
-        return
-    z = start(x, defence, seeds)
-    yield z
-    for k in range(1, defence.args.reverse_steps + 1):
-        z = reverse_step(z, x, k, defence, seeds)
-        yield z
-
-
-def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
-    """Algorithm 1: the images x (B, 3, S, S) in [0, 1] with what attacks did to them reversed, as far as it goes.
-
-    seeds: int64 (B,), an image's noise and views are drawn from its own; with a bank of negatives, nothing depends on the batch.
+    Three perturbations with starts of their own, of which the first is the result. The other two are copied from it only in their own
+    turn, so their gradients are two iterations old. Rotation and inpainting networks: in train mode, on images that are not normalised;
+    L_i is the mean over the whole centre, the visible border included. Weights L_t / L of the whole batch, with 1:50:10. L_s: negatives are
+    the batch; of three positives the first counts; one draw of the augmentation for all images of a view.
     """
-    if defence.name == "as published":
-        return reverse_as_published(x, defence, seeds)
-    *_, last = trajectory(x, defence, seeds)
-    return last
+    args, branches, size = defence.args, defence.branches, defence.branches["inpainting"].size
+    generator = torch.Generator(x.device).manual_seed(int(seeds[0]) % 2**63) if len(x) else None
+    eps, eta = args.reverse_eps, args.reverse_step_size
+
+    def uniform(like: Tensor) -> Tensor:
+        noise = 2 * torch.rand(like.shape, generator=generator, device=x.device) - 1
+        return (like + eps * noise).clamp(0, 1) - like
+
+    def once_per_view(n: int, *shape: int, device: torch.device) -> Tensor:
+        drawn = torch.rand(args.views, 1, *shape, generator=generator, device=device)
+        return drawn.expand(-1, n // args.views, *[-1] * len(shape)).flatten(0, 1)
+
+    def raw(net: Network, z: Tensor) -> Tensor:
+        return z * net.std + net.mean  # what the network's own normalisation undoes
+
+    def first_positive(losses: Tensor) -> Tensor:  # (B, V, V) -> (B, V)
+        return torch.cat([losses[:, :1, 1], losses[:, 1:, 0]], 1)
+
+    def scaled(g: Tensor) -> Tensor:
+        return g / (g.abs().amax(1 if args.commit == "855d32d" else (1, 2, 3), keepdim=True) + 1e-12)
+
+    scale = size // x.shape[3]
+    bound = 1 / math.sqrt(3 * scale**2)  # PyTorch's initial weights of a convolution
+    weight, bias = (bound * (2 * torch.rand(shape, generator=generator, device=x.device) - 1) for shape in ((3, 3, scale, scale), (3,)))
+    big = enlarge(x, size)
+    delta = {"contrastive": uniform(x), "rotation": uniform(x), "inpainting": uniform(big)}
+    for i in range(args.reverse_steps):
+        z = {t: ((big if t == "inpainting" else x) + delta[t]).requires_grad_() for t in TASKS}
+        turn = "rotation" if i % 2 else "inpainting"
+        with torch.enable_grad(), contextlib.ExitStack() as modes:
+            for t in ("rotation", "inpainting"):
+                modes.enter_context(batchnorm_mode(branches[t], "train"))
+            painted, truth, _ = branches["inpainting"].paint(raw(branches["inpainting"].net, z["inpainting"]))
+            losses = {
+                "contrastive": first_positive(branches["contrastive"].losses(z["contrastive"], args.views, once_per_view)).mean(),
+                "rotation": 50 * branches["rotation"](raw(branches["rotation"].net, z["rotation"])).mean(),
+                "inpainting": 10 * (painted - truth).square().mean(),
+            }
+            grads = {t: torch.autograd.grad(losses[t], z[t])[0] for t in ("contrastive", turn)}
+        if turn == "inpainting":  # back to 32 pixels by a convolution with random weights, drawn once per call
+            grads[turn] = F.conv2d(grads[turn], weight, bias, stride=scale)
+        total = sum(losses.values())
+        for t in ("contrastive", turn):
+            step = eta * (losses[t] / total).detach() * scaled(grads[t])
+            moved = delta["contrastive"] - step if args.commit == "855d32d" else delta["contrastive"] + step
+            delta["contrastive"] = moved.clamp(-eps, eps)
+        delta["contrastive"] = (x + delta["contrastive"]).clamp(0, 1) - x
+        delta[turn] = enlarge(delta["contrastive"], size) if turn == "inpainting" else delta["contrastive"]
+    return (x + delta["contrastive"]).clamp(0, 1)
+
+
+# ---- the attackers -------------------------------------------------------------------------------------------------
+
+# What seeds are mixed with, so that no two uses draw the same: the defence after an attack, PGD's start, measuring losses, the bank of
+# negatives, the attackers' own draws.
+FOR_DEFENCE, FOR_START, FOR_MEASURE, FOR_BANK, FOR_ATTACKER = 1, 2, 3, 4, 1_000
+
+
+def logits_of(victim: Network, x: Tensor, args: Args) -> Tensor:
+    """F(x), in float32 unless --eval-amp."""
+    with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
+        return victim(x, "class")
 
 
 class Unrolled(torch.autograd.Function):
@@ -452,73 +533,6 @@ class Unrolled(torch.autograd.Function):
             x = ctx.x[rows].requires_grad_()
             first = start(x, defence, seeds)
         return for_x + torch.autograd.grad(first, x, g)[0]
-
-
-def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
-    """What the branch linked in the paper computes (attack_constrastive_Mhead at --commit); its last commit raises the losses.
-
-    Three perturbations with starts of their own, of which the first is the result; the others follow it on their own turn only, so their
-    gradients are of an image of two iterations before. Rotation and inpainting networks: in train mode, on images that are not normalised.
-    Weights L_t / L of the whole batch, with 1:50:10; negatives are the batch; one draw of the augmentation for all images of a view.
-    """
-    args, branches, size = defence.args, defence.branches, defence.branches["inpainting"].size
-    generator = torch.Generator(x.device).manual_seed(int(seeds[0]) % 2**63) if len(x) else None
-    eps, eta = args.reverse_eps, args.reverse_step_size
-
-    def uniform(like: Tensor) -> Tensor:
-        noise = 2 * torch.rand(like.shape, generator=generator, device=x.device) - 1
-        return (like + eps * noise).clamp(0, 1) - like
-
-    def once_per_view(n: int, *shape: int, device: torch.device) -> Tensor:
-        drawn = torch.rand(args.views, 1, *shape, generator=generator, device=device)
-        return drawn.expand(-1, n // args.views, *[-1] * len(shape)).flatten(0, 1)
-
-    def raw(net: Network, z: Tensor) -> Tensor:
-        return z * net.std + net.mean  # what the network's own normalisation undoes
-
-    def scaled(g: Tensor) -> Tensor:
-        return g / (g.abs().amax(1 if args.commit == "855d32d" else (1, 2, 3), keepdim=True) + 1e-12)
-
-    k = size // x.shape[3]
-    bound = 1 / math.sqrt(3 * k * k)  # PyTorch's initial weights of a convolution
-    weight, bias = (bound * (2 * torch.rand(shape, generator=generator, device=x.device) - 1) for shape in ((3, 3, k, k), (3,)))
-    big = enlarge(x, size)
-    delta = {"contrastive": uniform(x), "rotation": uniform(x), "inpainting": uniform(big)}
-    for i in range(args.reverse_steps):
-        z = {t: ((big if t == "inpainting" else x) + delta[t]).requires_grad_() for t in TASKS}
-        turn = "rotation" if i % 2 else "inpainting"
-        with torch.enable_grad(), contextlib.ExitStack() as modes:
-            for t in ("rotation", "inpainting"):
-                modes.enter_context(batchnorm_mode(branches[t], "train"))
-            losses = {
-                "contrastive": branches["contrastive"](z["contrastive"], args.views, once_per_view, None, first_positive=True).mean(),
-                "rotation": 50 * branches["rotation"](raw(branches["rotation"].net, z["rotation"])).mean(),
-                "inpainting": 10 * branches["inpainting"](raw(branches["inpainting"].net, z["inpainting"]), whole_centre=True).mean(),
-            }
-            grads = {t: torch.autograd.grad(losses[t], z[t])[0] for t in ("contrastive", turn)}
-        if turn == "inpainting":  # back to 32 pixels by a convolution with random weights, drawn once per call
-            grads[turn] = F.conv2d(grads[turn], weight, bias, stride=k)
-        total = sum(losses.values())
-        for t in ("contrastive", turn):
-            step = eta * (losses[t] / total).detach() * scaled(grads[t])
-            moved = delta["contrastive"] - step if args.commit == "855d32d" else delta["contrastive"] + step
-            delta["contrastive"] = moved.clamp(-eps, eps)
-        delta["contrastive"] = (x + delta["contrastive"]).clamp(0, 1) - x
-        delta[turn] = enlarge(delta["contrastive"], size) if turn == "inpainting" else delta["contrastive"]
-    return (x + delta["contrastive"]).clamp(0, 1)
-
-
-# ---- the attackers -------------------------------------------------------------------------------------------------
-
-# What seeds are mixed with, so that no two uses draw the same: the defence after an attack, PGD's start, measuring losses, the bank of
-# negatives, the attackers' own draws.
-FOR_DEFENCE, FOR_START, FOR_MEASURE, FOR_BANK, FOR_ATTACKER = 1, 2, 3, 4, 1_000
-
-
-def logits_of(victim: Network, x: Tensor, args: Args) -> Tensor:
-    """F(x), in float32 unless --eval-amp."""
-    with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
-        return victim(x, "class")
 
 
 def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defence: Defence, lam: float = 0.0) -> Tensor:
@@ -729,20 +743,20 @@ def get_branches(run: Run, args: Args, victim: Network, tasks: list[str], train_
 PAPER = {"none": (89.7, 63.9), "ssl": (86.6, 65.3), "mtl": (87.7, 65.6)}
 
 
-def paper_number(defence: str, kind: str, args: Args, published: bool) -> float | None:
-    """Table 1's accuracy, if the setting is the paper's, as far as that is known; published: --victim is Carmon et al.'s file."""
+def paper_number(defence: str, kind: str, args: Args, carmon: bool) -> float | None:
+    """Table 1's accuracy, if the setting is the paper's, as far as that is known; carmon: --victim is Carmon et al.'s file."""
     usual = Args()
     same = ("dataset", "image_size", "norm", "eps", "attack_steps", "step_size", "eval_examples", "eval_amp")
-    if defence != "none":  # Mao et al. and the branch, where the paper is silent; "8" may be half of what the branch calls 8
+    if defence != "none":  # as in their code where the paper is silent; its "8" may be half of what the code calls 8
         same += ("backbone", "tasks", "views", "temperature", "reverse_steps", "reverse_step_size") + (("weights",) if defence == "mtl" else ())
-        published = published and args.reverse_eps in (8 / 255, 16 / 255)
-    if not published or defence not in PAPER or kind not in ("none", "pgd") or any(getattr(args, k) != getattr(usual, k) for k in same):
+        carmon = carmon and args.reverse_eps in (8 / 255, 16 / 255)
+    if not carmon or defence not in PAPER or kind not in ("none", "pgd") or any(getattr(args, k) != getattr(usual, k) for k in same):
         return None
     return PAPER[defence][kind == "pgd"]
 
 
 def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_set: Images) -> list[Defence]:
-    """The rows of the table: none, SSL (Mao et al.), the --tasks, and what the branch computes if asked for."""
+    """The rows of the table: none, SSL (Mao et al.), that of --tasks, and what the authors' code computes if asked for."""
     weights = dict(zip(TASKS, numbers(args.weights), strict=True))
     bank = None
     if args.negatives == "bank":
@@ -753,7 +767,7 @@ def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_se
             return branches["contrastive"].embed(x, args.views, rand)
 
         bank = map_images(embed, some, run, args.eval_batch_size, indexed=True).flatten(0, 1)
-    tasks = args.tasks.split(",")
+    tasks = words(args.tasks)
     name = "mtl" if set(tasks) == set(TASKS) else "+".join(tasks)
     ours = Defence(name, {t: branches[t] for t in TASKS if t in tasks}, weights, args, bank)
     ssl = Defence("ssl", {"contrastive": branches["contrastive"]}, weights, args, bank, sign=True)
@@ -761,164 +775,184 @@ def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_se
 
 
 def jobs(defences: list[Defence]) -> list[tuple[str, float, list[Defence]]]:
-    """(attack, its lambda, the defences to judge by its images): all, if the attacker does not know the defence."""
-    args, on_all = defences[0].args, ("none", "pgd", "suite", "suite-fast")
-    kinds = ["none", *args.attacks.split(",")]
-    todo = [(kind, 0.0, [d for d in defences if d.name != "as published" or kind in ("none", "pgd")]) for kind in on_all if kind in kinds]
-    for d in defences:
-        for kind in [k for k in kinds if k not in on_all and d.name != "as published"]:
-            if d.name != "none" or kind == "bpda":  # else aware is PGD, and unrolled what bpda is: PGD continued
-                todo += [(kind, lam, [d]) for lam in (numbers(args.lambdas) if kind == "aware" else [0.0])]
+    """(attack, its lambda, the defences to judge by its images). Attacks that know F only are made once for all."""
+    args, known = defences[0].args, ("none", "pgd", "suite", "suite-fast")
+    kinds = ["none", "pgd", *words(args.attacks)]
+    attacked = [d for d in defences if d.name != "as published"]  # which PGD is enough for
+    todo = [(kind, 0.0, defences if kind in ("none", "pgd") else attacked) for kind in known if kind in kinds]
+    for d in attacked:
+        if not d.branches:  # the classifier alone: going through the defence means to go on with PGD
+            todo += [("bpda", 0.0, [d])] if {"bpda", "unrolled"} & set(kinds) else []
+            continue
+        todo += [("aware", lam, [d]) for lam in numbers(args.lambdas) if "aware" in kinds]
+        todo += [(kind, 0.0, [d]) for kind in ("bpda", "unrolled") if kind in kinds]
     return todo
 
 
-def judge(run: Run, args: Args, victim: Network, defences: list[Defence], test_set: Images, about: dict, published: bool) -> list[dict]:
-    """Rows of results.json: accuracies with standard errors, paired differences, losses before and after, the sweep."""
-    done = run.read("judged.json") or {"rows": []}  # one by one, so that a resumed run judges none twice
-    cells = done["rows"]  # {"name", "attack", "lambda", "right": "1101..."} or a row for results.json
-    labels, index = test_set.labels[test_set.index].to(run.device), test_set.index.to(run.device)
+@dataclass
+class Judge:
+    """The classifier and the test images, attacked and defended. `i` are the images' positions in the test set, int64 (B,)."""
 
-    def keep(rows: list[dict]) -> None:
-        cells.extend(rows)
-        run.write("judged.json", json.dumps({"script": run.script, "rows": cells}))
+    run: Run
+    args: Args
+    victim: Network
+    test_set: Images
 
-    def known(**what: Any) -> bool:
-        return any(all(cell.get(k) == v for k, v in what.items()) for cell in cells)
+    def seeds(self, i: Tensor) -> Tensor:
+        return mix_seeds(self.test_set.index[i.cpu()].to(i.device), self.args.seed)
 
-    def seeds_of(i: Tensor) -> Tensor:
-        return mix_seeds(index[i], args.seed)
+    def label(self, i: Tensor) -> Tensor:
+        return self.test_set.labels[self.test_set.index[i.cpu()]].to(i.device)
 
-    def right(x: Tensor, i: Tensor, defence: Defence) -> Tensor:
-        """Is F right on the images, after the defence? (b,)"""
-        logits = logits_of(victim, reverse(x, defence, mix_seeds(seeds_of(i), FOR_DEFENCE)), args)
+    def attacked(self, kind: str, x: Tensor, i: Tensor, defence: Defence, lam: float = 0.0) -> Tensor:
+        return attack(kind, x, self.label(i), self.seeds(i), self.victim, defence, lam)
+
+    def defended(self, x: Tensor, i: Tensor, defence: Defence) -> Tensor:
+        return reverse(x, defence, mix_seeds(self.seeds(i), FOR_DEFENCE))
+
+    def right(self, x: Tensor, i: Tensor) -> Tensor:
+        """Is F right on these images? 1 or 0, (B,)."""
+        logits = logits_of(self.victim, x, self.args)
         if not logits.isfinite().all():
             raise FloatingPointError("the classifier returns NaN or infinite logits, so its accuracy would mean nothing.")
-        return (logits.argmax(1) == labels[i]).float()
+        return (logits.argmax(1) == self.label(i)).float()
 
-    def attacked(kind: str, x: Tensor, i: Tensor, defence: Defence, lam: float = 0.0) -> Tensor:
-        return attack(kind, x, labels[i], seeds_of(i), victim, defence, lam)
+    def each(self, f: Callable, images: int = 0) -> Tensor:
+        """f(x, i) of all test images, or of the first (they are in random order)."""
+        some = self.test_set.subset(torch.arange(min(images or len(self.test_set), len(self.test_set))))
+        return map_images(f, some, self.run, self.args.eval_batch_size, indexed=True).cpu()
+
+
+def evaluate_all(judge: Judge, defences: list[Defence], epoch: int, carmon: bool) -> list[dict]:
+    """Rows of results.json: accuracies with standard errors, the table's cells, paired differences, losses, the sweep."""
+    run, args = judge.run, judge.args
+    done = run.read("judged.json") or {"rows": []}  # job by job, so that a resumed run does none twice
+    rows = done["rows"]
+
+    def keep(new: list[dict]) -> None:
+        rows.extend(new)
+        run.write("judged.json", json.dumps({"script": run.script, "rows": rows}))
+
+    def kept(**what: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in what.items()) for row in rows)
 
     for kind, lam, judged in jobs(defences):
-        cell = {"attack": kind, "lambda": lam}
-        if known(name=judged[0].name, **cell):
+        if kept(kind="bits", name=judged[0].name, attack=kind, **{"lambda": lam}):
             continue
         began = time.perf_counter()
-
-        def rights(x: Tensor, i: Tensor) -> Tensor:  # (b, defences)
-            x_adv = attacked(kind, x, i, judged[0], lam)  # noqa: B023
-            return torch.stack([right(x_adv, i, defence) for defence in judged], 1)  # noqa: B023
-
-        bits = map_images(rights, test_set, run, args.eval_batch_size, indexed=True).cpu()
-        keep([{"name": d.name} | cell | {"right": "".join("01"[int(b)] for b in column)} for d, column in zip(judged, bits.T.tolist(), strict=True)])
-        what = kind + (f", lambda {lam:g}" if kind == "aware" else "")
+        bits = judge.each(partial(rights, judge, kind, lam, judged))  # (n, defences)
+        keep([{"kind": "bits", "name": d.name, "attack": kind, "lambda": lam, "right": "".join("01"[int(b)] for b in column)}
+              for d, column in zip(judged, bits.T.tolist(), strict=True)])  # fmt: skip
         accuracies = ", ".join(f"{d.name} {100 * p:.2f}%" for d, p in zip(judged, bits.mean(0).tolist(), strict=True))
-        run.say(f"attack {what}: {accuracies} ({time.perf_counter() - began:.1f} s)")
-    some = test_set.subset(torch.arange(min(500, len(test_set))))
+        run.say(f"attack {kind}{f', lambda {lam:g}' if kind == 'aware' else ''}: {accuracies} ({time.perf_counter() - began:.1f} s)")
     for defence in defences[1:]:
-        if not known(kind="losses", name=defence.name):
-            plain = replace(defence, weights=dict.fromkeys(TASKS, 1.0))  # of the reversal, they are defence.weights
+        if not kept(kind="losses", name=defence.name):
+            keep(loss_rows(judge, defence))
+    if args.sweep and not kept(kind="sweep"):
+        keep([row for d in defences[1:3] for row in sweep_rows(judge, d)])  # SSL and --tasks
+    picture(judge, defences[2])
+    bits = {(row["name"], row["attack"], row["lambda"]): torch.tensor([float(b) for b in row["right"]]) for row in rows if row["kind"] == "bits"}
+    steps = dict.fromkeys(("pgd", "aware"), args.attack_steps) | dict.fromkeys(("bpda", "unrolled"), args.adaptive_steps)
+    accuracies = [
+        {"name": name, "attack": f"{kind}-{steps[kind]}" if kind in steps else kind, "lambda": lam, "norm": args.norm,
+         "eps": 0 if kind == "none" else args.eps, "examples": len(b)} | accuracy(b) | {"paper": paper_number(name, kind, args, carmon), "epoch": epoch}
+        for (name, kind, lam), b in bits.items()
+    ]  # fmt: skip
+    return accuracies + columns(bits) + [row for row in rows if row["kind"] != "bits"]
 
-            def losses(x: Tensor, i: Tensor) -> Tensor:  # (b, 3, tasks)
-                x_adv = attacked("pgd", x, i, defence)  # noqa: B023
-                images = x, x_adv, reverse(x_adv, defence, mix_seeds(seeds_of(i), FOR_DEFENCE))  # noqa: B023
-                return torch.stack([torch.stack([ssl_loss(plain, t, z, mix_seeds(seeds_of(i), FOR_MEASURE)) for t in plain.branches], 1) for z in images], 1)  # noqa: B023
 
-            values = map_images(losses, some, run, args.eval_batch_size, indexed=True)
-            keep([
-                {"kind": "losses", "name": defence.name, "task": task, "images": images, "mean": round(v.mean().item(), 4),
-                 "values": [float(f"{x:.4g}") for x in v.tolist()]}
-                for i, images in enumerate(("clean", "attacked", "reversed"))
-                for task, v in zip(defence.branches, values[:, i].T, strict=True)
-            ])  # fmt: skip
-    if args.sweep and not known(kind="sweep"):
-        keep(sweep(run, args, defences[1:3], test_set, right, attacked))
-    picture(run, defences[2], test_set, attacked, seeds_of)
-    rows, bits = [], {}
-    for cell in cells:
-        if "right" not in cell:
-            rows.append(cell)
-            continue
-        b = torch.tensor([float(c) for c in cell["right"]])
-        bits[cell["name"], cell["attack"], cell["lambda"]] = b
-        name, n, p = cell["attack"], len(b), b.mean().item()
-        steps = {"pgd": f"pgd-{args.attack_steps}", "aware": f"aware-{args.attack_steps}"}.get(name, f"{name}-{args.adaptive_steps}")
-        rows.append({
-            "name": cell["name"], "attack": steps if name in ("pgd", "aware", "bpda", "unrolled") else name, "lambda": cell["lambda"],
-            "norm": args.norm, "eps": 0 if name == "none" else args.eps, "examples": n, "accuracy": round(100 * p, 2),
-            "se": round(100 * math.sqrt(p * (1 - p) / n), 2), "paper": paper_number(cell["name"], name, args, published), "epoch": about["epoch"],
-        })  # fmt: skip
-    return rows + columns(bits)
+def rights(judge: Judge, kind: str, lam: float, judged: list[Defence], x: Tensor, i: Tensor) -> Tensor:
+    """Is F right on the attacked images behind each of the defences? (B, defences)."""
+    x_adv = judge.attacked(kind, x, i, judged[0], lam)
+    return torch.stack([judge.right(judge.defended(x_adv, i, d), i) for d in judged], 1)
+
+
+def accuracy(bits: Tensor) -> dict[str, float]:
+    """Accuracy in percent and its standard error, of (n,) 1 where right."""
+    p = bits.mean().item()
+    return {"accuracy": round(100 * p, 2), "se": round(100 * math.sqrt(p * (1 - p) / len(bits)), 2)}
 
 
 # The columns of the table: which attacks each is the strongest of. An adaptive attacker has them all.
-COLUMNS = {"clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "suite": ("suite", "suite-fast"),
-           "adaptive": ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")}  # fmt: skip
+COLUMNS = {
+    "clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "suite": ("suite", "suite-fast"),
+    "adaptive": ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast"),
+}  # fmt: skip
 
 
 def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
     """The table's cells, for each defence and column the accuracy under the strongest of its attacks, and paired differences between
     defences: mean and standard error of the difference per image. bits: (defence, attack, lambda): (n,) 1 where right."""
     rows, chosen = [], {}
-    names = list(dict.fromkeys(name for name, _, _ in bits))
-    for column, kinds in COLUMNS.items():
+    names, made = list(dict.fromkeys(name for name, _, _ in bits)), {kind for _, kind, _ in bits}
+    shown = {"clean", "pgd"} | ({"defence-aware"} if "aware" in made else set()) | ({"suite"} if {"suite", "suite-fast"} & made else set())
+    shown |= {"adaptive"} if {"bpda", "unrolled"} & made else set()
+    for column in [c for c in COLUMNS if c in shown]:
         for name in names:
-            mine = {key: b for key, b in bits.items() if key[0] == name and key[1] in kinds}
-            own = {"defence-aware": {"aware"}, "adaptive": {"bpda", "unrolled"}}.get(column, set(kinds))
-            if not mine or not any(key[1] in own for key in bits):
-                continue
-            if name == "as published" and column not in ("clean", "pgd"):
-                continue  # attacked by PGD only
-            key = min(mine, key=lambda k: mine[k].mean().item())
-            chosen[column, name] = b = mine[key]
-            n, p = len(b), b.mean().item()
-            rows.append({"kind": "column", "name": name, "column": column, "strongest": key[1], "lambda": key[2], "examples": n,
-                         "accuracy": round(100 * p, 2), "se": round(100 * math.sqrt(p * (1 - p) / n), 2)})  # fmt: skip
+            mine = {key: b for key, b in bits.items() if key[0] == name and key[1] in COLUMNS[column]}
+            if name != "as published" or column in ("clean", "pgd"):
+                key = min(mine, key=lambda k: mine[k].mean().item())
+                chosen[column, name] = mine[key]
+                rows.append({"kind": "column", "name": name, "column": column, "strongest": key[1], "lambda": key[2], "examples": len(mine[key])} | accuracy(mine[key]))
     for a, b in [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]:
         for column in COLUMNS:
             if (column, a) in chosen and (column, b) in chosen:
                 d = 100 * (chosen[column, a] - chosen[column, b])
-                rows.append({"kind": "difference", "name": f"{a} - {b}", "column": column, "examples": len(d),
-                             "difference": round(d.mean().item(), 2), "se": round(d.std().item() / math.sqrt(len(d)), 2)})  # fmt: skip
+                rows.append({"kind": "difference", "name": f"{a} - {b}", "column": column, "examples": len(d), "difference": round(d.mean().item(), 2),
+                             "se": round(d.std(correction=0).item() / math.sqrt(len(d)), 2)})  # fmt: skip
     return rows
 
 
-def sweep(run: Run, args: Args, defences: list[Defence], test_set: Images, right: Callable, attacked: Callable) -> list[dict]:
+def loss_rows(judge: Judge, defence: Defence, images: int = 500) -> list[dict]:
+    """The tasks' losses, not weighted, of clean images, attacked by PGD, and reversed."""
+    unweighted = replace(defence, weights=dict.fromkeys(TASKS, 1.0))
+    kinds = ("clean", "attacked", "reversed")
+
+    def losses(x: Tensor, i: Tensor) -> Tensor:  # (B, 3, tasks)
+        x_adv, seeds = judge.attacked("pgd", x, i, defence), mix_seeds(judge.seeds(i), FOR_MEASURE)
+        of = (x, x_adv, judge.defended(x_adv, i, defence))
+        return torch.stack([torch.stack([ssl_loss(unweighted, task, z, seeds) for task in defence.branches], 1) for z in of], 1)
+
+    values = judge.each(losses, images)
+    return [
+        {"kind": "losses", "name": defence.name, "task": task, "images": kind, "mean": round(v.mean().item(), 4), "values": [float(f"{x:.4g}") for x in v.tolist()]}
+        for c, kind in enumerate(kinds) for task, v in zip(defence.branches, values[:, c].T, strict=True)
+    ]  # fmt: skip
+
+
+def sweep_rows(judge: Judge, defence: Defence) -> list[dict]:
     """Accuracy over K (0: with the noise alone), on clean and on PGD's images, for several eps_v."""
-    rows = []
-    kept = [k for k in (0, 1, 2, 5, 10, 20, 40, 80, 160) if k < args.reverse_steps] + [args.reverse_steps]
-    nothing = Defence("none", {}, {}, args)
-    for defence in defences:
-        for factor in (0.5, 0.75, 1.0, 1.5):
-            radius = factor * args.reverse_eps
-            smaller = replace(defence, args=replace(args, reverse_eps=radius))
+    args, rows = judge.args, []
+    shown = [k for k in (0, 1, 2, 5, 10, 20, 40, 80, 160) if k < args.reverse_steps] + [args.reverse_steps]
+    for factor in (0.5, 0.75, 1.0, 1.5):
+        ball = replace(defence, args=replace(args, reverse_eps=factor * args.reverse_eps))
 
-            def along(x: Tensor, i: Tensor) -> Tensor:  # (b, 2, points)
-                out = []
-                for z in x, attacked("pgd", x, i, defence):  # noqa: B023
-                    seeds = mix_seeds(mix_seeds(test_set.index[i.cpu()].to(x.device), args.seed), FOR_DEFENCE)
-                    out.append(torch.stack([right(p, i, nothing) for k, p in enumerate(trajectory(z, smaller, seeds)) if k in kept], 1))  # noqa: B023
-                return torch.stack(out, 1)
+        def along(x: Tensor, i: Tensor) -> Tensor:  # (B, 2, points)
+            out, seeds = [], mix_seeds(judge.seeds(i), FOR_DEFENCE)
+            for z in x, judge.attacked("pgd", x, i, defence):
+                out.append(torch.stack([judge.right(p, i) for k, p in enumerate(trajectory(z, ball, seeds)) if k in shown], 1))  # noqa: B023
+            return torch.stack(out, 1)
 
-            accuracy = 100 * map_images(along, test_set, run, args.eval_batch_size, indexed=True).mean(0)  # (2, points)
-            for images, line in zip(("none", "pgd"), accuracy.tolist(), strict=True):
-                rows += [{"kind": "sweep", "name": defence.name, "attack": images, "reverse_eps": radius, "reverse_steps": k, "examples": len(test_set),
-                          "accuracy": round(a, 2)} for k, a in zip(kept, line, strict=True)]  # fmt: skip
-            run.say(f"{defence.name}, eps_v {eps_name(radius)}, K {kept[-1]}: clean {accuracy[0, -1]:.2f}, attacked {accuracy[1, -1]:.2f}")
+        means = 100 * judge.each(along).mean(0)  # (2, points)
+        for kind, line in zip(("none", "pgd"), means.tolist(), strict=True):
+            rows += [{"kind": "sweep", "name": defence.name, "attack": kind, "reverse_eps": ball.args.reverse_eps, "reverse_steps": k,
+                      "examples": len(judge.test_set), "accuracy": round(a, 2)} for k, a in zip(shown, line, strict=True)]  # fmt: skip
+        judge.run.say(f"{defence.name}, eps_v {eps_name(ball.args.reverse_eps)}, K {shown[-1]}: clean {means[0, -1]:.2f}, attacked {means[1, -1]:.2f}")
     return rows
 
 
-def picture(run: Run, defence: Defence, test_set: Images, attacked: Callable, seeds_of: Callable) -> None:
+def picture(judge: Judge, defence: Defence) -> None:
     """Write reversed.png: test images, attacked by PGD, reversed, and what the reversal added, magnified (grey is nothing)."""
-    few = test_set.subset(torch.arange(min(10, len(test_set))))
 
-    def shown(x: Tensor, i: Tensor) -> Tensor:
-        x_adv = attacked("pgd", x, i, defence)
-        return torch.stack([x, x_adv, reverse(x_adv, defence, mix_seeds(seeds_of(i), FOR_DEFENCE))], 1)
+    def rows(x: Tensor, i: Tensor) -> Tensor:
+        x_adv = judge.attacked("pgd", x, i, defence)
+        return torch.stack([x, x_adv, judge.defended(x_adv, i, defence)], 1)
 
-    x, x_adv, z = map_images(shown, few, run, len(few), indexed=True).unbind(1)
+    x, x_adv, z = judge.each(rows, 10).unbind(1)
     gain = 0.5 / max((z - x_adv).abs().max().item(), 1e-6)
     if world()[0] == 0:
-        save_image_grid(run.folder / "reversed.png", {"clean": x, "attacked": x_adv, "reversed": z, f"difference x {gain:.3g}": 0.5 + gain * (z - x_adv)})
+        grid = {"clean": x, "attacked": x_adv, "reversed": z, f"difference x {gain:.3g}": 0.5 + gain * (z - x_adv)}
+        save_image_grid(judge.run.folder / "reversed.png", grid)
 
 
 def show(results: dict, folder: str) -> None:
@@ -926,35 +960,32 @@ def show(results: dict, folder: str) -> None:
     args, rows = results["args"], results["rows"]
     cells = {(row["name"], row["column"]): row for row in rows if row.get("kind") == "column"}
     names, shown = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    first = next(iter(cells.values()))
     print(
         f"\n{args['dataset']}, {args['victim'] or args['arch']}, attacked with {args['norm']} eps {eps_name(args['eps'])}; accuracy (%) and its standard "
-        f"error on {first['examples']:,} test images. K {args['reverse_steps']}, eta {eps_name(args['reverse_step_size'])}, eps_v "
+        f"error on {cells['none', 'clean']['examples']:,} test images. K {args['reverse_steps']}, eta {eps_name(args['reverse_step_size'])}, eps_v "
         f"{eps_name(args['reverse_eps'])}.\n"
     )
     table = []
     for name in names:
         table.append([name] + [f"{cells[name, c]['accuracy']:.2f} ±{cells[name, c]['se']:.2f}" if (name, c) in cells else "" for c in shown])
-        known = {row["attack"].split("-")[0]: row["paper"] for row in rows if row["name"] == name and row.get("paper") is not None}
-        if known:
-            table.append(["  the paper"] + [f"{known[k]:.1f}" if (k := {"clean": "none"}.get(c, c)) in known else "" for c in shown])
-    for name in dict.fromkeys(row["name"] for row in rows if row.get("kind") == "difference"):
-        mine = {row["column"]: row for row in rows if row.get("kind") == "difference" and row["name"] == name}
-        table.append([name] + [f"{mine[c]['difference']:+.2f} ±{mine[c]['se']:.2f}" if c in mine else "" for c in shown])
+        paper = {row["attack"].split("-")[0]: row["paper"] for row in rows if row["name"] == name and row.get("paper") is not None}
+        if paper:
+            table.append(["  the paper"] + [f"{paper[k]:.1f}" if (k := {"clean": "none"}.get(c, c)) in paper else "" for c in shown])
+    differences = {(row["name"], row["column"]): row for row in rows if row.get("kind") == "difference"}
+    for name in dict.fromkeys(name for name, _ in differences):
+        table.append([name] + [f"{d['difference']:+.2f} ±{d['se']:.2f}" if (d := differences.get((name, c))) else "" for c in shown])
     print_table(["defence"] + [{"pgd": f"pgd-{args['attack_steps']}"}.get(c, c) for c in shown], table)
-    strongest = [
-        f"{name}: " + (f"aware with lambda {cell['lambda']:g}" if cell["strongest"] == "aware" else cell["strongest"])
-        for (name, column), cell in cells.items() if column in ("defence-aware", "adaptive") and name not in ("none", "as published")
-    ]  # fmt: skip
-    if strongest:
-        print(f"\nThe strongest, defence-aware and adaptive: {'; '.join(strongest)}.")
-    losses = [row for row in rows if row.get("kind") == "losses"]
-    table = []
-    for name, task in dict.fromkeys((row["name"], row["task"]) for row in losses):
-        mine = {row["images"]: row["mean"] for row in losses if (row["name"], row["task"]) == (name, task)}
-        table.append([f"{name}, {task}"] + [f"{mine[k]:.3f}" for k in ("clean", "attacked", "reversed")])
     print()
-    print_table(["loss of", "clean", "attacked", "reversed"], table)
+    for column in [c for c in ("defence-aware", "adaptive") if c in shown]:
+        by = {name: cells[name, column] for name in names if (name, column) in cells}
+        told = [f"{name} {c['strongest']}" + (f" with lambda {c['lambda']:g}" if c["strongest"] == "aware" else "") for name, c in by.items()]
+        print(f"{column}, the strongest attack on each: {', '.join(told)}.")
+    losses = {}
+    for row in [row for row in rows if row.get("kind") == "losses"]:
+        losses.setdefault(f"{row['name']}, {row['task']}", []).append(f"{row['mean']:.3f}")
+        n = len(row["values"])
+    print(f"\nThe tasks' losses, not weighted, of {n} test images, attacked by PGD-{args['attack_steps']}, and reversed:\n")
+    print_table(["loss", "clean", "attacked", "reversed"], [[name, *means] for name, means in losses.items()])
     print(f"\nresults.json, reversed.png and the checkpoints are in {folder}", flush=True)
 
 
@@ -965,8 +996,8 @@ def main(args: Args) -> dict:
     """Train what is not given, evaluate, print the table; returns what results.json holds ({} after --stage train-branches)."""
     check(args)
     given = load_carmon(args.victim) if args.victim else None
-    if given and "class" not in given["network"]["heads"]:
-        raise UserError(f"--victim {args.victim} has no head for classes; take a file such as best.pt.")
+    if given and not given["network"].get("heads", {}).get("class"):
+        raise UserError(f"--victim {args.victim} is no classifier; take a file such as best.pt, or classifier.pt of this script.")
     run = start_run(args, "mtl_reverse")
     results = run.finished() or protect(run, args, given)
     if results and world()[0] == 0:
@@ -974,11 +1005,16 @@ def main(args: Args) -> dict:
     return results
 
 
+def words(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def check(args: Args) -> None:
     """Raise UserError for flags that do not go together."""
-    tasks, attacks = args.tasks.split(","), args.attacks.split(",")
+    tasks, attacks = words(args.tasks), words(args.attacks)
     kinds = ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")
-    if not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
+    if not tasks or not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
         raise UserError(f"--tasks {args.tasks}: give some of {','.join(TASKS)}.")
     if not set(attacks) <= set(kinds):
         raise UserError(f"--attacks {args.attacks}: give some of {','.join(kinds)}.")
@@ -989,12 +1025,12 @@ def check(args: Args) -> None:
     for flag, size, low in ("image-size", args.image_size, 8), ("inpaint-size", args.inpaint_size, 32):
         if size < low or size & (size - 1):
             raise UserError(f"--{flag} {size} must be a power of 2, {low} or more.")
-    if args.inpaint_size < args.image_size:
+    if args.inpaint_size < args.image_size and args.backbone == "separate":
         raise UserError(f"--inpaint-size {args.inpaint_size} must be at least --image-size {args.image_size}.")
     if args.compile and "unrolled" in attacks:
         raise UserError("--compile makes networks without second derivatives, which the attack unrolled needs: leave out one of them.")
-    if args.stage == "evaluate" and not args.branches:
-        raise UserError("--stage evaluate needs --branches, the folder of a run with trained branches.")
+    if args.commit != Args.commit and not args.as_published:
+        raise UserError("--commit needs --as-published.")
     if args.branches and not args.victim:
         raise UserError("--branches were trained for a classifier: name it with --victim.")
     if args.as_published and (args.backbone == "shared" or set(tasks) != set(TASKS)):
@@ -1007,28 +1043,35 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
         args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
     )
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
-    if not len(val_set):
-        raise UserError("no held-out images to select epochs by: raise --val-fraction.")
-    test_set = draw(test_set, min(args.eval_examples or len(test_set), len(test_set)), seed=0)  # folders are sorted by class
+    test_set = draw(test_set, min(args.eval_examples or len(test_set), len(test_set)), seed=0)  # in random order: folders are sorted by class
+    if not args.branches:
+        if not len(val_set):
+            raise UserError("no held-out images to select epochs by: raise --val-fraction.")
+        for size in (args.branch_batch_size, args.head_batch_size, *([] if given else [args.batch_size])):
+            check_batches(len(train_set), size)
     if args.as_published:  # BatchNorm in train mode
-        check_batches(min(500, len(test_set)), args.eval_batch_size)
-    for size in (args.batch_size, args.branch_batch_size, args.head_batch_size):
-        check_batches(len(train_set), size)
+        check_batches(min(10, len(test_set)), args.eval_batch_size)
     if given and given["network"]["heads"]["class"] != len(test_set.classes):
         raise UserError(f"--victim knows {given['network']['heads']['class']} classes, {args.dataset} has {len(test_set.classes)}.")
-    run.begin()
-    victim, about = get_classifier(run, args, given, train_set, val_set)
-    tasks = [t for t in TASKS if t == "contrastive" or t in args.tasks.split(",")]  # contrastive: the SSL row
+    if not args.branches:
+        run.begin()
+    victim, checkpoint = get_classifier(run, args, given, train_set, val_set)
+    tasks = [t for t in TASKS if t == "contrastive" or t in words(args.tasks)]  # contrastive: the SSL row
     branches = get_branches(run, args, victim, tasks, train_set, val_set)
+    run.begin()
     if args.stage == "train-branches":
-        classifier = args.victim or run.folder / "classifier.pt"
-        run.say(f"The branches are in {run.folder}; go on with: python mtl_reverse.py --stage evaluate --victim {classifier} --branches {run.folder}")
+        usual = vars(Args()) | (Args.QUICK if args.quick else {}) | {"stage": "train-branches", "quick": False}
+        given_flags = {k: v for k, v in vars(args).items() if v != usual[k] and k not in ("out", "resume", "victim")}
+        flags = ["--victim", args.victim or run.folder / "classifier.pt", "--branches", run.folder]
+        for k, v in given_flags.items():
+            k = k.replace("_", "-")
+            flags += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", v]
+        run.say(f"The branches are in {run.folder}; go on with: python mtl_reverse.py {shlex.join(map(str, flags))}")
         return {}
     began = time.perf_counter()
-    defences = make_defences(run, args, branches, train_set)
-    published = given is not None and given["args"] == {} and given["network"]["width"] == 1 and given["network"]["arch"] == "wrn28_10"
+    carmon = given is not None and given["args"] == {} and given["network"]["arch"] == "wrn28_10" and given["network"]["width"] == 1
     with contextlib.nullcontext() if args.eval_amp else full_precision(nn.Identity()):  # no TF32 in what is not in mixed precision
-        rows = judge(run, args, victim, defences, test_set, about, published)
+        rows = evaluate_all(Judge(run, args, victim, test_set), make_defences(run, args, branches, train_set), checkpoint["epoch"], carmon)
     last = run.load("last.pt")
     seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
     return write_results(run, rows, seconds)

@@ -1,6 +1,7 @@
 """mtl_reverse.py: the tasks' losses, Algorithm 1, the authors' branch, attackers that know the defence, Carmon et al.'s file."""
 import json
 import math
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,7 +91,8 @@ def test_contrastive_loss_against_loops(parts):
     bank = F.normalize(torch.randn(5, 16), dim=1)
     for negatives in bank, None:
         got = head(x, views, rand(), negatives)
-        published = head(x, views, rand(), negatives, first_positive=True)
+        matrix = head.losses(x, views, rand(), negatives)
+        published = torch.cat([matrix[:, :1, 1], matrix[:, 1:, 0]], 1).mean(1)
         for i in range(6):
             others = negatives if negatives is not None else torch.cat([z[j] for j in range(6) if j != i])
             terms, firsts = [], []
@@ -150,7 +152,6 @@ def test_the_inpainting_network_of_128_pixels():
     assert not torch.equal(branch.paint(changed)[0], painted)
     error = (painted - truth)[:, :, 4:60, 4:60] ** 2
     assert branch(x).item() == pytest.approx(error.sum().item() / 9408, rel=1e-5)
-    assert branch(x, whole_centre=True).item() == pytest.approx(((painted - truth) ** 2).mean().item(), rel=1e-5)
 
 
 def test_the_rotation_network_is_that_of_gidaris():
@@ -243,15 +244,17 @@ def test_stays_in_the_ball_around_the_original_image(parts):
 
 @pytest.mark.parametrize("tasks", [TASKS, ("contrastive",), ("rotation",), ("inpainting",)])
 def test_losses_fall(parts, tasks):
+    """The sum that is descended, measured with other views than those of the descent, from x and from x with noise."""
     _, branches = parts
     x, seeds = some_images(20)
-    d = defence_of(branches, tasks=tasks, reverse_steps=40, reverse_step_size=0.02, views=4)
+    branches["contrastive"].crop = 0.9  # untrained features: of stronger augmentation a step would see little but noise
+    d = defence_of(branches, tasks=tasks, reverse_steps=40, reverse_step_size=0.02, views=8)
 
     def total(z):
-        return sum(ssl_loss(d, t, z, mix_seeds(seeds, 77)) for t in tasks)
+        return sum(ssl_loss(d, t, z, mix_seeds(seeds, n)) for t in tasks for n in range(70, 80)) / 10
 
     before, noisy, after = total(x), total(start(x, d, seeds)), total(reverse(x, d, seeds))
-    assert after.mean() < before.mean() and after.mean() < noisy.mean()
+    assert after.mean() < before.mean() and after.mean() < noisy.mean() - 0.01
     assert (after < noisy).float().mean() > 0.8
 
 
@@ -439,7 +442,13 @@ def test_the_random_convolution_is_drawn_once_per_call(parts, monkeypatch):
     _, branches = parts
     x, seeds = some_images()
     seen, conv2d = [], F.conv2d
-    monkeypatch.setattr(mtl_reverse.F, "conv2d", lambda g, w, b, stride: seen.append((w, b)) or conv2d(g, w, b, stride))
+
+    def spy(g, w, b=None, *more, **named):
+        if w.shape == (3, 3, 4, 4):
+            seen.append((w, b))
+        return conv2d(g, w, b, *more, **named)
+
+    monkeypatch.setattr(mtl_reverse.F, "conv2d", spy)
     for _ in range(2):
         reverse_as_published(x, defence_of(branches, bank=False, reverse_steps=4), seeds)
     reverse_as_published(x, defence_of(branches, bank=False, reverse_steps=1), seeds + 1)
@@ -465,7 +474,7 @@ def test_straight_through_takes_the_gradient_behind_the_defence(parts, monkeypat
     x, seeds = some_images()
     x = 0.2 + 0.6 * x
     y = victim(x).argmax(1)
-    d = defence_of(branches, adaptive_steps=1, eot=3)
+    d = defence_of(branches, adaptive_steps=1, eot=3, step_size=0.02)
     used = []
     monkeypatch.setattr(mtl_reverse, "reverse", lambda z, d, s: used.append((z, s)) or reverse(z, d, s))
     got = attack("bpda", x, y, seeds, victim, d)
@@ -478,7 +487,7 @@ def test_straight_through_takes_the_gradient_behind_the_defence(parts, monkeypat
         assert torch.allclose(z, x_pgd, atol=1e-6)
         z = reverse(z, d, s).requires_grad_()
         grad = grad + torch.autograd.grad(ce_per_image(victim(z), y).sum(), z)[0]
-    want = torch.clamp(torch.clamp(x_pgd + 0.2 * grad.sign(), x - 0.1, x + 0.1), 0, 1)
+    want = torch.clamp(torch.clamp(x_pgd + 0.02 * grad.sign(), x - 0.1, x + 0.1), 0, 1)
     moved = (got - want).abs().amax((1, 2, 3)) < 1e-5  # of the two points, the one of higher loss counts
     assert ((got - x_pgd).abs().amax((1, 2, 3)) < 1e-5)[~moved].all() and moved.sum() >= 3
 
@@ -513,17 +522,21 @@ def test_columns_and_their_errors():
             worst[name, column] = bits[key]
     d = (worst["mtl", "adaptive"] - worst["ssl", "adaptive"]).numpy()
     (row,) = [r for r in rows if r["kind"] == "difference" and r["name"] == "mtl - ssl" and r["column"] == "adaptive"]
-    assert row["difference"] == pytest.approx(100 * d.mean(), abs=0.01) and row["se"] == pytest.approx(100 * d.std(ddof=1) / math.sqrt(50), abs=0.01)
+    assert row["difference"] == pytest.approx(100 * d.mean(), abs=0.01) and row["se"] == pytest.approx(100 * d.std() / math.sqrt(50), abs=0.01)
 
 
 def test_which_attacks():
     """Those on the classifier alone are made once for all defences."""
     args = tiny(attacks="pgd,aware,bpda,unrolled,suite")
-    defences = [Defence(name, {}, {}, args) for name in ("none", "ssl", "as published")]
+    defences = [Defence(name, {} if name == "none" else {"rotation": None}, {}, args) for name in ("none", "ssl", "as published")]
     assert [(kind, lam, [d.name for d in on]) for kind, lam, on in jobs(defences)] == [
         ("none", 0, ["none", "ssl", "as published"]), ("pgd", 0, ["none", "ssl", "as published"]), ("suite", 0, ["none", "ssl"]),
         ("bpda", 0, ["none"]), ("aware", 0, ["ssl"]), ("aware", 5, ["ssl"]), ("bpda", 0, ["ssl"]), ("unrolled", 0, ["ssl"]),
     ]  # fmt: skip
+    pgd_only = [replace(d, args=tiny(attacks="pgd")) for d in defences]
+    assert [kind for kind, _, _ in jobs(pgd_only)] == ["none", "pgd"]
+    unrolled = [replace(d, args=tiny(attacks="unrolled")) for d in defences]  # PGD goes on against the classifier alone as long
+    assert [(kind, [d.name for d in on]) for kind, _, on in jobs(unrolled)][2:] == [("bpda", ["none"]), ("unrolled", ["ssl"])]
 
 
 def test_paper_numbers():
@@ -677,9 +690,9 @@ def test_results(trained):
 
 
 def test_evaluated_alone_with_given_branches(trained, tmp_path):
-    """--stage evaluate, with a classifier and branches of another run, gives that run's numbers."""
+    """The classifier and branches of another run give that run's numbers."""
     folder, results = trained
-    again = main(tiny(stage="evaluate", victim=str(folder / "classifier.pt"), branches=str(folder), attacks="pgd", out=str(tmp_path / "again")))
+    again = main(tiny(victim=str(folder / "classifier.pt"), branches=str(folder), attacks="pgd", out=str(tmp_path / "again")))
     accuracy = {(r["name"], r["attack"]): r["accuracy"] for r in results["rows"] if "kind" not in r and r["lambda"] == 0}
     for row in again["rows"]:
         if "kind" not in row:
@@ -734,15 +747,24 @@ def test_a_resumed_evaluation_judges_nothing_twice(trained, tmp_path, monkeypatc
 
 
 def test_stages_at_the_command_line(command, tmp_path):
-    code, out, err = command(mtl_reverse, *flags(TINY), "--stage", "train-branches", "--out", tmp_path / "a")
-    assert code == 0 and "go on with: python mtl_reverse.py --stage evaluate --victim" in out, err
-    code, out, err = command(
-        mtl_reverse, *flags(TINY), "--stage", "evaluate", "--victim", tmp_path / "a/classifier.pt", "--branches", tmp_path / "a", "--attacks", "pgd",
-        "--tasks", "rotation,inpainting", "--out", tmp_path / "b",
-    )  # fmt: skip
+    """The command that --stage train-branches prints is one that works."""
+    more = TINY | dict(attacks="pgd, bpda", tasks="rotation, inpainting", backbone="shared")
+    code, out, err = command(mtl_reverse, *flags(more), "--stage", "train-branches", "--out", tmp_path / "a")
     assert code == 0, err
-    for text in ("rotation+inpainting - ssl", "pgd-2", "loss of", "on 40 test images"):
+    line = out.split("go on with: python mtl_reverse.py ")[1].strip()
+    assert f"--victim {tmp_path}/a/classifier.pt --branches {tmp_path}/a" in line and "--stage" not in line
+    code, out, err = command(mtl_reverse, *shlex.split(line), "--out", tmp_path / "b")
+    assert code == 0, err
+    for text in ("rotation+inpainting - ssl", "pgd-2", "adaptive, the strongest attack on each: none", "of 40 test images", "on 40 test images"):
         assert text in out
+
+
+def test_only_what_table_1_shows(trained, command, tmp_path):
+    folder, _ = trained
+    code, out, err = command(
+        mtl_reverse, *flags(TINY | {"attacks": "pgd", "val_fraction": 0.0}), "--victim", folder / "classifier.pt", "--branches", folder, "--out", tmp_path / "a"
+    )
+    assert code == 0 and "adaptive" not in out and "defence-aware" not in out and "pgd-2" in out, err
 
 
 def test_a_victim_of_carmons_format_at_the_command_line(command, carmon, tmp_path):
@@ -762,7 +784,7 @@ def test_a_victim_of_carmons_format_at_the_command_line(command, carmon, tmp_pat
     (["--image-size", "24"], "power of 2"),
     (["--inpaint-size", "16"], "power of 2"),
     (["--image-size", "64"], "--inpaint-size"),
-    (["--stage", "evaluate"], "--branches"),
+    (["--commit", "855d32d"], "--as-published"),
     (["--branches", "x"], "--victim"),
     (["--compile"], "second derivatives"),
     (["--victim", "nothing.pt"], "nothing.pt"),
@@ -781,15 +803,18 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
     torch.manual_seed(1)
     other = build_model("preact18", {"class": 10}, width=1 / 16)
     common.save_checkpoint(tmp_path / "other.pt", {"network": other.spec, "model": other.state_dict(), "epoch": 1, "args": {}})
-    given = ["--stage", "evaluate", "--branches", folder]
+    given = ["--branches", folder]
     assert "another classifier" in one_sentence(mtl_reverse, *flags(TINY), *given, "--victim", tmp_path / "other.pt", "--out", tmp_path / "o")
     same = [*given, "--victim", folder / "classifier.pt", "--out", tmp_path / "p"]
     assert "branch_width" in one_sentence(mtl_reverse, *flags(TINY | {"branch_width": 0.125}), *same)
+    assert "temperature" in one_sentence(mtl_reverse, *flags(TINY | {"temperature": 0.5}), *same)
     same[-1] = tmp_path / "r"
     assert "no checkpoint" in one_sentence(mtl_reverse, *flags(TINY | {"backbone": "shared"}), *same)
     no_classes = build_model("preact18", {"rotation": 4}, width=1 / 16)
     common.save_checkpoint(tmp_path / "none.pt", {"network": no_classes.spec, "model": no_classes.state_dict(), "epoch": 1, "args": {}})
-    assert "no head for classes" in one_sentence(mtl_reverse, *flags(TINY), "--victim", tmp_path / "none.pt", "--out", tmp_path / "q")
+    for file in (tmp_path / "none.pt", folder / "rotation.pt", folder / "last.pt"):
+        assert "is no classifier" in one_sentence(mtl_reverse, *flags(TINY), "--victim", file, "--out", tmp_path / "q")
+    assert not any((tmp_path / k).exists() for k in "opqr")  # no folder is left behind
 
 
 GATHERED = """
