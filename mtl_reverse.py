@@ -142,7 +142,7 @@ class Args:
         dataset="digits", image_size=8, flip=False, arch="preact18", width=0.125, epochs=10, batch_size=64, lr=0.05, eps=0.1, attack_steps=7,
         branch_epochs=15, branch_batch_size=64, branch_lr=0.05, head_batch_size=256, head_lr=1e-2, branch_width=0.25, inpaint_size=32, crop=0.5,
         reverse_steps=10, reverse_step_size=0.04, reverse_eps=0.15, weights="1,10,50", bank=64, attacks="pgd,aware,bpda,unrolled,suite-fast", lambdas="0.1,1",
-        adaptive_steps=5, eot=1, eval_examples=150,
+        adaptive_steps=4, eot=1, eval_examples=150, eval_batch_size=256,
     )  # fmt: skip
 
 
