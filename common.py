@@ -173,7 +173,7 @@ def cli(main: Callable, args_class: type) -> None:
     except (UserError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; take a smaller --batch-size (or --width), or --amp bf16.")
+        sys.exit("error: out of GPU memory; take smaller batches (--batch-size or the like, see --help), a smaller --width, or --amp bf16.")
     except OSError as e:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if e.errno not in (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
@@ -379,7 +379,7 @@ class Run:
         """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last good one."""
         if world()[0] == 0:
             if not all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point()):
-                raise UserError(f"the weights became NaN or infinite; {name} was not written: take a smaller --lr, or --amp off.")
+                raise UserError(f"the weights became NaN or infinite; {name} was not written: take a smaller learning rate (--lr or the like), or --amp off.")
             save_checkpoint(self.folder / name, state)
 
     def load(self, name: str, *needed: str) -> dict | None:
@@ -669,7 +669,7 @@ class Epoch:
         if not math.isfinite(sum(float(v) for v in self.sums.values())):
             raise UserError(
                 f"the loss became NaN or infinite in epoch {self.epoch + 1}, at or just before step {self.step}; "
-                "no checkpoint was written since: take a smaller --lr, or --amp off."
+                "no checkpoint was written since: take a smaller learning rate (--lr or the like), or --amp off."
             )
 
     def interrupted(self) -> bool:
@@ -2069,7 +2069,7 @@ def load_carmon(path: str | Path) -> dict:
         weights[k] = given.pop(name).to(own[k].dtype)
     if given:
         raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: it holds {min(given)}.")
-    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train", "epoch": 0}
+    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train", "epoch": 0, "source": "Carmon et al. 2019"}
 
 
 def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:

@@ -22,12 +22,12 @@ The paper, attacked by PGD at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (
 
 The attackers (--attacks). pgd knows F only; it is the paper's. aware maximises CE(F(x)) - lambda L(x), so that little is left to reverse.
 bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates through all K iterations. suite:
-AutoPGD, MultiTargeted and Square on F. The defence draws noise and views anew after each attack.
+AutoPGD, MultiTargeted and Square on F. No attacker sees the defence's own draws of noise and views, which are the same for all.
 
 Differs from the paper, from its code (SelfSupDefense, branch one-by-one, commit b8f5ea7), or is our choice where both are silent:
 - their code increases the losses; the paper and ours decrease them. Their code maps the inpainting gradient from 128 to 32 pixels by a
   convolution with random weights; ours is the exact gradient (the sum over 4 x 4 pixels). Their rotation and inpainting networks see
-  images that are not normalised, in train mode. Their code keeps three perturbations, ours one. --as-published is their code;
+  images that are not normalised, in train mode. Their code keeps three perturbations, ours one. --as-published is their loop, on our networks;
 - the ball's centre is the image as it came (line 11 of Algorithm 1 would move it), and the result is clipped to [0, 1];
 - the losses are those of x', also in the first iteration (Algorithm 1 prints x, without the noise);
 - a gradient is divided by its largest entry, per image, as in their code (without that x' would hardly move); SSL takes its signs (Mao);
@@ -54,12 +54,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from common import (
     STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli, color_jitter,
@@ -108,10 +111,10 @@ class Args:
     branch_epochs: int = 200  # epochs of training each branch
     branch_batch_size: int = 128  # images per step over all GPUs, of rotation and inpainting (and of all if shared)
     branch_lr: float = 0.1  # initial learning rate of those
-    head_batch_size: int = 1024  # images per step of the contrastive head; the others of the batch are its negatives
+    head_batch_size: int = 1024  # images per step of the contrastive head (not if shared); the others of the batch are its negatives
     head_lr: float = 1e-4  # learning rate of the contrastive head (Adam)
     branch_width: float = 1.0  # multiplies the channels of the rotation and inpainting networks
-    inpaint_size: int = 128  # side to which images are enlarged for inpainting, a power of 2
+    inpaint_size: int = 128  # side to which images are enlarged for inpainting (not if shared), a power of 2
     crop: float = 0.08  # smallest share of an image's area that a view shows, in training and reversal
     temperature: float = 0.2  # tau of the contrastive loss, in training and reversal
     # reversal (Algorithm 1)
@@ -122,8 +125,8 @@ class Args:
     weights: str = "1,1,1"  # of the contrastive, rotation and inpainting loss (their code: 1,50,10)
     views: int = 4  # views of each image in the contrastive loss
     negatives: Literal["bank", "batch"] = "bank"  # of the contrastive loss: views of training images, or of the other images of the batch
-    bank: int = 512  # number of training images whose views are the negatives
-    as_published: bool = False  # also evaluate what the authors' code computes
+    bank: int = 512  # with --negatives bank: number of training images whose views they are
+    as_published: bool = False  # also evaluate what the authors' code computes, with its own weights and negatives
     commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of that code. b8f5ea7: the last, which increases the losses; 855d32d: the last that decreases them
     # attackers
     attacks: str = "pgd,aware,bpda,unrolled"  # besides pgd, any of aware, bpda, unrolled, suite, suite-fast
@@ -162,6 +165,7 @@ class Defence:
     args: Args
     bank: Tensor | None = None  # (M, 16), negatives of L_s; None: the other images of the batch
     sign: bool = False  # steps along the gradient's signs, as in Mao et al.
+    published: bool = False  # what the authors' code computes, in place of Algorithm 1
 
 
 def ssl_loss(defence: Defence, task: str, z: Tensor, seeds: Tensor) -> Tensor:
@@ -227,7 +231,7 @@ def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
 
     seeds: int64 (B,), an image's noise and views are drawn from its own; with a bank of negatives, nothing depends on the batch.
     """
-    if defence.name == "as published":
+    if defence.published:
         return reverse_as_published(x, defence, seeds)
     (last,) = collections.deque(trajectory(x, defence, seeds), maxlen=1)
     return last
@@ -429,7 +433,7 @@ def build_branches(args: Args, victim: Network) -> dict[str, nn.Module]:
 
 
 def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
-    """What the code linked in the paper computes (attack_constrastive_Mhead at --commit); its last commit increases the losses.
+    """The loop of the code linked in the paper (attack_constrastive_Mhead at --commit), on our networks; its last commit increases the losses.
 
     Three perturbations with starts of their own, of which the first is the result. The other two are copied from it only in their own
     turn, so their gradients are two iterations old. Rotation and inpainting networks: in train mode, on images that are not normalised;
@@ -524,7 +528,7 @@ class Unrolled(torch.autograd.Function):
         """From the derivative of something by the last images to that by the first, of some rows of the batch."""
         defence, seeds, for_x = ctx.defence, ctx.seeds[rows], torch.zeros_like(g)
         for k in range(len(ctx.points) - 1, 0, -1):
-            with torch.enable_grad():
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention kernels (ViTs) have no second derivative
                 z, x = ctx.points[k - 1][rows].requires_grad_(), ctx.x[rows].requires_grad_()
                 after = reverse_step(z, x, k, defence, seeds, differentiable=True)
             g, more = torch.autograd.grad(after, (z, x), g)  # x also is the centre of the ball
@@ -551,11 +555,15 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defe
         new = fresh()
         return class_loss(z) - lam * sum(ssl_loss(defence, t, z, new) for t in defence.branches)
 
+    def mean(defended: Callable) -> Tensor:  # over draws; checkpoint: F's graph is made again in turn, so that not all are kept
+        draws = args.eot if defence.branches else 1
+        return sum(checkpoint(class_loss, defended(), use_reentrant=False) for _ in range(draws)) / draws
+
     def straight_through(z: Tensor) -> Tensor:  # BPDA (Athalye et al. 2018): the reversal's derivative is taken to be the identity
-        return sum(class_loss(z + (reverse(z.detach(), defence, fresh()) - z).detach()) for _ in range(args.eot)) / args.eot
+        return mean(lambda: z + (reverse(z.detach(), defence, fresh()) - z).detach())
 
     def unrolled(z: Tensor) -> Tensor:
-        return sum(class_loss(Unrolled.apply(z, defence, fresh())) for _ in range(args.eot)) / args.eot
+        return mean(lambda: Unrolled.apply(z, defence, fresh()))
 
     if kind == "none":
         return x
@@ -604,6 +612,7 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, n
     if (done := run.load(f"{name}.pt")) is not None:
         load_weights(trained, done["model"], run.folder / f"{name}.pt")
         return done  # before the run was resumed
+    run.begin()
     if name == "classifier":
         epochs, batch_size, lr = args.epochs, args.batch_size, args.lr
     elif name == "contrastive":
@@ -689,7 +698,10 @@ def get_classifier(run: Run, args: Args, given: dict | None, train_set: Images, 
     mean, std = STATS[args.dataset]
     heads = {"class": len(train_set.classes)}
     network = given["network"] if given else {"arch": args.arch, "heads": heads, "width": args.width, "stem": args.stem, "mean": mean, "std": std}
-    victim = build_model(**network)
+    try:
+        victim = build_model(**network)
+    except (TypeError, ValueError, KeyError) as e:
+        raise UserError(f"--victim {args.victim} describes a network this version cannot build ({e}).") from None
     if given:
         load_weights(victim, given["model"], args.victim)
     place_model(victim, run.device, args.amp, args.compile)
@@ -748,8 +760,8 @@ def paper_number(defence: str, kind: str, args: Args, carmon: bool) -> float | N
     usual = Args()
     same = ("dataset", "image_size", "norm", "eps", "attack_steps", "step_size", "eval_examples", "eval_amp")
     if defence != "none":  # as in their code where the paper is silent; its "8" may be half of what the code calls 8
-        same += ("backbone", "tasks", "views", "temperature", "reverse_steps", "reverse_step_size") + (("weights",) if defence == "mtl" else ())
-        carmon = carmon and args.reverse_eps in (8 / 255, 16 / 255)
+        same += ("backbone", "views", "temperature", "reverse_steps", "reverse_step_size")
+        carmon = carmon and args.reverse_eps in (8 / 255, 16 / 255) and (defence == "ssl" or numbers(args.weights) == [1, 1, 1])
     if not carmon or defence not in PAPER or kind not in ("none", "pgd") or any(getattr(args, k) != getattr(usual, k) for k in same):
         return None
     return PAPER[defence][kind == "pgd"]
@@ -771,14 +783,14 @@ def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_se
     name = "mtl" if set(tasks) == set(TASKS) else "+".join(tasks)
     ours = Defence(name, {t: branches[t] for t in TASKS if t in tasks}, weights, args, bank)
     ssl = Defence("ssl", {"contrastive": branches["contrastive"]}, weights, args, bank, sign=True)
-    return [Defence("none", {}, {}, args), ssl, ours] + ([replace(ours, name="as published")] if args.as_published else [])
+    return [Defence("none", {}, {}, args), ssl, ours] + ([replace(ours, name="as published", published=True)] if args.as_published else [])
 
 
 def jobs(defences: list[Defence]) -> list[tuple[str, float, list[Defence]]]:
     """(attack, its lambda, the defences to judge by its images). Attacks that know F only are made once for all."""
     args, known = defences[0].args, ("none", "pgd", "suite", "suite-fast")
     kinds = ["none", "pgd", *words(args.attacks)]
-    attacked = [d for d in defences if d.name != "as published"]  # which PGD is enough for
+    attacked = [d for d in defences if not d.published]  # which PGD is enough for
     todo = [(kind, 0.0, defences if kind in ("none", "pgd") else attacked) for kind in known if kind in kinds]
     for d in attacked:
         if not d.branches:  # the classifier alone: going through the defence means to go on with PGD
@@ -1020,7 +1032,7 @@ def check(args: Args) -> None:
         raise UserError(f"--attacks {args.attacks}: give some of {','.join(kinds)}.")
     if len(weights := numbers(args.weights)) != 3 or not all(weights):
         raise UserError(f"--weights {args.weights}: give three numbers above 0, for L_s, L_r and L_i.")
-    if "aware" in attacks and not numbers(args.lambdas):
+    if not numbers(args.lambdas) and "aware" in attacks:
         raise UserError("--attacks aware needs --lambdas, such as 0,1,5.")
     for flag, size, low in ("image-size", args.image_size, 8), ("inpaint-size", args.inpaint_size, 32):
         if size < low or size & (size - 1):
@@ -1033,6 +1045,10 @@ def check(args: Args) -> None:
         raise UserError("--commit needs --as-published.")
     if args.branches and not args.victim:
         raise UserError("--branches were trained for a classifier: name it with --victim.")
+    if args.branches and not Path(args.branches).is_dir():
+        raise UserError(f"--branches {args.branches} is no folder: name that of a run which trained branches.")
+    if args.branches and args.stage == "train-branches":
+        raise UserError("--stage train-branches trains them: leave out --branches.")
     if args.as_published and (args.backbone == "shared" or set(tasks) != set(TASKS)):
         raise UserError("--as-published needs all three --tasks, and --backbone separate.")
 
@@ -1050,12 +1066,10 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
         for size in (args.branch_batch_size, args.head_batch_size, *([] if given else [args.batch_size])):
             check_batches(len(train_set), size)
     if args.as_published:  # BatchNorm in train mode
-        check_batches(min(10, len(test_set)), args.eval_batch_size)
+        check_batches(min(500, len(test_set)), args.eval_batch_size)
     if given and given["network"]["heads"]["class"] != len(test_set.classes):
         raise UserError(f"--victim knows {given['network']['heads']['class']} classes, {args.dataset} has {len(test_set.classes)}.")
-    if not args.branches:
-        run.begin()
-    victim, checkpoint = get_classifier(run, args, given, train_set, val_set)
+    victim, about = get_classifier(run, args, given, train_set, val_set)
     tasks = [t for t in TASKS if t == "contrastive" or t in words(args.tasks)]  # contrastive: the SSL row
     branches = get_branches(run, args, victim, tasks, train_set, val_set)
     run.begin()
@@ -1069,9 +1083,9 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
         run.say(f"The branches are in {run.folder}; go on with: python mtl_reverse.py {shlex.join(map(str, flags))}")
         return {}
     began = time.perf_counter()
-    carmon = given is not None and given["args"] == {} and given["network"]["arch"] == "wrn28_10" and given["network"]["width"] == 1
+    carmon = about.get("source") == "Carmon et al. 2019" and victim.spec["width"] == 1
     with contextlib.nullcontext() if args.eval_amp else full_precision(nn.Identity()):  # no TF32 in what is not in mixed precision
-        rows = evaluate_all(Judge(run, args, victim, test_set), make_defences(run, args, branches, train_set), checkpoint["epoch"], carmon)
+        rows = evaluate_all(Judge(run, args, victim, test_set), make_defences(run, args, branches, train_set), about.get("epoch", 0), carmon)
     last = run.load("last.pt")
     seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
     return write_results(run, rows, seconds)

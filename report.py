@@ -1205,7 +1205,7 @@ def filter_figure(states: dict[str, dict], out: Path) -> Path:
 def reversal_setting(result: dict) -> str:
     """The setting of a run of mtl_reverse.py in a few words."""
     a = result["args"]
-    hidden = NOT_THE_SETTING | {"dataset", "arch", "width", "norm", "eps", "victim", "branches", "attacks", "sweep", "as_published", "eval_batch_size"}
+    hidden = NOT_THE_SETTING | {"dataset", "arch", "width", "norm", "eps", "victim", "branches", "attacks", "sweep", "as_published"}
     network = a["victim"] or f"{a['arch']} x{a['width']:g}"
     n = next(row["examples"] for row in result["rows"] if row.get("kind") is None)
     parts = [dataset_name(result), network, f"attacked with {a['norm']} {eps_name(a['eps'])}", f"{n:,} test images", *(["--quick"] if a["quick"] else [])]

@@ -326,7 +326,7 @@ def test_as_published_raises_the_losses(parts):
     """Its last commit climbs the weighted sum that it computes, by rotation above all (50 of 61 parts); the one before descends."""
     _, branches = parts
     x, seeds = some_images(20)
-    d = defence_of(branches, "as published", bank=False, reverse_steps=20, reverse_step_size=0.02, views=4)
+    d = replace(defence_of(branches, bank=False, reverse_steps=20, reverse_step_size=0.02, views=4), published=True)
 
     def rotation(z):  # as it sees it
         net = branches["rotation"].net
@@ -337,6 +337,80 @@ def test_as_published_raises_the_losses(parts):
     descended = reverse(x, replace(d, args=replace(d.args, commit="855d32d")), seeds)
     assert rotation(climbed) > rotation(x) + 0.1 > rotation(descended) + 0.2
     assert (climbed - x).abs().max() <= 0.15 + 1e-6 and climbed.min() >= 0 and climbed.max() <= 1
+
+
+class PublishedContrastive(nn.Module):
+    """Losses of which only those of the first positive count: view 1 for view 0, view 0 for the others."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w, self.seen, self.draws = w, [], []
+
+    def losses(self, z, views, rand, bank=None):
+        self.seen.append(z.detach())
+        self.draws.append(rand(views * len(z), 5, device=z.device).unflatten(0, (views, len(z))))
+        first = torch.zeros(views, views)
+        first[0, 1] = first[1:, 0] = 1
+        value = 3 + (z * self.w).sum((1, 2, 3))
+        return torch.where(first > 0, value[:, None, None].expand(-1, views, views), 1000.0)
+
+
+class PublishedOther(nn.Module):
+    def __init__(self, w, size=0):
+        super().__init__()
+        self.w, self.size, self.seen = w, size, []
+        self.net = nn.Module()
+        self.net.mean, self.net.std = 0.25, 0.5
+
+    def forward(self, z):
+        self.seen.append((z.detach() - 0.25) / 0.5)  # what its network sees
+        return 1 + (z * self.w).sum((1, 2, 3))
+
+    def paint(self, z):
+        self.seen.append((z.detach() - 0.25) / 0.5)
+        return z * self.w, torch.zeros_like(z), slice(1, 3)
+
+
+@pytest.mark.parametrize("commit", ["b8f5ea7", "855d32d"])
+def test_as_published_line_by_line(commit, monkeypatch):
+    """Three perturbations, of which two are copied on their own turn only; weights 1:50:10 of the batch; signs and scaling by commit."""
+    g = torch.Generator().manual_seed(5)
+    x = 0.3 + 0.4 * torch.rand(4, 3, 4, 4, generator=g)
+    w = {t: 0.01 * torch.randn(3, 4, 4, generator=g) for t in ("contrastive", "rotation")} | {"inpainting": torch.rand(3, 16, 16, generator=g)}
+    branches = {"contrastive": PublishedContrastive(w["contrastive"]), "rotation": PublishedOther(w["rotation"]), "inpainting": PublishedOther(w["inpainting"], 16)}
+    convolutions, conv2d = [], F.conv2d
+    monkeypatch.setattr(mtl_reverse.F, "conv2d", lambda g, weight, bias, stride: convolutions.append((weight, bias)) or conv2d(g, weight, bias, stride))
+    eps, eta = 0.1, 0.05
+    d = Defence("as published", branches, {}, tiny(reverse_steps=4, reverse_step_size=eta, reverse_eps=eps, views=3, commit=commit), published=True)
+    result = reverse(x, d, mix_seeds(torch.arange(4), 0))
+    seen = {t: branches[t].seen for t in TASKS}
+    big = x.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    delta = {t: seen[t][0] - (big if t == "inpainting" else x) for t in TASKS}  # the starts
+    assert all(v.abs().max() <= eps + 1e-6 and v.abs().max() > 0.09 for v in delta.values())
+    for i in range(4):
+        z = {t: (big if t == "inpainting" else x) + delta[t] for t in TASKS}
+        assert all(torch.allclose(seen[t][i], z[t], atol=1e-6) for t in TASKS), i
+        losses = {
+            "contrastive": (3 + (z["contrastive"] * w["contrastive"]).sum((1, 2, 3))).mean(),
+            "rotation": 50 * (1 + ((0.5 * z["rotation"] + 0.25) * w["rotation"]).sum((1, 2, 3))).mean(),
+            "inpainting": 10 * ((0.5 * z["inpainting"] + 0.25) * w["inpainting"]).square().mean(),
+        }
+        other = "inpainting" if i % 2 == 0 else "rotation"
+        of_big = 10 * 2 * (0.5 * z["inpainting"] + 0.25) * w["inpainting"] ** 2 * 0.5 / z["inpainting"].numel()
+        grads = {"contrastive": w["contrastive"].expand(4, -1, -1, -1), "rotation": w["rotation"].expand(4, -1, -1, -1)}
+        grads["inpainting"] = conv2d(of_big, *convolutions[0], stride=4)
+        for t in ("contrastive", other):
+            g = grads[t]
+            top = g.abs().amax((1, 2, 3), keepdim=True) if commit == "b8f5ea7" else g.abs().amax(1, keepdim=True)  # of an image, or of a pixel's colours
+            step = eta * losses[t] / sum(losses.values()) * g / top
+            delta["contrastive"] = (delta["contrastive"] + (step if commit == "b8f5ea7" else -step)).clamp(-eps, eps)
+        delta["contrastive"] = (x + delta["contrastive"]).clamp(0, 1) - x
+        copied = delta["contrastive"]
+        delta[other] = copied.repeat_interleave(4, 2).repeat_interleave(4, 3) if other == "inpainting" else copied
+    assert torch.allclose(result, x + delta["contrastive"], atol=1e-5)
+    for draws in branches["contrastive"].draws:  # one for all images of a view, others for other views and iterations
+        assert (draws == draws[:, :1]).all() and len(draws[:, 0].unique()) == 15
+    assert len(torch.stack(branches["contrastive"].draws)[:, :, 0].unique()) == 60
 
 
 def test_as_published_sees_raw_images_in_train_mode(parts):
@@ -529,6 +603,7 @@ def test_which_attacks():
     """Those on the classifier alone are made once for all defences."""
     args = tiny(attacks="pgd,aware,bpda,unrolled,suite")
     defences = [Defence(name, {} if name == "none" else {"rotation": None}, {}, args) for name in ("none", "ssl", "as published")]
+    defences[2].published = True
     assert [(kind, lam, [d.name for d in on]) for kind, lam, on in jobs(defences)] == [
         ("none", 0, ["none", "ssl", "as published"]), ("pgd", 0, ["none", "ssl", "as published"]), ("suite", 0, ["none", "ssl"]),
         ("bpda", 0, ["none"]), ("aware", 0, ["ssl"]), ("aware", 5, ["ssl"]), ("bpda", 0, ["ssl"]), ("unrolled", 0, ["ssl"]),
@@ -542,8 +617,9 @@ def test_which_attacks():
 def test_paper_numbers():
     assert [paper_number(name, kind, Args(), True) for name in ("none", "ssl", "mtl") for kind in ("none", "pgd")] == [89.7, 63.9, 86.6, 65.3, 87.7, 65.6]
     assert paper_number("mtl", "bpda", Args(), True) is None and paper_number("mtl", "pgd", Args(), False) is None
-    for changes in (dict(reverse_steps=0), dict(weights="1,50,10"), dict(reverse_eps=1 / 255), dict(tasks="rotation"), dict(eval_examples=100)):
+    for changes in (dict(reverse_steps=0), dict(weights="1,50,10"), dict(reverse_eps=1 / 255), dict(views=2), dict(eval_examples=100)):
         assert paper_number("mtl", "pgd", Args(**changes), True) is None
+    assert paper_number("ssl", "pgd", Args(weights="1,50,10", tasks="rotation"), True) == 65.3 and paper_number("mtl", "none", Args(weights=" 1, 1,1"), True) == 87.7
     assert paper_number("none", "pgd", Args(reverse_steps=0), True) == 63.9 and paper_number("mtl", "pgd", Args(reverse_eps=8 / 255), True) == 65.6
     assert paper_number("mtl", "pgd", Args(eps=4 / 255), True) is None and paper_number("as published", "pgd", Args(), True) is None
 
@@ -786,6 +862,9 @@ def test_a_victim_of_carmons_format_at_the_command_line(command, carmon, tmp_pat
     (["--image-size", "64"], "--inpaint-size"),
     (["--commit", "855d32d"], "--as-published"),
     (["--branches", "x"], "--victim"),
+    (["--branches", "x", "--victim", "y.pt"], "no folder"),
+    (["--branches", ".", "--victim", "y.pt", "--stage", "train-branches"], "leave out --branches"),
+    (["--attacks", "bpda", "--lambdas", "abc"], "abc"),
     (["--compile"], "second derivatives"),
     (["--victim", "nothing.pt"], "nothing.pt"),
     (["--as-published", "--backbone", "shared"], "separate"),
@@ -814,7 +893,22 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
     common.save_checkpoint(tmp_path / "none.pt", {"network": no_classes.spec, "model": no_classes.state_dict(), "epoch": 1, "args": {}})
     for file in (tmp_path / "none.pt", folder / "rotation.pt", folder / "last.pt"):
         assert "is no classifier" in one_sentence(mtl_reverse, *flags(TINY), "--victim", file, "--out", tmp_path / "q")
+    state = load_checkpoint(folder / "classifier.pt")
+    for i, network in enumerate((state["network"] | {"arch": "nothing"}, state["network"] | {"depth": 3}, state["network"] | {"width": 0.125})):
+        common.save_checkpoint(tmp_path / f"{i}.pt", state | {"network": network})
+        told = ("unknown architecture", "cannot build", "another architecture")[i]
+        assert told in one_sentence(mtl_reverse, *flags(TINY), "--victim", tmp_path / f"{i}.pt", "--out", tmp_path / "q")
     assert not any((tmp_path / k).exists() for k in "opqr")  # no folder is left behind
+
+
+def test_a_vision_transformer_as_victim(tmp_path):
+    """Attention has second derivatives, too; a checkpoint with nothing but a network and its weights will do."""
+    torch.manual_seed(0)
+    vit = build_model("vit_mini4", {"class": 10}, width=0.5)
+    common.save_checkpoint(tmp_path / "vit.pt", {"network": vit.spec, "model": vit.state_dict()})
+    args = dict(victim=str(tmp_path / "vit.pt"), attacks="unrolled", eval_examples=10, out=str(tmp_path / "run"))
+    rows = main(tiny(**args))["rows"]
+    assert {r["name"] for r in rows if r.get("attack") == "unrolled-1"} == {"ssl", "mtl"}
 
 
 GATHERED = """
@@ -861,7 +955,7 @@ def test_two_ranks_contrast_with_all_images(tmp_path):
             assert torch.allclose(a, b.grad, atol=1e-5)
 
 
-def test_two_ranks_train_and_evaluate_like_one(trained, tmp_path):
+def test_two_ranks_evaluate_like_one_and_train(trained, tmp_path):
     """torchrun: every image is judged once, by the same draws as in one process (an image may tip over by rounding)."""
     folder, results = trained
     args = TINY | dict(victim=str(folder / "classifier.pt"), attacks="pgd,bpda", out=str(tmp_path / "two"))
