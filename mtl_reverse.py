@@ -367,7 +367,7 @@ class ContextDecoder(nn.Module):
         layers = []
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False)):
             stride, padding = (1, 0) if i == 0 else (2, 1)  # 1 to 4 pixels, then twice as many
-            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=c_out == 3)]
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=i == len(middle))]
         self.layers = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -557,7 +557,7 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defe
 
     def mean(defended: Callable) -> Tensor:  # over draws; checkpoint: F's graph is made again in turn, so that not all are kept
         draws = args.eot if defence.branches else 1
-        return sum(checkpoint(class_loss, defended(), use_reentrant=False) for _ in range(draws)) / draws
+        return sum(checkpoint(class_loss, defended(), use_reentrant=False, preserve_rng_state=False) for _ in range(draws)) / draws
 
     def straight_through(z: Tensor) -> Tensor:  # BPDA (Athalye et al. 2018): the reversal's derivative is taken to be the identity
         return mean(lambda: z + (reverse(z.detach(), defence, fresh()) - z).detach())
@@ -674,7 +674,7 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, n
         net.eval()
         seed_step(args.seed, FIRST_ID[name], 999_999)  # each epoch is judged by the same draws
         labels = val_set.labels[val_set.index].to(run.device)
-        held_out = map_images(lambda x, i: loss_of(net, net, x, labels[i]), val_set, run, batch_size, indexed=True).mean().item()  # noqa: B023
+        held_out = map_images(lambda x, i: loss_of(net, net, x, labels[i]), val_set, run, batch_size, indexed=True).mean().item()
         if held_out < best["loss"]:
             best = {"loss": held_out, "epoch": epoch + 1, "model": copy.deepcopy(trained.state_dict())}
         run.log(
@@ -942,7 +942,7 @@ def sweep_rows(judge: Judge, defence: Defence) -> list[dict]:
         def along(x: Tensor, i: Tensor) -> Tensor:  # (B, 2, points)
             out, seeds = [], mix_seeds(judge.seeds(i), FOR_DEFENCE)
             for z in x, judge.attacked("pgd", x, i, defence):
-                out.append(torch.stack([judge.right(p, i) for k, p in enumerate(trajectory(z, ball, seeds)) if k in shown], 1))  # noqa: B023
+                out.append(torch.stack([judge.right(p, i) for k, p in enumerate(trajectory(z, ball, seeds)) if k in shown], 1))
             return torch.stack(out, 1)
 
         means = 100 * judge.each(along).mean(0)  # (2, points)

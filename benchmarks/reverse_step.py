@@ -95,7 +95,7 @@ def main() -> None:
     steps = {f"reversal plain, batch {batch}": two(plain_iteration, plain), f"reversal ours, batch {batch}": two(reverse_step, ours)}
     rows = in_turns(steps, 2 * batch / args.reverse_steps, device, flags.rounds or (3 if on_cpu else 10), 1 if on_cpu else 5)
     print_rows(rows, device, flags.amp)
-    memory = {k: timed(lambda: reverse(x, replace(ours, args=replace(args, reverse_steps=k)), seeds), device)[1] for k in (2, 8)}  # noqa: B023
+    memory = {k: timed(lambda: reverse(x, replace(ours, args=replace(args, reverse_steps=k)), seeds), device)[1] for k in (2, 8)}
     print(f"\nPeak memory of ours with 2 iterations: {memory[2]:.0f} MB, with 8: {memory[8]:.0f} MB.")
     some, its_seeds = torch.rand(8, 3, 32, 32, device=device), mix_seeds(torch.arange(8, device=device), 1)
     mixed = reverse_step(some, some, 2, ours, its_seeds) - some

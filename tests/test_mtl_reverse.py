@@ -569,8 +569,8 @@ def test_straight_through_takes_the_gradient_behind_the_defence(parts, monkeypat
 @pytest.mark.parametrize("kind", ["bpda", "unrolled"])
 def test_adaptive_attacks_do_more_to_the_defence_than_pgd(parts, kind):
     victim, branches = parts
-    x, seeds = some_images(40)
-    d = defence_of(branches, reverse_steps=3, adaptive_steps=10)
+    x, seeds = some_images(30)
+    d = defence_of(branches, reverse_steps=2, adaptive_steps=8, eot=2)
     y = victim(x).argmax(1)
 
     def loss(by):  # after the defence, over a few of its draws
@@ -845,7 +845,7 @@ def test_only_what_table_1_shows(trained, command, tmp_path):
 
 def test_a_victim_of_carmons_format_at_the_command_line(command, carmon, tmp_path):
     path = carmon[1]()
-    more = dict(image_size=32, attacks="pgd", eval_examples=20)
+    more = dict(image_size=16, attacks="pgd", eval_examples=20)
     code, out, err = command(mtl_reverse, *flags(TINY | more), "--victim", path, "--out", tmp_path / "run")
     assert code == 0 and "mtl - ssl" in out and "the paper" not in out, err
 
