@@ -1342,14 +1342,14 @@ def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), ra
 
 
 def simclr_augment(
-    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True, rand: Callable = torch.rand
+    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True, jitter: float = 0.8, rand: Callable = torch.rand
 ) -> Tensor:
     """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop of at least the share `crop` of the area, flip, colour
-    jitter (p 0.8; brightness, contrast and saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images,
+    jitter (with probability `jitter`; brightness, contrast and saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images,
     blur with probability `blur`. Here and above `rand` is the source of random numbers, e.g. `image_rand`."""
     x = random_resized_crop(x, (crop, 1.0), rand=rand)
     x = random_flip(x, rand) if flip else x
-    x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, rand=rand)
+    x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, jitter, rand)
     x = torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
     return random_blur(x, blur, rand=rand) if blur else x
 
@@ -2044,12 +2044,13 @@ def load_carmon(path: str | Path) -> dict:
     naming the entry, if one is missing, unknown or of another shape.
     """
     state = _read_checkpoint(path)
-    if isinstance(state, dict) and isinstance(state.get("network"), dict):
+    state = state if isinstance(state, dict) else {}
+    if isinstance(state.get("network"), dict):
         return load_checkpoint(path)
-    if isinstance(state, dict) and state.get("normalize_input"):
+    if state.get("normalize_input"):
         raise UserError(f"{path} says normalize_input, but Carmon et al.'s published network takes images as they are.")
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    given = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    given = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
     given = {k: v for k, v in given.items() if not k.startswith("sub_block1.")}
     for k in ("block1.layer.0.conv1.weight", "fc.weight"):
         if k not in given or given[k].dim() not in (2, 4):

@@ -65,10 +65,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli, color_jitter,
+    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli,
     count_batches, distribute, draw, eps_name, full_precision, image_rand, image_uniform, learning_rate, load_carmon, load_checkpoint,
-    load_data, load_trunk, load_weights, map_images, mix_seeds, numbers, pgd_attack, place_model, print_table, random_crop_flip, random_flip,
-    random_resized_crop, save_image_grid, seed_step, split_train, start_run, suite_attacks, sync_buffers, to_grey, world, write_results,
+    load_data, load_trunk, load_weights, map_images, mix_seeds, numbers, pgd_attack, place_model, print_table, random_crop_flip,
+    save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sync_buffers, world, write_results,
 )  # fmt: skip
 
 
@@ -250,11 +250,8 @@ class Contrastive(nn.Module):
         self.crop, self.flip, self.temperature = args.crop, args.flip, args.temperature
 
     def augment(self, x: Tensor, rand: Callable) -> Tensor:
-        """A view of each image: crop, mirror, colour jitter, grey with probability 0.2 (their code's strengths; no blur)."""
-        x = random_resized_crop(x, (self.crop, 1.0), rand=rand)
-        x = random_flip(x, rand) if self.flip else x
-        x = color_jitter(x, 0.8, 0.8, 0.8, 0.2, p=1.0, rand=rand)
-        return torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
+        """A view of each image: crop, mirror, colour jitter at full strength, always, and grey with probability 0.2 (as in their code)."""
+        return simclr_augment(x, strength=1.0, crop=self.crop, flip=self.flip, jitter=1.0, rand=rand)
 
     def embed(self, x: Tensor, views: int, rand: Callable = torch.rand) -> Tensor:
         """Unit vectors of `views` views of each image: (B, 3, S, S) -> (B, views, 16). `rand` is asked for numbers of views * B images."""
@@ -459,7 +456,9 @@ def reverse_as_published(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
         return torch.cat([losses[:, :1, 1], losses[:, 1:, 0]], 1)
 
     def scaled(g: Tensor) -> Tensor:
-        return g / (g.abs().amax(1 if args.commit == "855d32d" else (1, 2, 3), keepdim=True) + 1e-12)
+        if args.commit == "b8f5ea7":
+            return direction(g, sign=False)
+        return g / (g.abs().amax(1, keepdim=True) + 1e-12)  # per pixel
 
     scale = size // x.shape[3]
     bound = 1 / math.sqrt(3 * scale**2)  # PyTorch's initial weights of a convolution
@@ -572,27 +571,26 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defe
     by_pgd = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
     if kind == "aware" and lam > 0:
         return by_pgd(lagrangian, x, noise)
-    with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
-        x_adv = by_pgd(class_loss, x, noise)
-        if kind.startswith("suite"):
-            return suite(kind, x, x_adv, y, victim, args)
+    x_adv = by_pgd(class_loss, x, noise)
+    if kind.startswith("suite"):
+        return suite(kind, x, x_adv, y, lambda z: logits_of(victim, z, args), args)
     if kind in ("bpda", "unrolled"):
         onward = pgd_attack(args.norm, args.eps, args.adaptive_steps, step_size=args.step_size, keep_best=True)
         return onward(straight_through if kind == "bpda" else unrolled, x, start=x_adv)
     return x_adv
 
 
-def suite(kind: str, x: Tensor, x_adv: Tensor, y: Tensor, victim: Network, args: Args) -> Tensor:
+def suite(kind: str, x: Tensor, x_adv: Tensor, y: Tensor, classify: Callable, args: Args) -> Tensor:
     """x_adv, but where F still stands, the images of the first attack of the suite (on F alone) that F falls to."""
     x_adv = x_adv.clone()
     with torch.no_grad():
         for _, starts, by in suite_attacks(kind, args.norm, args.eps, args.seed):
             for i in range(starts):
-                rows = (victim(x_adv, "class").argmax(1) == y).nonzero().squeeze(1)
+                rows = (classify(x_adv).argmax(1) == y).nonzero().squeeze(1)
                 if not len(rows):
                     return x_adv
-                found = by(lambda z: victim(z, "class"), x[rows], y[rows], i)
-                fooled = victim(found, "class").argmax(1) != y[rows]
+                found = by(classify, x[rows], y[rows], i)
+                fooled = classify(found).argmax(1) != y[rows]
                 x_adv[rows[fooled]] = found[fooled]
     return x_adv
 
@@ -806,12 +804,11 @@ class Judge:
     """The classifier and the test images, attacked and defended. `i` are the images' positions in the test set, int64 (B,)."""
 
     run: Run
-    args: Args
     victim: Network
     test_set: Images
 
     def seeds(self, i: Tensor) -> Tensor:
-        return mix_seeds(self.test_set.index[i.cpu()].to(i.device), self.args.seed)
+        return mix_seeds(self.test_set.index[i.cpu()].to(i.device), self.run.args.seed)
 
     def label(self, i: Tensor) -> Tensor:
         return self.test_set.labels[self.test_set.index[i.cpu()]].to(i.device)
@@ -824,7 +821,7 @@ class Judge:
 
     def right(self, x: Tensor, i: Tensor) -> Tensor:
         """Is F right on these images? 1 or 0, (B,)."""
-        logits = logits_of(self.victim, x, self.args)
+        logits = logits_of(self.victim, x, self.run.args)
         if not logits.isfinite().all():
             raise FloatingPointError("the classifier returns NaN or infinite logits, so its accuracy would mean nothing.")
         return (logits.argmax(1) == self.label(i)).float()
@@ -832,12 +829,12 @@ class Judge:
     def each(self, f: Callable, images: int = 0) -> Tensor:
         """f(x, i) of all test images, or of the first (they are in random order)."""
         some = self.test_set.subset(torch.arange(min(images or len(self.test_set), len(self.test_set))))
-        return map_images(f, some, self.run, self.args.eval_batch_size, indexed=True).cpu()
+        return map_images(f, some, self.run, self.run.args.eval_batch_size, indexed=True).cpu()
 
 
 def evaluate_all(judge: Judge, defences: list[Defence], epoch: int, carmon: bool) -> list[dict]:
     """Rows of results.json: accuracies with standard errors, the table's cells, paired differences, losses, the sweep."""
-    run, args = judge.run, judge.args
+    run, args = judge.run, judge.run.args
     done = run.read("judged.json") or {"rows": []}  # job by job, so that a resumed run does none twice
     rows = done["rows"]
 
@@ -934,22 +931,22 @@ def loss_rows(judge: Judge, defence: Defence, images: int = 500) -> list[dict]:
 
 def sweep_rows(judge: Judge, defence: Defence) -> list[dict]:
     """Accuracy over K (0: with the noise alone), on clean and on PGD's images, for several eps_v."""
-    args, rows = judge.args, []
+    args, rows = judge.run.args, []
+    balls = [replace(defence, args=replace(args, reverse_eps=factor * args.reverse_eps)) for factor in (0.5, 0.75, 1.0, 1.5)]
     shown = [k for k in (0, 1, 2, 5, 10, 20, 40, 80, 160) if k < args.reverse_steps] + [args.reverse_steps]
-    for factor in (0.5, 0.75, 1.0, 1.5):
-        ball = replace(defence, args=replace(args, reverse_eps=factor * args.reverse_eps))
 
-        def along(x: Tensor, i: Tensor) -> Tensor:  # (B, 2, points)
-            out, seeds = [], mix_seeds(judge.seeds(i), FOR_DEFENCE)
-            for z in x, judge.attacked("pgd", x, i, defence):
-                out.append(torch.stack([judge.right(p, i) for k, p in enumerate(trajectory(z, ball, seeds)) if k in shown], 1))
-            return torch.stack(out, 1)
+    def along(x: Tensor, i: Tensor) -> Tensor:  # (B, balls, 2, points)
+        seeds, starts = mix_seeds(judge.seeds(i), FOR_DEFENCE), (x, judge.attacked("pgd", x, i, defence))
+        paths = [[trajectory(z, ball, seeds) for z in starts] for ball in balls]
+        right = [[torch.stack([judge.right(z, i) for k, z in enumerate(path) if k in shown], 1) for path in pair] for pair in paths]
+        return torch.stack([torch.stack(pair, 1) for pair in right], 1)
 
-        means = 100 * judge.each(along).mean(0)  # (2, points)
-        for kind, line in zip(("none", "pgd"), means.tolist(), strict=True):
-            rows += [{"kind": "sweep", "name": defence.name, "attack": kind, "reverse_eps": ball.args.reverse_eps, "reverse_steps": k,
+    for ball, pair in zip(balls, (100 * judge.each(along).mean(0)).tolist(), strict=True):
+        radius = ball.args.reverse_eps
+        for kind, line in zip(("none", "pgd"), pair, strict=True):
+            rows += [{"kind": "sweep", "name": defence.name, "attack": kind, "reverse_eps": radius, "reverse_steps": k,
                       "examples": len(judge.test_set), "accuracy": round(a, 2)} for k, a in zip(shown, line, strict=True)]  # fmt: skip
-        judge.run.say(f"{defence.name}, eps_v {eps_name(ball.args.reverse_eps)}, K {shown[-1]}: clean {means[0, -1]:.2f}, attacked {means[1, -1]:.2f}")
+        judge.run.say(f"{defence.name}, eps_v {eps_name(radius)}, K {shown[-1]}: clean {pair[0][-1]:.2f}, attacked {pair[1][-1]:.2f}")
     return rows
 
 
@@ -1085,7 +1082,7 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
     began = time.perf_counter()
     carmon = about.get("source") == "Carmon et al. 2019" and victim.spec["width"] == 1
     with contextlib.nullcontext() if args.eval_amp else full_precision(nn.Identity()):  # no TF32 in what is not in mixed precision
-        rows = evaluate_all(Judge(run, args, victim, test_set), make_defences(run, args, branches, train_set), about.get("epoch", 0), carmon)
+        rows = evaluate_all(Judge(run, victim, test_set), make_defences(run, args, branches, train_set), about.get("epoch", 0), carmon)
     last = run.load("last.pt")
     seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
     return write_results(run, rows, seconds)
