@@ -55,15 +55,14 @@ from torch import Tensor, nn
 from common import (
     STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, cli, count_batches,
     distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
-    map_images, numbers, open_folder, patchify, pgd, place_model, print_table, robust_accuracy, rotate, save_image_grid, seed_step,
-    sincos_positions, split_epoch, start_run, transformed, unpatchify, with_progress, world, write_results,
+    map_images, numbers, open_folder, pgd, place_model, print_table, robust_accuracy, rotate, save_image_grid, seed_step,
+    sincos_positions, split_epoch, start_run, transformed, with_progress, words, world, write_results,
 )  # fmt: skip
 
 
 @dataclass
 class Args:
     # run
-    method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
     stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: the encoder that --init names; evaluate: only score the classifier(s) that --init names
     init: str = ""  # encoder to fine-tune: of this script, of byorl.py, or a published ViT (see common.load_vit). With --stage evaluate: a classifier, or a folder of them
     seed: int = 0  # seed of the weights, the order of images, masks, augmentation and attacks
@@ -83,6 +82,7 @@ class Args:
     arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"] = "vit_b16"  # network (paper: vit_b16); vit_*4 for images of 32 pixels
     width: float = 1.0  # multiplies the number of heads, 64 channels each
     # pre-training
+    method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
     pretrain_epochs: int = 0  # 0: the recipe's (mae 800, rotnet and supervised 300)
     pretrain_batch_size: int = 4096  # images per step over all GPUs
     pretrain_lr: float = 0.0  # highest learning rate; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
@@ -119,10 +119,10 @@ class Args:
     eval_data: str = ""  # comma-separated folders DIR/<class>/* to score as well: ImageNet-A, -R, -V2, -Sketch, Conflict Stimuli
     real: str = ""  # real.json of ImageNet-ReaL, to score the test images (ILSVRC2012_val_*) by it as well
     eval_crop: float = 0.875  # share of an image's shorter side that the evaluated central crop has (1: all; adamw and sgd squeeze the whole image)
-    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
-    eval_eps: str = "0.25,0.5,1,2"  # comma-separated radii at which the fine-tuned networks are attacked; empty: none
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
     eval_steps: int = 20  # PGD steps
+    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
+    eval_eps: str = "0.25,0.5,1,2"  # comma-separated radii at which the fine-tuned networks are attacked; empty: none
     eval_examples: int = 1000  # test images to attack, drawn once and for all; 0: all. Clean accuracy is that of all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
@@ -186,6 +186,19 @@ def recipe_of(kind: str, args: Args) -> Recipe:
 
 
 # ---- the method ----------------------------------------------------------------------------------------------------
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if H or W does not fit."""
+    if x.shape[2] % patch or x.shape[3] % patch:
+        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
+    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """The inverse of `patchify` for square images: (B, N, C, p, p) -> (B, C, H, W)."""
+    side = math.isqrt(patches.shape[1])
+    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class MAE(nn.Module):
@@ -651,7 +664,7 @@ def without_agreement(images: Images) -> Images:
 def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Tensor]]:
     """{name of the folder: (images, groups)} of --eval-data. Raises UserError for a folder that cannot be used."""
     variants = {}
-    for folder in filter(None, (part.strip() for part in args.eval_data.split(","))):
+    for folder in words(args.eval_data):
         if Path(folder).name in (*variants, "test", "real"):
             raise UserError(f"--eval-data: '{Path(folder).name}' names two test sets; rename the folder {folder}.")
         images = open_folder(Path(folder), args.image_size, "--eval-data")
@@ -712,7 +725,7 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
             for where, (accuracy, n) in scores.items()
         ]  # fmt: skip
         mine[0]["paper"] = paper_number(state, args)
-        radii = [eps for eps in numbers(args.eval_eps) if eps > 0]
+        radii = [eps for eps in numbers(args.eval_eps, "eval-eps") if eps > 0]
         mine += [row | {"set": "test"} for row in evaluate(judging, name, state, to_attack, radii, {}, train_eps=radii[0])] if radii else []
         rows += [row | about for row in mine]
         run.write("judged.json", json.dumps({"script": "adv_mae", "rows": rows}, indent=1))
@@ -806,12 +819,12 @@ def show(results: dict, folder: Path) -> None:
 
 def main(args: Args) -> dict:
     """Pre-train, fine-tune, evaluate, print the table; returns what results.json holds ({} if --stage is not that far)."""
-    gammas = numbers(args.layer_decay) if args.recipe != "sgd" else [1.0]  # raises for a list that cannot be read
+    gammas = numbers(args.layer_decay, "layer-decay") if args.recipe != "sgd" else [1.0]  # raises for a list that cannot be read
     if not gammas or not all(0 <= g <= 1 for g in gammas):
         raise UserError(f"--layer-decay {args.layer_decay!r}: give numbers from 0 to 1, such as 0.65,0.75.")
     if len({f"{g:g}" for g in gammas}) < len(gammas):
         raise UserError(f"--layer-decay {args.layer_decay!r} names the same gamma twice.")
-    numbers(args.eval_eps)
+    numbers(args.eval_eps, "eval-eps")
     if args.stage in ("finetune", "evaluate") and not args.init:
         raise UserError(f"--stage {args.stage} needs --init (finetune: an encoder such as runs/X/a-mae.pt; evaluate: a classifier or a folder of them).")
     if args.stage in ("all", "pretrain") and args.init:

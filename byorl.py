@@ -61,7 +61,6 @@ Arch = Literal["preact18", "preact34", "resnet18", "resnet34", "resnet50", "vit_
 @dataclass
 class Args:
     # run
-    method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, adversarial training with pseudo-labels, a network per share of labels
     stage: Literal["all", "pretrain", "probe", "evaluate"] = "all"  # pretrain: encoders (or UAT-FT) only; probe: heads only; evaluate: --init only
     init: str = ""  # the encoder to put heads on, e.g. runs/X/byorl.pt; network and pre-training flags are then the checkpoint's, --method is not used. With --stage evaluate: a head, or a folder of heads
     seed: int = 0  # seed of the split, the weights, the order of images and the attacks
@@ -97,6 +96,7 @@ class Args:
     step_size: float = 0.0  # of PGD in pre-training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     apgd_checkpoints: Literal["paper", "code"] = "paper"  # where AutoPGD may halve its step, see common.apgd_checkpoints
     # method
+    method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, adversarial training with pseudo-labels, a network per share of labels
     tau: float = 0.996  # share of the old target network that a step keeps, at the start; rises to 1 (ImageNet: 0.999)
     hidden: int = 4096  # hidden units of projector and predictor
     projection: int = 256  # outputs of projector and predictor
@@ -603,7 +603,7 @@ def show(results: dict, folder: str) -> None:
 
 def main(args: Args) -> dict:
     """Pre-train, train the heads, evaluate them, print the table; returns what results.json holds ({} if --stage is not that far)."""
-    fractions = numbers(args.label_fractions)
+    fractions = numbers(args.label_fractions, "label-fractions")
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise UserError(f"--label-fractions {args.label_fractions}: give shares such as 0.01,0.1,1.")
     if args.crop < 0.001:

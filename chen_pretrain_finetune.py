@@ -63,7 +63,7 @@ from common import (
     IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_batches,
     cli, count_batches, distribute, draw, eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw,
     jigsaw_permutations, join, load_checkpoint, load_extra, load_splits, load_weights, numbers, pgd_attack, place_model, print_table, random_crop_flip, robust_accuracy, rotate,
-    seed_step, start_run, sync_buffers, unforeseen, with_progress, world, write_results,
+    seed_step, start_run, sync_buffers, unforeseen, with_progress, words, world, write_results,
 )  # fmt: skip
 
 TASKS = ("selfie", "rotation", "jigsaw")
@@ -76,6 +76,7 @@ class Args:
     models: tuple[str, ...] = ()  # checkpoints for --stage compare
     # run
     stage: Literal["all", "pretrain", "compare"] = "all"  # pretrain: no fine-tuning; compare: transfer and ensembles of MODELS
+    init: str = ""  # take the trunk of this checkpoint (pretrain-*.pt of a run) in place of pre-training
     seed: int = 0  # seed of the split, the weights, the order of images and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
@@ -85,12 +86,6 @@ class Args:
     out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: Table 3 for one task in two minutes on two CPU cores
-    # method
-    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # task of pre-training; ensemble: all three at once; all: one after the other
-    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # see above; all: P1, P2 and P3 with what Table 3 pairs them with
-    finetune: Literal["F1", "F2", "F3", "F4", "all"] = "F4"  # see above
-    table3: bool = False  # the 24 cells of Table 3: all tasks, all pairs; each pre-training is done once
-    init: str = ""  # take the trunk of this checkpoint (pretrain-*.pt of a run) in place of pre-training
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
     data_dir: str = "data"  # where the data are, or are downloaded to
@@ -119,6 +114,11 @@ class Args:
     attack_steps: int = 10  # PGD steps
     step_size: float = 0.0  # of the training attack; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "train"  # BatchNorm mode under attack in training (train: the code's)
+    # method
+    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # task of pre-training; ensemble: all three at once; all: one after the other
+    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # see above; all: P1, P2 and P3 with what Table 3 pairs them with
+    finetune: Literal["F1", "F2", "F3", "F4", "all"] = "F4"  # see above
+    table3: bool = False  # the 24 cells of Table 3: all tasks, all pairs; each pre-training is done once
     # tasks
     grid: int = 4  # jigsaw tiles and Selfie patches per side
     num_permutations: int = 30  # permutations of jigsaw besides the identity
@@ -143,45 +143,6 @@ class Args:
         lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, eval_steps=10, eval_examples=240,
         unforeseen_steps=20,
     )  # fmt: skip
-
-
-# (TA, RA, epochs) in Tables 3, 5 (se, dpe) and 8: {(task, pair): ...}; P1 has no task. RSF4 of jigsaw is printed so: P2F4's numbers once more.
-PAPER = {
-    ("", "P1F3"): (94.24, 0.00, 92), ("", "P1F4"): (84.72, 47.22, 99),
-    ("selfie", "P2F3"): (95.09, 0.00, 97), ("rotation", "P2F3"): (95.45, 0.00, 92), ("jigsaw", "P2F3"): (93.93, 0.00, 89),
-    ("selfie", "P2F4"): (85.56, 50.42, 60), ("rotation", "P2F4"): (86.66, 50.95, 45), ("jigsaw", "P2F4"): (85.18, 50.94, 46),
-    ("selfie", "P3F1"): (78.93, 6.30, 82), ("rotation", "P3F1"): (86.83, 18.22, 99), ("jigsaw", "P3F1"): (80.47, 2.68, 87),
-    ("selfie", "P3F2"): (74.30, 37.65, 64), ("rotation", "P3F2"): (82.32, 45.10, 47), ("jigsaw", "P3F2"): (72.76, 32.59, 51),
-    ("selfie", "P3F3"): (94.69, 0.00, 86), ("rotation", "P3F3"): (94.79, 0.00, 92), ("jigsaw", "P3F3"): (93.06, 0.00, 93),
-    ("selfie", "P3F4"): (86.02, 51.05, 50), ("rotation", "P3F4"): (85.66, 50.40, 46), ("jigsaw", "P3F4"): (84.50, 49.61, 48),
-    ("se", "P3F4"): (84.44, 49.53, 47), ("dpe", "P3F4"): (83.00, 52.22, 56),
-    ("selfie", "RSF2"): (71.9, 30.57, 61), ("rotation", "RSF2"): (74.7, 34.23, 78), ("jigsaw", "RSF2"): (74.66, 33.84, 68),
-    ("selfie", "RSF4"): (85.14, 50.23, 48), ("rotation", "RSF4"): (85.62, 51.25, 46), ("jigsaw", "RSF4"): (85.18, 50.94, 46),
-}  # fmt: skip
-
-
-PAPER_TABLE4 = {  # attack success rate (%): {(made for, evaluated): ...}
-    ("selfie", "selfie"): 48.95, ("rotation", "selfie"): 37.75, ("jigsaw", "selfie"): 36.65,
-    ("selfie", "rotation"): 38.92, ("rotation", "rotation"): 49.60, ("jigsaw", "rotation"): 38.12,
-    ("selfie", "jigsaw"): 38.96, ("rotation", "jigsaw"): 39.56, ("jigsaw", "jigsaw"): 51.17,
-}  # fmt: skip
-PAPER_TABLE5_JIGSAW = (83.74, 48.83, 48)  # so too Figure 1 and, as 51.17, Table 4: not the network of Table 3
-PAPER_TABLE6 = {
-    frozenset(("jigsaw", "rotation")): (85.36, 53.08), frozenset(("jigsaw", "selfie")): (85.64, 53.32),
-    frozenset(("rotation", "selfie")): (86.51, 53.83), frozenset(TASKS): (86.04, 54.64),
-}  # fmt: skip
-PAPER_TABLE7 = {  # (TA, RA, epochs), by number of images to pre-train on, from 80 Million Tiny Images; the task is not named
-    (30_000, "P3F2"): (65.65, 30.00, 70), (30_000, "P3F4"): (85.29, 49.64, 42), (50_000, "P3F2"): (66.87, 30.42, 87),
-    (50_000, "P3F4"): (85.26, 49.66, 61), (150_000, "P3F2"): (67.73, 30.24, 95), (150_000, "P3F4"): (85.18, 50.61, 55),
-}  # fmt: skip
-# The flags that the paper or its code state, or that would change what its numbers mean: of a training, and of an evaluation.
-TRAINING = (
-    "dataset", "image_size", "arch", "width", "stem", "norm", "eps", "attack_steps", "step_size", "attack_bn", "label_fraction", "extra_data",
-    "pretrain_images", "flip", "epochs", "batch_size", "lr", "lr_steps", "weight_decay", "warmup_steps", "pretrain_epochs", "pretrain_lr",
-    "grid", "num_permutations", "whole", "double_softmax", "sigma", "frames", "val_fraction", "init",
-)  # fmt: skip
-EVALUATION = ("dataset", "image_size", "norm", "eps", "eval_attack", "eval_steps", "eval_examples", "eval_amp")
-FIRST_ID = {"pretrain": 0, "finetune": 100_000}  # for seeds: added to an epoch's number, so that the two draw other random numbers
 
 
 # ---- the tasks -----------------------------------------------------------------------------------------------------
@@ -380,6 +341,9 @@ class Objective(nn.Module):
 
 # ---- pre-training --------------------------------------------------------------------------------------------------
 
+# Added to an epoch's number, so that the two kinds of training draw other random numbers.
+FIRST_ID = {"pretrain": 0, "finetune": 100_000}
+
 
 def recipe(task: str, kind: str, args: Args) -> tuple[int, float, float, int, float]:
     """(epochs, highest rate, lowest rate, steps of warm-up, weight decay) of pre-training."""
@@ -565,7 +529,7 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         shuffle = args.seed * 1_000_003 + epoch_id
         stream = batches(train_set, args.batch_size, run.device, shuffle=shuffle, skip=skip, workers=args.workers)
-        drops = sum(epoch >= at for at in numbers(args.lr_steps))
+        drops = sum(epoch >= at for at in numbers(args.lr_steps, "lr-steps"))
         model.train()
         freeze()
         with Epoch(epoch, len(train_set), steps, run.device, skip, sums) as log:
@@ -751,144 +715,48 @@ def meet_unforeseen(run: Run, args: Args, models: dict[str, Network], test_set: 
 
 def unforeseen_kinds(args: Args) -> list[str]:
     """The attacks named by --unforeseen. Raises UserError for one that there is not."""
-    kinds = list(UNFORESEEN) if args.unforeseen == "all" else [kind.strip() for kind in args.unforeseen.split(",") if kind.strip()]
+    kinds = list(UNFORESEEN) if args.unforeseen == "all" else words(args.unforeseen)
     if wrong := [kind for kind in kinds if kind not in UNFORESEEN]:
         raise UserError(f"--unforeseen {wrong[0]} is not known; there are {', '.join(UNFORESEEN)}, and `all`.")
     return kinds
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------
+# ---- the paper's numbers, the tables -------------------------------------------------------------------------------
 
-
-def cells(args: Args) -> list[tuple[str, str]]:
-    """[(task, pair)] of Table 3 that are asked for; P1 has no task."""
-    tasks = TASKS if args.table3 or args.task == "all" else (args.task,)
-    kind, last = ("all", "all") if args.table3 else (args.pretrain, args.finetune)
-    if tasks == ("ensemble",):  # Table 5
-        kind, last = "P3" if kind == "all" else kind, "F4" if last == "all" else last
-    pairs = [pair for pair in (*PAIRS, "RSF2", "RSF4") if kind in (pair[:2], "all" if pair in PAIRS else "") and last in (pair[2:], "all")]
-    if "all" not in (kind, last):
-        pairs = [kind + last]
-    return list(dict.fromkeys(("" if pair.startswith("P1") else task, pair) for task in tasks for pair in pairs))
-
-
-def label(task: str, pair: str) -> str:
-    """'rotation-P3F4', the name of a cell's files; P1 has no task."""
-    return f"{task}-{pair}" if task else pair
-
-
-def main(args: Args) -> dict:
-    """Pre-train, fine-tune, evaluate, print the tables; returns what results.json holds."""
-    run = start_run(args, "chen_pretrain_finetune")
-    if args.stage == "compare" and not args.models:
-        raise UserError("--stage compare wants checkpoints: python chen_pretrain_finetune.py --stage compare runs/X/*.ta.pt")
-    if args.models and args.stage != "compare":
-        raise UserError(f"{args.models[0]}: checkpoints are for --stage compare (--init takes a pre-trained trunk).")
-    unforeseen_kinds(args)  # raises if there is no such attack
-    if args.stage != "compare":
-        check_training(args)
-    results = run.finished() or run_cells(run, args)
-    if results and world()[0] == 0:
-        show(results, str(run.folder))
-    return results
-
-
-def check_training(args: Args) -> None:
-    """Raises UserError for flags that do not go together."""
-    tasks = {task for task, _ in cells(args)} - {""}
-    selfie, puzzle = bool(tasks & {"selfie", "ensemble"}), bool(tasks & {"jigsaw", "ensemble"})
-    numbers(args.lr_steps)  # raises if it is none
-    if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
-        raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
-    if args.norm == "l2" and "ensemble" in tasks:
-        raise UserError("--task ensemble has three images in one attack, so --norm l2 would be a ball around all three; use linf.")
-    if not args.val_fraction:
-        raise UserError("no validation images to select the best epoch by: raise --val-fraction.")
-    if args.table3 and (args.task, args.pretrain, args.finetune) not in {(Args.task, Args.pretrain, Args.finetune), (Args.task, "all", "all")}:
-        raise UserError("--table3 stands for all tasks and pairs: leave out --task, --pretrain and --finetune.")
-    if args.stage == "pretrain" and (args.init or not tasks):
-        raise UserError("--stage pretrain has nothing to do with --init or --pretrain P1.")
-    if args.init and (len(cells(args)) > 1 or not tasks):
-        raise UserError("--init is for one cell with pre-training: name one --task, --pretrain and --finetune.")
-    if selfie and args.grid < 3:
-        raise UserError("--grid 2 leaves Selfie a single masked patch, among which there is nothing to choose; take 3 or more.")
-    if (selfie or puzzle) and args.image_size % args.grid:
-        raise UserError(f"--image-size {args.image_size} is no multiple of --grid {args.grid}.")
-    if puzzle:
-        jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many
-    # On single pixels a 3x3 convolution with stride 2 sometimes has NaN in its bf16 weight gradient (PyTorch 2.14 and 2.15, CPU).
-    stride = 16 if args.stem == "imagenet" else 4  # of the trunk without its last stage
-    if selfie and args.image_size < stride * args.grid:
-        raise UserError(f"--image-size {args.image_size}: Selfie's patches would be smaller than {stride} pixels, the trunk's stride; take {stride * args.grid} or more.")
-    if args.image_size <= stride:
-        raise UserError(f"--image-size {args.image_size}: one pixel would be left for the last stage; take more than {stride}.")
-
-
-def run_cells(run: Run, args: Args) -> dict:
-    """All cells asked for, each pre-training once; a resumed run goes on in the cell, or the evaluation, that was interrupted."""
-    given = load_checkpoint(args.init) if args.init else None
-    same = len({Path(file).stem for file in args.models}) < len(args.models)  # then the folders tell them apart
-    states = {f"{Path(file).parent.name}/{Path(file).stem}" if same else Path(file).stem: load_checkpoint(file) for file in args.models}
-    if len(states) < len(args.models):
-        raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
-    train_set, val_set, test_set = load_splits(args, run.device)
-    images = train_set
-    if args.extra_data:
-        images = join(train_set, load_extra(args.extra_data, args.image_size, run.device))
-    if args.pretrain_images > len(images):
-        raise UserError(f"--pretrain-images {args.pretrain_images}: there are {len(images)} (see --extra-data).")
-    if args.pretrain_images:
-        images = draw(images, args.pretrain_images, seed=args.seed)
-        check_batches(len(images), args.batch_size)
-    for name, state in states.items():
-        if state["network"].get("heads", {}).get("class") != len(test_set.classes):
-            raise UserError(f"{name} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
-    if given:
-        ((task, pair),) = cells(args)
-        if (found := (given.get("task", task), given.get("kind", pair[:2]))) != (task, pair[:2]):
-            raise UserError(f"{args.init} is {found[1]} on {found[0]}: say --task {found[0]} --pretrain {found[1]}.")
-        inherit(build_model(args.arch, {"class": 1}, width=args.width, stem=args.stem), given, args.init)  # does it fit?
-    if min(numbers(args.lr_steps), default=0) >= args.epochs and args.stage == "all":
-        run.say(f"note: with --epochs {args.epochs} the rate of fine-tuning is never lowered (--lr-steps {args.lr_steps}).")
-    if 0 < args.step_size * args.attack_steps < args.eps:
-        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
-    run.begin()
-    began = time.perf_counter()
-    if args.stage == "compare":
-        return write_results(run, compare(run, args, states, test_set), time.perf_counter() - began)
-    done = run.read("judged.json") or {"rows": []}
-    rows, models = done["rows"], {}
-    for task, pair in cells(args):
-        start = None if pair.startswith("P1") else given or pretrain(task, pair[:2], run, args, images, val_set)
-        if args.stage == "pretrain":
-            continue
-        name = label(task, pair)
-        picks = finetune(name, pair, run, args, start, train_set, val_set)
-        models[name] = picks[chosen(args)]
-        if any(row["name"] == name for row in rows):
-            continue
-        for pick, state in picks.items():
-            if pick == "ra" and state["epoch"] == picks["ta"]["epoch"]:  # the same network
-                judged = rows[-2:]
-            else:
-                judged = evaluate(run, name, state, test_set, [0, args.eps], {})
-            known = paper(task, pair, args) if pick == chosen(args) else (None, None)
-            cell = {"task": task, "pair": pair, "pick": pick, "best_epoch": picks["ra"]["epoch"], "images": start and start.get("images")}
-            rows += [row | cell | {"paper": number} for row, number in zip(judged, known, strict=True)]
-        run.write("judged.json", json.dumps({"script": "chen_pretrain_finetune", "rows": rows}, indent=1))
-    if args.stage == "pretrain":
-        run.say(f"The pre-trained trunks are in {run.folder}; go on with --init.")
-        return {}
-    finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
-    if len(finals) > 1 or args.unforeseen:
-        rows = rows + compare(run, args, finals or models, test_set)
-    last = run.load("last.pt")
-    return write_results(run, rows, last["seconds"] if last else 0.0)
-
-
-def chosen(args: Args) -> str:
-    """Which of the two checkpoints of a cell is printed and compared: 'ta' or 'ra'."""
-    return "ta" if args.select == "clean" else "ra"
+# (TA, RA, epochs) in Tables 3, 5 (se, dpe) and 8: {(task, pair): ...}; P1 has no task. RSF4 of jigsaw is printed so: P2F4's numbers once more.
+PAPER = {
+    ("", "P1F3"): (94.24, 0.00, 92), ("", "P1F4"): (84.72, 47.22, 99),
+    ("selfie", "P2F3"): (95.09, 0.00, 97), ("rotation", "P2F3"): (95.45, 0.00, 92), ("jigsaw", "P2F3"): (93.93, 0.00, 89),
+    ("selfie", "P2F4"): (85.56, 50.42, 60), ("rotation", "P2F4"): (86.66, 50.95, 45), ("jigsaw", "P2F4"): (85.18, 50.94, 46),
+    ("selfie", "P3F1"): (78.93, 6.30, 82), ("rotation", "P3F1"): (86.83, 18.22, 99), ("jigsaw", "P3F1"): (80.47, 2.68, 87),
+    ("selfie", "P3F2"): (74.30, 37.65, 64), ("rotation", "P3F2"): (82.32, 45.10, 47), ("jigsaw", "P3F2"): (72.76, 32.59, 51),
+    ("selfie", "P3F3"): (94.69, 0.00, 86), ("rotation", "P3F3"): (94.79, 0.00, 92), ("jigsaw", "P3F3"): (93.06, 0.00, 93),
+    ("selfie", "P3F4"): (86.02, 51.05, 50), ("rotation", "P3F4"): (85.66, 50.40, 46), ("jigsaw", "P3F4"): (84.50, 49.61, 48),
+    ("se", "P3F4"): (84.44, 49.53, 47), ("dpe", "P3F4"): (83.00, 52.22, 56),
+    ("selfie", "RSF2"): (71.9, 30.57, 61), ("rotation", "RSF2"): (74.7, 34.23, 78), ("jigsaw", "RSF2"): (74.66, 33.84, 68),
+    ("selfie", "RSF4"): (85.14, 50.23, 48), ("rotation", "RSF4"): (85.62, 51.25, 46), ("jigsaw", "RSF4"): (85.18, 50.94, 46),
+}  # fmt: skip
+PAPER_TABLE4 = {  # attack success rate (%): {(made for, evaluated): ...}
+    ("selfie", "selfie"): 48.95, ("rotation", "selfie"): 37.75, ("jigsaw", "selfie"): 36.65,
+    ("selfie", "rotation"): 38.92, ("rotation", "rotation"): 49.60, ("jigsaw", "rotation"): 38.12,
+    ("selfie", "jigsaw"): 38.96, ("rotation", "jigsaw"): 39.56, ("jigsaw", "jigsaw"): 51.17,
+}  # fmt: skip
+PAPER_TABLE5_JIGSAW = (83.74, 48.83, 48)  # so too Figure 1 and, as 51.17, Table 4: not the network of Table 3
+PAPER_TABLE6 = {
+    frozenset(("jigsaw", "rotation")): (85.36, 53.08), frozenset(("jigsaw", "selfie")): (85.64, 53.32),
+    frozenset(("rotation", "selfie")): (86.51, 53.83), frozenset(TASKS): (86.04, 54.64),
+}  # fmt: skip
+PAPER_TABLE7 = {  # (TA, RA, epochs), by number of images to pre-train on, from 80 Million Tiny Images; the task is not named
+    (30_000, "P3F2"): (65.65, 30.00, 70), (30_000, "P3F4"): (85.29, 49.64, 42), (50_000, "P3F2"): (66.87, 30.42, 87),
+    (50_000, "P3F4"): (85.26, 49.66, 61), (150_000, "P3F2"): (67.73, 30.24, 95), (150_000, "P3F4"): (85.18, 50.61, 55),
+}  # fmt: skip
+# The flags that the paper or its code state, or that would change what its numbers mean: of a training, and of an evaluation.
+TRAINING = (
+    "dataset", "image_size", "arch", "width", "stem", "norm", "eps", "attack_steps", "step_size", "attack_bn", "label_fraction", "extra_data",
+    "pretrain_images", "flip", "epochs", "batch_size", "lr", "lr_steps", "weight_decay", "warmup_steps", "pretrain_epochs", "pretrain_lr",
+    "grid", "num_permutations", "whole", "double_softmax", "sigma", "frames", "val_fraction", "init",
+)  # fmt: skip
+EVALUATION = ("dataset", "image_size", "norm", "eps", "eval_attack", "eval_steps", "eval_examples", "eval_amp")
 
 
 def as_usual(settings: dict, flags: tuple[str, ...]) -> bool:
@@ -997,6 +865,140 @@ def show_compared(rows: list[dict]) -> None:
         aim = "at a random wrong class" if first["targeted"] else "away from the right class"
         print(f"\nUnforeseen attacks (Kang et al.), accuracy (%), {first['steps']} steps {aim}, {first['examples']:,} test images\n")
         print_table(["attack", "", *(f"radius {i}" for i in range(1, 7)), "mean", "UAR"], table)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def cells(args: Args) -> list[tuple[str, str]]:
+    """[(task, pair)] of Table 3 that are asked for; P1 has no task."""
+    tasks = TASKS if args.table3 or args.task == "all" else (args.task,)
+    kind, last = ("all", "all") if args.table3 else (args.pretrain, args.finetune)
+    if tasks == ("ensemble",):  # Table 5
+        kind, last = "P3" if kind == "all" else kind, "F4" if last == "all" else last
+    pairs = [pair for pair in (*PAIRS, "RSF2", "RSF4") if kind in (pair[:2], "all" if pair in PAIRS else "") and last in (pair[2:], "all")]
+    if "all" not in (kind, last):
+        pairs = [kind + last]
+    return list(dict.fromkeys(("" if pair.startswith("P1") else task, pair) for task in tasks for pair in pairs))
+
+
+def label(task: str, pair: str) -> str:
+    """'rotation-P3F4', the name of a cell's files; P1 has no task."""
+    return f"{task}-{pair}" if task else pair
+
+
+def main(args: Args) -> dict:
+    """Pre-train, fine-tune, evaluate, print the tables; returns what results.json holds."""
+    run = start_run(args, "chen_pretrain_finetune")
+    if args.stage == "compare" and not args.models:
+        raise UserError("--stage compare wants checkpoints: python chen_pretrain_finetune.py --stage compare runs/X/*.ta.pt")
+    if args.models and args.stage != "compare":
+        raise UserError(f"{args.models[0]}: checkpoints are for --stage compare (--init takes a pre-trained trunk).")
+    unforeseen_kinds(args)  # raises if there is no such attack
+    if args.stage != "compare":
+        check_training(args)
+    results = run.finished() or run_cells(run, args)
+    if results and world()[0] == 0:
+        show(results, str(run.folder))
+    return results
+
+
+def check_training(args: Args) -> None:
+    """Raises UserError for flags that do not go together."""
+    tasks = {task for task, _ in cells(args)} - {""}
+    selfie, puzzle = bool(tasks & {"selfie", "ensemble"}), bool(tasks & {"jigsaw", "ensemble"})
+    numbers(args.lr_steps, "lr-steps")  # raises if it is none
+    if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
+        raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
+    if args.norm == "l2" and "ensemble" in tasks:
+        raise UserError("--task ensemble has three images in one attack, so --norm l2 would be a ball around all three; use linf.")
+    if not args.val_fraction:
+        raise UserError("no validation images to select the best epoch by: raise --val-fraction.")
+    if args.table3 and (args.task, args.pretrain, args.finetune) not in {(Args.task, Args.pretrain, Args.finetune), (Args.task, "all", "all")}:
+        raise UserError("--table3 stands for all tasks and pairs: leave out --task, --pretrain and --finetune.")
+    if args.stage == "pretrain" and (args.init or not tasks):
+        raise UserError("--stage pretrain has nothing to do with --init or --pretrain P1.")
+    if args.init and (len(cells(args)) > 1 or not tasks):
+        raise UserError("--init is for one cell with pre-training: name one --task, --pretrain and --finetune.")
+    if selfie and args.grid < 3:
+        raise UserError("--grid 2 leaves Selfie a single masked patch, among which there is nothing to choose; take 3 or more.")
+    if (selfie or puzzle) and args.image_size % args.grid:
+        raise UserError(f"--image-size {args.image_size} is no multiple of --grid {args.grid}.")
+    if puzzle:
+        jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many
+    # On single pixels a 3x3 convolution with stride 2 sometimes has NaN in its bf16 weight gradient (PyTorch 2.14 and 2.15, CPU).
+    stride = 16 if args.stem == "imagenet" else 4  # of the trunk without its last stage
+    if selfie and args.image_size < stride * args.grid:
+        raise UserError(f"--image-size {args.image_size}: Selfie's patches would be smaller than {stride} pixels, the trunk's stride; take {stride * args.grid} or more.")
+    if args.image_size <= stride:
+        raise UserError(f"--image-size {args.image_size}: one pixel would be left for the last stage; take more than {stride}.")
+
+
+def run_cells(run: Run, args: Args) -> dict:
+    """All cells asked for, each pre-training once; a resumed run goes on in the cell, or the evaluation, that was interrupted."""
+    given = load_checkpoint(args.init) if args.init else None
+    same = len({Path(file).stem for file in args.models}) < len(args.models)  # then the folders tell them apart
+    states = {f"{Path(file).parent.name}/{Path(file).stem}" if same else Path(file).stem: load_checkpoint(file) for file in args.models}
+    if len(states) < len(args.models):
+        raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
+    train_set, val_set, test_set = load_splits(args, run.device)
+    images = train_set
+    if args.extra_data:
+        images = join(train_set, load_extra(args.extra_data, args.image_size, run.device))
+    if args.pretrain_images > len(images):
+        raise UserError(f"--pretrain-images {args.pretrain_images}: there are {len(images)} (see --extra-data).")
+    if args.pretrain_images:
+        images = draw(images, args.pretrain_images, seed=args.seed)
+        check_batches(len(images), args.batch_size)
+    for name, state in states.items():
+        if state["network"].get("heads", {}).get("class") != len(test_set.classes):
+            raise UserError(f"{name} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
+    if given:
+        ((task, pair),) = cells(args)
+        if (found := (given.get("task", task), given.get("kind", pair[:2]))) != (task, pair[:2]):
+            raise UserError(f"{args.init} is {found[1]} on {found[0]}: say --task {found[0]} --pretrain {found[1]}.")
+        inherit(build_model(args.arch, {"class": 1}, width=args.width, stem=args.stem), given, args.init)  # does it fit?
+    if min(numbers(args.lr_steps, "lr-steps"), default=0) >= args.epochs and args.stage == "all":
+        run.say(f"note: with --epochs {args.epochs} the rate of fine-tuning is never lowered (--lr-steps {args.lr_steps}).")
+    if 0 < args.step_size * args.attack_steps < args.eps:
+        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
+    run.begin()
+    began = time.perf_counter()
+    if args.stage == "compare":
+        return write_results(run, compare(run, args, states, test_set), time.perf_counter() - began)
+    done = run.read("judged.json") or {"rows": []}
+    rows, models = done["rows"], {}
+    for task, pair in cells(args):
+        start = None if pair.startswith("P1") else given or pretrain(task, pair[:2], run, args, images, val_set)
+        if args.stage == "pretrain":
+            continue
+        name = label(task, pair)
+        picks = finetune(name, pair, run, args, start, train_set, val_set)
+        models[name] = picks[chosen(args)]
+        if any(row["name"] == name for row in rows):
+            continue
+        for pick, state in picks.items():
+            if pick == "ra" and state["epoch"] == picks["ta"]["epoch"]:  # the same network
+                judged = rows[-2:]
+            else:
+                judged = evaluate(run, name, state, test_set, [0, args.eps], {})
+            known = paper(task, pair, args) if pick == chosen(args) else (None, None)
+            cell = {"task": task, "pair": pair, "pick": pick, "best_epoch": picks["ra"]["epoch"], "images": start and start.get("images")}
+            rows += [row | cell | {"paper": number} for row, number in zip(judged, known, strict=True)]
+        run.write("judged.json", json.dumps({"script": "chen_pretrain_finetune", "rows": rows}, indent=1))
+    if args.stage == "pretrain":
+        run.say(f"The pre-trained trunks are in {run.folder}; go on with --init.")
+        return {}
+    finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
+    if len(finals) > 1 or args.unforeseen:
+        rows = rows + compare(run, args, finals or models, test_set)
+    last = run.load("last.pt")
+    return write_results(run, rows, last["seconds"] if last else 0.0)
+
+
+def chosen(args: Args) -> str:
+    """Which of the two checkpoints of a cell is printed and compared: 'ta' or 'ra'."""
+    return "ta" if args.select == "clean" else "ra"
 
 
 if __name__ == "__main__":

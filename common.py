@@ -63,13 +63,18 @@ def number(text: str) -> float:
     return value
 
 
-def numbers(text: str) -> list[float]:
-    """Read a comma-separated list of numbers (none negative) such as `0,4/255,8/255`. Raises UserError if it is none."""
+def numbers(text: str, flag: str) -> list[float]:
+    """Read a comma-separated list of numbers (none negative) such as `0,4/255,8/255`. Raises UserError, naming `flag`, if it is none."""
     with contextlib.suppress(ValueError):
-        values = [number(part) for part in text.split(",") if part.strip()]
+        values = [number(word) for word in words(text)]
         if all(v >= 0 for v in values):
             return values
-    raise UserError(f"'{text}' is not a list of numbers such as 0,4/255,8/255.")
+    raise UserError(f"--{flag} {text!r} is not a list of numbers such as 0,4/255,8/255.")
+
+
+def words(text: str) -> list[str]:
+    """Read a comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def eps_name(eps: float) -> str:
@@ -85,34 +90,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_args(cls: type, argv: list[str] | None = None) -> Any:
-    """Turn a dataclass into command-line flags: one per field, its trailing comment is the help. A field of type
-    tuple[str, ...] takes the words without a flag.
+    """Turn a dataclass into command-line flags: one per field, its trailing comment is the help; a comment on a line of its own is the
+    heading of the fields below it. A field of type tuple[str, ...] takes the words without a flag.
 
     Later wins: the field's default, then `cls.QUICK` if --quick is given, then the flags. With
     `--resume --out DIR` the arguments of the run in DIR take the place of defaults and QUICK, so that flags
     need not be repeated.
     """
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    script = Path(getattr(sys.modules[cls.__module__], "__file__", cls.__module__)).name
+    loose = "".join(f" [{f.name.upper()} ...]" for f in fields(cls) if get_origin(f.type) is tuple)
     parser = _Parser(
-        description=sys.modules[cls.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for f in fields(cls):
-        default = eps_name(f.default) if f.type is float else f.default
-        note = (notes.get(f.name, "") + (f" (default: {default})" if default != "" else "")).replace("%", "%%")
-        kw: dict[str, Any] = {"default": argparse.SUPPRESS, "help": note}
+        prog=script, usage=f"python {script}{loose} [--flag value ...]", description=sys.modules[cls.__module__].__doc__,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=118, max_help_position=28), allow_abbrev=False,
+    )  # fmt: skip
+    about, group, quick = {f.name: f for f in fields(cls)}, parser, getattr(cls, "QUICK", {})
+    for heading, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$", inspect.getsource(cls), re.M):
+        if heading:
+            group = parser.add_argument_group(heading)
+        if name not in about:
+            continue
+        f = about[name]
+        values = [("default", f.default)] + ([("--quick", quick[name])] if name in quick else [])
+        shown = [f"{of}: {eps_name(v) if f.type is float else ('off', 'on')[v] if f.type is bool else v}" for of, v in values if v not in ("", ())]
+        kw: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (note + (f" ({'; '.join(shown)})" if shown else "")).replace("%", "%%")}
         if f.type is bool:
             kw["action"] = argparse.BooleanOptionalAction
         elif get_origin(f.type) is tuple:  # what stands on the command line without a flag
-            parser.add_argument(f.name, nargs="*", metavar=f.name.upper(), default=argparse.SUPPRESS, help=notes.get(f.name, ""))
+            group.add_argument(name, nargs="*", metavar=name.upper(), **kw)
             continue
         elif get_origin(f.type) is Literal:
             kw["choices"] = get_args(f.type)
         else:
             kw["type"] = number if f.type is float else f.type
             kw["metavar"] = {float: "X", int: "N"}.get(f.type, "S")
-        parser.add_argument("--" + f.name.replace("_", "-"), **kw)
+        group.add_argument("--" + name.replace("_", "-"), **kw)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
     if given.get("resume") and given.get("out"):
@@ -121,25 +132,16 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
     return cls(**(values | given))
 
 
-# What may be asked of a flag wherever it appears: (flag, lowest, highest allowed value).
-_RANGES = [
-    ("epochs", 1, math.inf), ("pretrain_epochs", 0, math.inf), ("batch_size", 2, math.inf), ("lr", 0, math.inf),
-    ("lr_step", 0, math.inf), ("weight_decay", 0, math.inf), ("width", 1 / 64, 64), ("image_size", 8, 4096),
-    ("label_fraction", 1e-6, 1), ("val_fraction", 0, 0.9), ("eps", 0, math.inf), ("pretrain_eps", 0, math.inf),
-    ("step_size", 0, math.inf), ("attack_steps", 0, math.inf), ("eval_steps", 1, math.inf),
-    ("eval_examples", 0, math.inf), ("lambda1", 0, math.inf), ("lambda2", 0, math.inf), ("workers", 0, 1024),
-    ("warmup_epochs", 0, math.inf), ("tau", 0, 1), ("hidden", 1, math.inf), ("projection", 1, math.inf),
-    ("jitter_strength", 0, 1.25), ("blur", 0, 1), ("crop", 0, 1), ("probe_epochs", 1, math.inf), ("probe_lr", 0, math.inf),
-    ("probe_steps", 0, math.inf), ("uat_epochs", 1, math.inf), ("uat_lr", 0, math.inf), ("val_images", 1, math.inf), ("examples", 0, math.inf), ("seed", 0, 2**31), ("grid", 2, 4096), ("num_permutations", 1, 10_000),
-    ("pretrain_images", 0, math.inf), ("pretrain_lr", 0, math.inf), ("warmup_steps", 0, math.inf), ("whole", 0, 1),
-    ("pretrain_batch_size", 2, math.inf), ("accumulate", 1, math.inf), ("mask_ratio", 0, 1), ("decoder_width", 4, math.inf),
-    ("decoder_depth", 1, math.inf), ("decoder_heads", 1, math.inf), ("steps", 1, math.inf), ("mixup", 0, math.inf), ("cutmix", 0, math.inf),
-    ("smoothing", 0, 0.99), ("drop_path", 0, 0.99), ("erase", 0, 1), ("ema", 0, 0.999999), ("eval_crop", 0.1, 1),
-    ("reverse_steps", 0, math.inf), ("reverse_step_size", 0, math.inf), ("reverse_eps", 0, math.inf), ("views", 2, math.inf),
-    ("temperature", 1e-3, math.inf), ("bank", 1, math.inf), ("branch_epochs", 1, math.inf), ("branch_batch_size", 2, math.inf),
-    ("branch_lr", 0, math.inf), ("branch_width", 1 / 64, 64), ("head_batch_size", 2, math.inf), ("head_lr", 0, math.inf),
-    ("adaptive_steps", 1, math.inf), ("eot", 1, math.inf), ("eval_batch_size", 2, math.inf), ("dpe_lambda", 0, math.inf), ("sigma", 0, math.inf), ("unforeseen_steps", 1, math.inf),
-]  # fmt: skip
+# Lowest and highest value of a flag, wherever it appears, if not 0 and infinity.
+_RANGES = {
+    "image_size": (8, 4096), "width": (1 / 64, 64), "branch_width": (1 / 64, 64), "label_fraction": (1e-6, 1), "val_fraction": (0, 0.9),
+    "eval_crop": (0.1, 1), "crop": (0, 1), "mask_ratio": (0, 1), "whole": (0, 1), "blur": (0, 1), "erase": (0, 1), "tau": (0, 1),
+    "smoothing": (0, 0.99), "drop_path": (0, 0.99), "ema": (0, 0.999999), "jitter_strength": (0, 1.25), "temperature": (1e-3, math.inf),
+    "seed": (0, 2**31), "workers": (0, 1024), "grid": (2, 4096), "num_permutations": (1, 10_000), "decoder_width": (4, math.inf),
+} | dict.fromkeys(("batch_size", "pretrain_batch_size", "branch_batch_size", "head_batch_size", "eval_batch_size", "views"), (2, math.inf)) | dict.fromkeys(
+    ("epochs", "probe_epochs", "uat_epochs", "branch_epochs", "steps", "eval_steps", "adaptive_steps", "unforeseen_steps", "accumulate",
+     "hidden", "projection", "decoder_depth", "decoder_heads", "val_images", "bank", "eot"), (1, math.inf)
+)  # fmt: skip
 
 
 def check_args(args: Any) -> None:
@@ -148,13 +150,11 @@ def check_args(args: Any) -> None:
         value = getattr(args, f.name)
         if get_origin(f.type) is Literal and value not in get_args(f.type):
             raise UserError(f"--{f.name.replace('_', '-')} {value}: choose from {', '.join(get_args(f.type))}.")
-        if f.type is float and not math.isfinite(value):
-            raise UserError(f"--{f.name.replace('_', '-')} {value} is not a finite number.")
-    for name, low, high in _RANGES:
-        value = getattr(args, name, low)
-        if not low <= value <= high:
-            span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise UserError(f"--{name.replace('_', '-')} {value:g} must be {span}.")
+        if f.type in (int, float):
+            low, high = _RANGES.get(f.name, (0, math.inf))
+            if not (math.isfinite(value) and low <= value <= high):
+                span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise UserError(f"--{f.name.replace('_', '-')} {value:g} must be {span}.")
     patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
     if getattr(args, "image_size", 0) % patch:
         raise UserError(f"--image-size {args.image_size} is no multiple of {patch}, the side of a patch of {args.arch}.")
@@ -1174,22 +1174,6 @@ def image_uniform(seeds: Tensor, n: int) -> Tensor:
     return (shifted(z ^ shifted(z, 31), 41).float() + 0.5) / 2**23
 
 
-def image_rand(seeds: Tensor) -> Callable[..., Tensor]:
-    """Stands in for torch.rand where the first dimension counts the images that have these seeds, int64 (B,): what an image is given
-    depends on its seed and on how often it was asked before, not on the batch it is in (see `image_uniform`)."""
-    calls = itertools.count(1)
-
-    def rand(*shape: int, device: torch.device | None = None) -> Tensor:
-        return image_uniform(mix_seeds(seeds, next(calls)), math.prod(shape[1:])).view(shape)
-
-    return rand
-
-
-def mix_seeds(seeds: Tensor, n: int) -> Tensor:
-    """Other seeds (int64) for the n-th use of these, by a step of a linear congruential generator (Knuth's constants)."""
-    return seeds * 6364136223846793005 + (n + 1) * 1442695040888963407 % 2**63
-
-
 def random_crop_flip(x: Tensor, pad: int, flip: bool = True, mode: str = "constant") -> Tensor:
     """Pad by `pad` (with zeros; mode "reflect": with the mirrored image), crop back to size at a random place, mirror with probability 1/2: drawn per image.
 
@@ -1346,7 +1330,7 @@ def simclr_augment(
 ) -> Tensor:
     """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop of at least the share `crop` of the area, flip, colour
     jitter (with probability `jitter`; brightness, contrast and saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images,
-    blur with probability `blur`. Here and above `rand` is the source of random numbers, e.g. `image_rand`."""
+    blur with probability `blur`. Here and above `rand` stands in for torch.rand."""
     x = random_resized_crop(x, (crop, 1.0), rand=rand)
     x = random_flip(x, rand) if flip else x
     x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, jitter, rand)
@@ -1826,19 +1810,6 @@ def init_transformer(module: nn.Module) -> None:
             nn.init.xavier_uniform_(m.weight.flatten(1))
         if isinstance(m, nn.Linear):
             nn.init.zeros_(m.bias)
-
-
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if H or W does not fit."""
-    if x.shape[2] % patch or x.shape[3] % patch:
-        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
-    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor) -> Tensor:
-    """The inverse of `patchify` for square images: (B, N, C, p, p) -> (B, C, H, W)."""
-    side = math.isqrt(patches.shape[1])
-    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class ViT(nn.Module):

@@ -8,7 +8,7 @@ Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints of any script.
 
     python eval_cifar10c.py --quick                                           # digits, a minute on two CPU cores
     python eval_cifar10c.py runs/a/best.pt runs/b/best.pt --download          # CIFAR-10-C (2.9 GB), side by side
-    python eval_cifar10c.py runs/a/best.pt --examples 1000                    # attack 1,000 images of each cell
+    python eval_cifar10c.py runs/a/best.pt --eval-examples 1000               # attack 1,000 images of each cell
     python eval_cifar10c.py runs/a/best.pt --dataset folder --data-dir ImageNet-C --image-size 224
     python eval_cifar10c.py runs/a/best.pt --generate --dataset cifar10       # without CIFAR-10-C at hand
 
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from common import (
     Images, Run, UserError, batches, ce_per_image, cli, eps_name, full_precision, load_checkpoint, load_data, load_model,
     open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
-    suite_attacks, with_progress, world, write_atomically, write_results,
+    suite_attacks, with_progress, words, world, write_atomically, write_results,
 )  # fmt: skip
 
 
@@ -59,7 +59,6 @@ class Args:
     seed: int = 0  # seed of the attacks, of the images they are tried on and of --generate
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int = 2  # processes that decode images (folder)
-    batch_size: int = 500  # images per step over all GPUs
     out: str = ""  # folder of the run; empty: runs/eval_cifar10c-<network>
     resume: bool = False  # go on with the run in --out, cell by cell, or start it
     quick: bool = False  # a miniature: digits, generated corruptions; two small networks are trained if none is given
@@ -70,18 +69,18 @@ class Args:
     download: bool = False  # fetch the official archive first, if it is not there
     generate: bool = False  # make the corruptions from the test images of --dataset instead of reading them
     image_size: int = 32  # side in pixels to which --dataset folder or --generate resizes (each network then gets the size it was trained on)
+    batch_size: int = 500  # images per step over all GPUs
     corruptions: str = ""  # comma-separated types; empty: all there are
     severities: str = "1,2,3,4,5"  # comma-separated
-    # attack
-    attack: bool = True  # robust accuracy too; off: clean accuracy only
+    # evaluation
     norm: Literal["own", "linf", "l2"] = "own"  # norm of the ball that the attack stays in; own: that of the checkpoint's training
     eps: float = 0.0  # radius of that ball, in [0, 1] pixel units, such as 8/255; 0: that of the checkpoint's training
-    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
+    eval_attack: Literal["pgd20", "suite", "suite-fast", "none"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; none: clean accuracy only
     eval_steps: int = 20  # PGD steps
-    examples: int = 0  # images per cell that are attacked, drawn once and for all; 0: all
+    eval_examples: int = 0  # test images to attack, of each type and severity, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
-    QUICK: ClassVar[dict] = dict(dataset="digits", generate=True, severities="1,3,5", eval_steps=10, examples=60)
+    QUICK: ClassVar[dict] = dict(dataset="digits", generate=True, severities="1,3,5", eval_steps=10, eval_examples=60)
 
 
 # The 15 types of the benchmark, in its order, and the 4 extra ones.
@@ -512,9 +511,9 @@ def load_networks(args: Args, classes: int, device: torch.device) -> dict[str, t
             raise UserError(f"{path} knows {has} classes, the data have {classes}: is it the right --dataset?")
         norm = trained.get("norm") if args.norm == "own" else args.norm
         eps = args.eps or trained.get("eps")
-        if args.attack and (norm not in ("linf", "l2") or not isinstance(eps, float | int) or not 0 <= eps < math.inf):
-            raise UserError(f"{path} does not say with which norm and radius it was trained; give --norm and --eps, or --no-attack.")
-        if args.attack and args.norm not in ("own", trained.get("norm")) and not args.eps:
+        if args.eval_attack != "none" and (norm not in ("linf", "l2") or not isinstance(eps, float | int) or not 0 <= eps < math.inf):
+            raise UserError(f"{path} does not say with which norm and radius it was trained; give --norm and --eps, or --eval-attack none.")
+        if args.eval_attack != "none" and args.norm not in ("own", trained.get("norm")) and not args.eps:
             raise UserError(f"{path} was trained in another norm than --norm {args.norm}: give --eps, too.")
         model = place_model(load_model(path), device, "auto" if args.eval_amp else "off").eval()
         task = "rotation" if "rotation" in state["network"]["heads"] else ""
@@ -523,7 +522,7 @@ def load_networks(args: Args, classes: int, device: torch.device) -> dict[str, t
 
 
 def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, run: Run, label: str) -> list[dict]:
-    """Rows of results.json: clean accuracy on all images and, with --attack, robust accuracy on --examples of them."""
+    """Rows of results.json: clean accuracy on all images and, unless --eval-attack is none, robust accuracy on --eval-examples of them."""
     size = trained.get("image_size", 0)
 
     def stream(some: Images):
@@ -535,10 +534,10 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
     rows = [{"attack": "none", "norm": trained["attack_norm"], "eps": 0, "examples": len(images)}]
     with contextlib.nullcontext() if args.eval_amp else full_precision(model):
         rows[0]["accuracy"] = round(robust_accuracy(model, stream(images)), 2)
-        if args.attack:
-            if 0 < args.examples < len(images):
+        if args.eval_attack != "none":
+            if 0 < args.eval_examples < len(images):
                 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-                images = images.subset(order[: args.examples])
+                images = images.subset(order[: args.eval_examples])
             generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
             norm, eps = trained["attack_norm"], trained["attack_eps"]
             if args.eval_attack == "pgd20":
@@ -662,12 +661,12 @@ def same_checkpoints(run: Run, args: Args) -> None:
 def evaluate_all(run: Run, args: Args) -> dict:
     """Every cell for every network, written down as it is done."""
     begin = time.perf_counter()
-    severities = list(dict.fromkeys(s.strip() for s in args.severities.split(",")))
-    if not set(severities) <= set("12345"):
+    severities = list(dict.fromkeys(words(args.severities)))
+    if not severities or not set(severities) <= set("12345"):
         raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.")
     severities = [int(s) for s in severities]
     data = open_data(args, run.device)
-    chosen = list(dict.fromkeys(c.strip() for c in args.corruptions.split(",") if c.strip())) or data.types
+    chosen = list(dict.fromkeys(words(args.corruptions))) or data.types
     if not args.corruptions and not args.generate and args.dataset != "folder":
         chosen = BENCHMARK + [c for c in EXTRA if c in data.types]  # a missing benchmark type is an error, not a smaller mean
     if unknown := [c for c in chosen if c not in data.types]:
@@ -713,7 +712,7 @@ def evaluate_all(run: Run, args: Args) -> dict:
         ))  # fmt: skip
     as_paper = args.dataset == "cifar10" and not args.generate and set(severities) == {1, 2, 3, 4, 5}
     as_paper = as_paper and all(row["examples"] == 10_000 for row in rows)
-    as_paper = as_paper and args.eval_attack == "pgd20" and args.eval_steps == 20 and not args.examples and not args.eval_amp
+    as_paper = as_paper and args.eval_attack == "pgd20" and args.eval_steps == 20 and not args.eval_examples and not args.eval_amp
     return write_results(run, rows + summarise(rows, networks, as_paper), time.perf_counter() - begin)
 
 

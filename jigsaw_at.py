@@ -65,6 +65,7 @@ from common import (
 @dataclass
 class Args:
     # run
+    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
     seed: int = 0  # seed of the split, the weights, the order of images, the permutations and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
@@ -108,7 +109,6 @@ class Args:
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
     pretrain_eps: float = 0.0  # radius of the pre-training attack; 0: l2 0.5, linf 8/255
     pretrain_epochs: int = 100  # epochs of pre-training
-    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
     plain: bool = False  # also train a network without attack, for comparison
     # evaluation
     val_fraction: float = 0.15  # share of the training images held out to select the model
@@ -124,24 +124,6 @@ class Args:
         dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1, attack_steps=5,
         plain=True, pretrain_epochs=4,
     )  # fmt: skip
-
-
-# The paper's radii and accuracies (ResNet-18, CIFAR-10): Table 3. The baseline T0 is that of Table 2.
-PAPER_EPS = {
-    "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
-    "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
-}
-PAPER = {  # (norm, pretrain, variant)
-    ("linf", "none", "T0"): [85.46, 72.09, 66.98, 61.29, 55.83, 50.19, 44.69, 39.38, 34.60],
-    ("linf", "none", "T3"): [83.90, 72.39, 67.91, 63.18, 57.99, 52.89, 47.57, 42.31, 37.66],
-}
-# What makes a run the paper's: the settings it states. What it leaves open may vary.
-PAPER_DATA_AND_MODEL = dict(
-    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
-)  # fmt: skip
-PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
-    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20, eval_examples=0, eval_amp=False,
-)  # fmt: skip
 
 
 TASK = "jigsaw"  # the name of F_SS among the network's heads
@@ -364,6 +346,26 @@ def validate(
     return clean, robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
 
 
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+# The paper's radii and accuracies (ResNet-18, CIFAR-10): Table 3. The baseline T0 is that of Table 2.
+PAPER_EPS = {
+    "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
+    "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
+}
+PAPER = {  # (norm, pretrain, variant)
+    ("linf", "none", "T0"): [85.46, 72.09, 66.98, 61.29, 55.83, 50.19, 44.69, 39.38, 34.60],
+    ("linf", "none", "T3"): [83.90, 72.39, 67.91, 63.18, 57.99, 52.89, 47.57, 42.31, 37.66],
+}
+# What makes a run the paper's: the settings it states. What it leaves open may vary.
+PAPER_DATA_AND_MODEL = dict(
+    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
+)  # fmt: skip
+PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
+    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20, eval_examples=0, eval_amp=False,
+)  # fmt: skip
+
+
 def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
     """{radius: the paper's accuracy} if this run, and the pre-training it starts from, is one of the paper's; else {}."""
     wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm]}
@@ -383,7 +385,7 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
 def main(args: Args) -> dict:
     """Train (all stages), evaluate, print the table; returns what results.json holds."""
     run = start_run(args, "jigsaw_at")
-    numbers(args.eval_eps)  # raises for a list that cannot be read
+    numbers(args.eval_eps, "eval-eps")  # raises for a list that cannot be read
     if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
         raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
     if args.pretrain != "none" and args.init:
@@ -427,7 +429,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
 
     began, rows = time.perf_counter(), []
     quarters = [args.eps * i / 4 for i in range(5)]
-    eval_eps = numbers(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
+    eval_eps = numbers(args.eval_eps, "eval-eps") or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
         rows += evaluate(run, name, state, test_set, eval_eps, paper)

@@ -47,6 +47,7 @@ import collections
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -66,9 +67,10 @@ from torch.utils.checkpoint import checkpoint
 
 from common import (
     STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli,
-    count_batches, distribute, draw, eps_name, full_precision, image_rand, image_uniform, learning_rate, load_carmon, load_checkpoint,
-    load_data, load_trunk, load_weights, map_images, mix_seeds, numbers, pgd_attack, place_model, print_table, random_crop_flip,
-    save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sync_buffers, world, write_results,
+    count_batches, distribute, draw, eps_name, full_precision, image_uniform, learning_rate, load_carmon, load_checkpoint,
+    load_data, load_trunk, load_weights, map_images, numbers, pgd_attack, place_model, print_table, random_crop_flip,
+    save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sync_buffers, words, world,
+    write_results,
 )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ class Args:
     eot: int = 4  # draws of the defence over which bpda and unrolled average their loss and its gradient
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the epoch
-    eval_examples: int = 0  # test images, drawn once and for all; 0: all
+    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all. Clean accuracy is of the same
     eval_batch_size: int = 128  # images per batch of the evaluation over all GPUs (their code: 512 or 50)
     eval_amp: bool = False  # classify and attack in mixed precision instead of float32
     sweep: bool = False  # also accuracy over K and for eps_v of half, 3/4, 1 and 1 1/2 of --reverse-eps
@@ -235,6 +237,22 @@ def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
         return reverse_as_published(x, defence, seeds)
     (last,) = collections.deque(trajectory(x, defence, seeds), maxlen=1)
     return last
+
+
+def mix_seeds(seeds: Tensor, n: int) -> Tensor:
+    """Other seeds (int64) for the n-th use of these, by a step of a linear congruential generator (Knuth's constants)."""
+    return seeds * 6364136223846793005 + (n + 1) * 1442695040888963407 % 2**63
+
+
+def image_rand(seeds: Tensor) -> Callable[..., Tensor]:
+    """Stands in for torch.rand where the first dimension counts the images that have these seeds, int64 (B,): what an image is given
+    depends on its seed and on how often it was asked before, not on the batch it is in (see `image_uniform`)."""
+    calls = itertools.count(1)
+
+    def rand(*shape: int, device: torch.device | None = None) -> Tensor:
+        return image_uniform(mix_seeds(seeds, next(calls)), math.prod(shape[1:])).view(shape)
+
+    return rand
 
 
 # ---- the tasks: networks and losses --------------------------------------------------------------------------------
@@ -759,7 +777,7 @@ def paper_number(defence: str, kind: str, args: Args, carmon: bool) -> float | N
     same = ("dataset", "image_size", "norm", "eps", "attack_steps", "step_size", "eval_examples", "eval_amp")
     if defence != "none":  # as in their code where the paper is silent; its "8" may be half of what the code calls 8
         same += ("backbone", "views", "temperature", "reverse_steps", "reverse_step_size")
-        carmon = carmon and args.reverse_eps in (8 / 255, 16 / 255) and (defence == "ssl" or numbers(args.weights) == [1, 1, 1])
+        carmon = carmon and args.reverse_eps in (8 / 255, 16 / 255) and (defence == "ssl" or numbers(args.weights, "weights") == [1, 1, 1])
     if not carmon or defence not in PAPER or kind not in ("none", "pgd") or any(getattr(args, k) != getattr(usual, k) for k in same):
         return None
     return PAPER[defence][kind == "pgd"]
@@ -767,7 +785,7 @@ def paper_number(defence: str, kind: str, args: Args, carmon: bool) -> float | N
 
 def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_set: Images) -> list[Defence]:
     """The rows of the table: none, SSL (Mao et al.), that of --tasks, and what the authors' code computes if asked for."""
-    weights = dict(zip(TASKS, numbers(args.weights), strict=True))
+    weights = dict(zip(TASKS, numbers(args.weights, "weights"), strict=True))
     bank = None
     if args.negatives == "bank":
         some = draw(train_set, min(args.bank, len(train_set)), args.seed)
@@ -794,7 +812,7 @@ def jobs(defences: list[Defence]) -> list[tuple[str, float, list[Defence]]]:
         if not d.branches:  # the classifier alone: going through the defence means to go on with PGD
             todo += [("bpda", 0.0, [d])] if {"bpda", "unrolled"} & set(kinds) else []
             continue
-        todo += [("aware", lam, [d]) for lam in numbers(args.lambdas) if "aware" in kinds]
+        todo += [("aware", lam, [d]) for lam in numbers(args.lambdas, "lambdas") if "aware" in kinds]
         todo += [(kind, 0.0, [d]) for kind in ("bpda", "unrolled") if kind in kinds]
     return todo
 
@@ -1014,11 +1032,6 @@ def main(args: Args) -> dict:
     return results
 
 
-def words(text: str) -> list[str]:
-    """A comma-separated list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def check(args: Args) -> None:
     """Raise UserError for flags that do not go together."""
     tasks, attacks = words(args.tasks), words(args.attacks)
@@ -1027,9 +1040,9 @@ def check(args: Args) -> None:
         raise UserError(f"--tasks {args.tasks}: give some of {','.join(TASKS)}.")
     if not set(attacks) <= set(kinds):
         raise UserError(f"--attacks {args.attacks}: give some of {','.join(kinds)}.")
-    if len(weights := numbers(args.weights)) != 3 or not all(weights):
+    if len(weights := numbers(args.weights, "weights")) != 3 or not all(weights):
         raise UserError(f"--weights {args.weights}: give three numbers above 0, for L_s, L_r and L_i.")
-    if not numbers(args.lambdas) and "aware" in attacks:
+    if not numbers(args.lambdas, "lambdas") and "aware" in attacks:
         raise UserError("--attacks aware needs --lambdas, such as 0,1,5.")
     for flag, size, low in ("image-size", args.image_size, 8), ("inpaint-size", args.inpaint_size, 32):
         if size < low or size & (size - 1):

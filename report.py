@@ -432,7 +432,7 @@ def unused(path: Path, taken: list[Path]) -> Path:
 
 SAME_CORRUPTIONS = [
     "dataset", "data_dir", "generate", "seed", "image_size", "corruptions", "severities", "norm", "eps", "eval_attack", "eval_steps",
-    "examples", "eval_amp",
+    "eval_examples", "eval_amp",
 ]  # fmt: skip
 
 

@@ -61,6 +61,7 @@ from common import (
 @dataclass
 class Args:
     # run
+    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
     seed: int = 0  # seed of the split, the weights, the order of images and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
@@ -101,7 +102,6 @@ class Args:
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
     pretrain_eps: float = 0.0  # radius of the pre-training attack; 0: l2 0.5, linf 8/255
     pretrain_epochs: int = 100  # epochs of pre-training
-    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
     plain: bool = False  # also train a network without attack, for comparison
     # evaluation
     val_fraction: float = 0.15  # share of the training images held out to select the model
@@ -117,36 +117,6 @@ class Args:
         dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1, attack_steps=5,
         plain=True, pretrain_epochs=4,
     )  # fmt: skip
-
-
-# The paper's radii and accuracies (ResNet-18, CIFAR-10): Tables 1, 2 and 4. Table 4 repeats P0 T0 of Table 2 with another
-# run: 85.29 71.90 66.63 60.96 55.42 49.52 44.01 39.28 34.41. Differences of that size are noise.
-PAPER_EPS = {
-    "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
-    "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
-}
-PAPER = {  # (norm, pretrain, variant)
-    ("l2", "none", "T0"): [88.98, 88.63, 87.87, 87.08, 86.48, 85.49, 78.52, 64.46, 48.15, 34.05, 8.13, 2.15],
-    ("l2", "none", "T1"): [90.57, 90.20, 89.48, 88.69, 87.76, 86.68, 78.78, 62.17, 44.65, 28.80, 4.09, 0.48],
-    ("l2", "none", "T2"): [90.20, 89.94, 89.30, 88.54, 87.94, 87.02, 80.31, 66.18, 50.28, 34.91, 6.28, 1.77],
-    ("l2", "none", "T3"): [89.07, 88.75, 88.14, 87.48, 86.85, 85.73, 79.77, 66.15, 50.87, 36.55, 7.50, 2.09],
-    ("linf", "none", "T0"): [85.46, 72.09, 66.98, 61.29, 55.83, 50.19, 44.69, 39.38, 34.60],
-    ("linf", "none", "T1"): [86.59, 73.69, 68.71, 62.86, 56.88, 50.52, 44.51, 38.90, 33.89],
-    ("linf", "none", "T2"): [86.24, 74.06, 68.96, 63.29, 57.63, 51.50, 45.77, 40.51, 35.54],
-    ("linf", "none", "T3"): [84.61, 73.33, 68.61, 64.01, 59.09, 53.73, 48.11, 43.42, 38.76],
-    ("linf", "none", "replace"): [74.9, None, None, None, None, None, 36.60, None, None],  # section 3.2
-    ("linf", "l2", "T0"): [84.67, 72.67, 67.91, 62.61, 56.91, 51.46, 45.91, 40.27, 35.88],
-    ("linf", "linf", "T0"): [85.37, 72.01, 66.69, 61.05, 55.52, 49.61, 43.70, 38.17, 33.66],
-    ("linf", "l2", "T3"): [83.78, 72.75, 68.20, 63.32, 58.25, 52.85, 47.37, 42.24, 37.93],
-    ("linf", "linf", "T3"): [84.08, 72.65, 68.08, 62.94, 58.01, 52.77, 47.16, 41.67, 36.58],
-}
-# What makes a run the paper's: the settings it states. What it leaves open may vary.
-PAPER_DATA_AND_MODEL = dict(
-    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
-)  # fmt: skip
-PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
-    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20, eval_examples=0, eval_amp=False,
-)  # fmt: skip
 
 
 TASK = "rotation"  # the name of F_SS among the network's heads
@@ -364,6 +334,38 @@ def validate(
     return clean, robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
 
 
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+# The paper's radii and accuracies (ResNet-18, CIFAR-10): Tables 1, 2 and 4. Table 4 repeats P0 T0 of Table 2 with another
+# run: 85.29 71.90 66.63 60.96 55.42 49.52 44.01 39.28 34.41. Differences of that size are noise.
+PAPER_EPS = {
+    "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
+    "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
+}
+PAPER = {  # (norm, pretrain, variant)
+    ("l2", "none", "T0"): [88.98, 88.63, 87.87, 87.08, 86.48, 85.49, 78.52, 64.46, 48.15, 34.05, 8.13, 2.15],
+    ("l2", "none", "T1"): [90.57, 90.20, 89.48, 88.69, 87.76, 86.68, 78.78, 62.17, 44.65, 28.80, 4.09, 0.48],
+    ("l2", "none", "T2"): [90.20, 89.94, 89.30, 88.54, 87.94, 87.02, 80.31, 66.18, 50.28, 34.91, 6.28, 1.77],
+    ("l2", "none", "T3"): [89.07, 88.75, 88.14, 87.48, 86.85, 85.73, 79.77, 66.15, 50.87, 36.55, 7.50, 2.09],
+    ("linf", "none", "T0"): [85.46, 72.09, 66.98, 61.29, 55.83, 50.19, 44.69, 39.38, 34.60],
+    ("linf", "none", "T1"): [86.59, 73.69, 68.71, 62.86, 56.88, 50.52, 44.51, 38.90, 33.89],
+    ("linf", "none", "T2"): [86.24, 74.06, 68.96, 63.29, 57.63, 51.50, 45.77, 40.51, 35.54],
+    ("linf", "none", "T3"): [84.61, 73.33, 68.61, 64.01, 59.09, 53.73, 48.11, 43.42, 38.76],
+    ("linf", "none", "replace"): [74.9, None, None, None, None, None, 36.60, None, None],  # section 3.2
+    ("linf", "l2", "T0"): [84.67, 72.67, 67.91, 62.61, 56.91, 51.46, 45.91, 40.27, 35.88],
+    ("linf", "linf", "T0"): [85.37, 72.01, 66.69, 61.05, 55.52, 49.61, 43.70, 38.17, 33.66],
+    ("linf", "l2", "T3"): [83.78, 72.75, 68.20, 63.32, 58.25, 52.85, 47.37, 42.24, 37.93],
+    ("linf", "linf", "T3"): [84.08, 72.65, 68.08, 62.94, 58.01, 52.77, 47.16, 41.67, 36.58],
+}
+# What makes a run the paper's: the settings it states. What it leaves open may vary.
+PAPER_DATA_AND_MODEL = dict(
+    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
+)  # fmt: skip
+PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
+    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20, eval_examples=0, eval_amp=False,
+)  # fmt: skip
+
+
 def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
     """{radius: the paper's accuracy} if this run, and the pre-training it starts from, is one of the paper's; else {}."""
     wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm]}
@@ -383,7 +385,7 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
 def main(args: Args) -> dict:
     """Train (all stages), evaluate, print the table; returns what results.json holds."""
     run = start_run(args, "rotation_at")
-    numbers(args.eval_eps)  # raises for a list that cannot be read
+    numbers(args.eval_eps, "eval-eps")  # raises for a list that cannot be read
     if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
         raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
     if args.pretrain != "none" and args.init:
@@ -424,7 +426,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
 
     began, rows = time.perf_counter(), []
     quarters = [args.eps * i / 4 for i in range(5)]
-    eval_eps = numbers(args.eval_eps) or (quarters if args.quick else PAPER_EPS[args.norm])
+    eval_eps = numbers(args.eval_eps, "eval-eps") or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
         rows += evaluate(run, name, state, test_set, eval_eps, paper)

@@ -27,9 +27,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from at_step import in_turns, print_rows, timed  # noqa: E402
 from byorl_step import matmul_peak  # noqa: E402
 
-from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, perturb, recipe_of, target_of  # noqa: E402
+from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, patchify, perturb, recipe_of, target_of  # noqa: E402
 from common import (  # noqa: E402
-    amp_dtype, batches, build_model, choose_device, device_name, image_uniform, l2_norm, open_folder, patchify, place_model, sincos_positions, transformed,
+    amp_dtype, batches, build_model, choose_device, device_name, image_uniform, l2_norm, open_folder, place_model, sincos_positions, transformed,
 )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from at_step import in_turns, print_rows, timed  # noqa: E402
 
-from common import Network, build_model, choose_device, device_name, full_precision, mix_seeds, place_model  # noqa: E402
-from mtl_reverse import TASKS, Args, Defence, build_branches, reverse, reverse_step, ssl_loss, whose_turn  # noqa: E402
+from common import Network, build_model, choose_device, device_name, full_precision, place_model  # noqa: E402
+from mtl_reverse import TASKS, Args, Defence, build_branches, mix_seeds, reverse, reverse_step, ssl_loss, whose_turn  # noqa: E402
 
 
 class Plain(nn.Module):

@@ -19,11 +19,11 @@ import adv_mae
 import byorl
 from adv_mae import (
     CONFLICT, PAPER, ChooseAmong, Args, Recipe, filters, groups_of, image_seeds, layer_of, main, masked_autoencoder, masked_task, mix, open_variants,
-    paper_number, parameter_groups, perturb, real_labels, recipe_of, rotation_task, target_of,
+    paper_number, parameter_groups, patchify, perturb, real_labels, recipe_of, rotation_task, target_of, unpatchify,
 )  # fmt: skip
 from common import (
     IMAGENET_STATS, Images, UserError, batches, build_model, build_trunk, drop_path, image_uniform, l2_norm, load_checkpoint, load_data, load_model,
-    load_vit, open_folder, parse_args, patchify, pgd, rotate, sincos_positions, split_epoch, transformed, unpatchify,
+    load_vit, open_folder, parse_args, pgd, rotate, sincos_positions, split_epoch, transformed,
 )  # fmt: skip
 
 CPU = torch.device("cpu")

@@ -84,7 +84,7 @@ def test_channels_are_not_mixed_up(cifar_c):
 )  # fmt: skip
 def test_damaged_sets_are_one_sentence(cifar_c, checkpoint, one_sentence, damage, match):
     damage(cifar_c)
-    argv = [checkpoint, "--data-dir", cifar_c.parent, "--no-attack", "--corruptions", "" if "unlink" in str(damage) else "snow"]
+    argv = [checkpoint, "--data-dir", cifar_c.parent, "--eval-attack", "none", "--corruptions", "" if "unlink" in str(damage) else "snow"]
     if "no 'snow'" in match:
         argv = argv[:-2]
     assert re.search(match, one_sentence(script, *argv, "--out", cifar_c.parent / "run"))
@@ -123,7 +123,7 @@ def test_networks_that_do_not_fit_the_data(tmp_path, cifar_c, checkpoint, one_se
     hundred = build_model("resnet18", {"class": 100}, width=1 / 16)
     save_checkpoint(tmp_path / "hundred.pt", {"network": hundred.spec, "model": hundred.state_dict(), "args": state["args"]})
     save_checkpoint(tmp_path / "pretrain.pt", state | {"stage": "pretrain"})
-    more = ["--data-dir", cifar_c.parent, "--no-attack", "--corruptions", "fog"]
+    more = ["--data-dir", cifar_c.parent, "--eval-attack", "none", "--corruptions", "fog"]
     assert "knows 100 classes, the data have 10" in one_sentence(script, tmp_path / "hundred.pt", *more, "--out", tmp_path / "a")
     assert "not a finished classifier" in one_sentence(script, tmp_path / "pretrain.pt", *more, "--out", tmp_path / "a")
     assert "not a finished classifier" in one_sentence(script, checkpoint.parent / "last.pt", *more, "--out", tmp_path / "a")
@@ -145,7 +145,7 @@ def test_imagenet_c_folders(tmp_path, checkpoint):
             file = tmp_path / name / str(i // 10 + 1) / f"class{labels[i]}" / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(file)
-    more = dict(checkpoints=(str(checkpoint),), data_dir=str(tmp_path), attack=False, workers=0)
+    more = dict(checkpoints=(str(checkpoint),), data_dir=str(tmp_path), eval_attack="none", workers=0)
     a = main(Args(**more, dataset="folder", out=str(tmp_path / "a")))
     b = main(Args(**more, corruptions="fog,snow", out=str(tmp_path / "b")))
     (tmp_path / "fog" / "2" / "class3").rename(tmp_path / "elsewhere")
@@ -359,7 +359,7 @@ def test_fog_is_a_cloud_over_each_image(pictures):
 
 
 def test_accuracies_and_means_equal_an_independent_computation(tmp_path, checkpoint):
-    args = Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="1,5", corruptions="fog,contrast,saturate", examples=40, eval_steps=3, out=str(tmp_path))
+    args = Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="1,5", corruptions="fog,contrast,saturate", eval_examples=40, eval_steps=3, out=str(tmp_path))
     rows = main(args)["rows"]
     cells = [r for r in rows if r["severity"] != "all"]
     assert len(cells) == 3 * 2 * 2 and all(r["generated"] for r in rows)
@@ -397,7 +397,7 @@ def test_the_attack_is_centred_on_the_corrupted_image(tmp_path, checkpoint, monk
 
     real = script.pgd_attack
     monkeypatch.setattr(script, "pgd_attack", spy)
-    main(Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="5", corruptions="contrast", examples=30, out=str(tmp_path)))
+    main(Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="5", corruptions="contrast", eval_examples=30, out=str(tmp_path)))
     _, test = script.load_data("digits", "", CPU)
     possible = {tuple(image.flatten().tolist()) for image in corrupt(test.pixels, "contrast", 5)}
     for x, x_adv, norm, eps in seen:
@@ -425,7 +425,7 @@ def test_the_paper_stands_beside_its_own_setting_only():
 
 
 def test_nothing_counts_twice(tmp_path, checkpoint):
-    argv = dict(checkpoints=(str(checkpoint),), generate=True, dataset="digits", attack=False)
+    argv = dict(checkpoints=(str(checkpoint),), generate=True, dataset="digits", eval_attack="none")
     a = main(Args(**argv, severities="1, 5,1", corruptions="fog, contrast,fog", out=str(tmp_path / "a")))
     b = main(Args(**argv, severities="1,5", corruptions="fog,contrast", out=str(tmp_path / "b")))
     assert a["rows"] == b["rows"]
@@ -436,7 +436,7 @@ def test_a_resumed_run_does_not_mix_networks(tmp_path, checkpoint):
     mine = tmp_path / "net.pt"
     state = load_checkpoint(checkpoint)
     save_checkpoint(mine, state)
-    argv = dict(checkpoints=(str(mine),), generate=True, dataset="digits", severities="1", attack=False, corruptions="fog", out=str(tmp_path / "run"))
+    argv = dict(checkpoints=(str(mine),), generate=True, dataset="digits", severities="1", eval_attack="none", corruptions="fog", out=str(tmp_path / "run"))
     main(Args(**argv))
     save_checkpoint(mine, state | {"model": {k: v * 1.5 for k, v in state["model"].items()}})
     with pytest.raises(UserError, match="has changed since"):
@@ -449,7 +449,7 @@ def test_a_resumed_run_does_not_mix_networks(tmp_path, checkpoint):
 def test_without_matplotlib_there_is_no_picture_but_a_table(tmp_path, checkpoint):
     block = f"import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
     code = block + "import common, eval_cifar10c; common.cli(eval_cifar10c.main, eval_cifar10c.Args)"
-    argv = [str(checkpoint), "--generate", "--dataset", "digits", "--corruptions", "fog", "--severities", "1", "--no-attack"]
+    argv = [str(checkpoint), "--generate", "--dataset", "digits", "--corruptions", "fog", "--severities", "1", "--eval-attack", "none"]
     done = subprocess.run([sys.executable, "-c", code, *argv, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "no picture" in done.stdout and "fog" in done.stdout and not done.stderr
 
@@ -460,7 +460,7 @@ def test_several_checkpoints_and_resume(tmp_path, checkpoint, capsys):
     other.parent.mkdir()
     state = load_checkpoint(checkpoint)
     save_checkpoint(other, state | {"args": state["args"] | {"norm": "l2", "eps": 1.0}})
-    argv = dict(checkpoints=(str(checkpoint), str(other)), generate=True, dataset="digits", severities="1,5", corruptions="fog,contrast", examples=20, eval_steps=2)
+    argv = dict(checkpoints=(str(checkpoint), str(other)), generate=True, dataset="digits", severities="1,5", corruptions="fog,contrast", eval_examples=20, eval_steps=2)
     whole = main(Args(**argv, out=str(tmp_path / "whole")))
     assert [(r["norm"], r["eps"]) for r in whole["rows"][:4] if r["attack"] != "none"] == [("linf", 0.1), ("l2", 1.0)]
     code = f"""
@@ -494,12 +494,12 @@ def test_larger_networks_see_larger_images(tmp_path, checkpoint):
     model.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[-1]))
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["0"], torch.arange(4))
     run = script.start_run(Args(out=str(tmp_path)), "eval_cifar10c")
-    script.evaluate_cell(model, state["args"] | {"image_size": 64, "attack_norm": "linf", "attack_eps": 0.1}, images, Args(attack=False), run, "")
+    script.evaluate_cell(model, state["args"] | {"image_size": 64, "attack_norm": "linf", "attack_eps": 0.1}, images, Args(eval_attack="none"), run, "")
     assert set(sizes) == {64}
 
 
 def test_saved_rows_can_be_read_back(tmp_path, checkpoint):
-    results = main(Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="1", corruptions="fog", attack=False, out=str(tmp_path)))
+    results = main(Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="1", corruptions="fog", eval_attack="none", out=str(tmp_path)))
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["rows"] == results["rows"]
     for row in saved["rows"]:

@@ -15,11 +15,11 @@ from torch import nn
 import common
 import mtl_reverse
 from common import (
-    build_model, ce_per_image, image_rand, image_uniform, load_carmon, load_checkpoint, load_weights, mix_seeds, pgd,
+    build_model, ce_per_image, image_uniform, load_carmon, load_checkpoint, load_weights, pgd,
 )  # fmt: skip
 from mtl_reverse import (
-    FOR_DEFENCE, TASKS, Args, Contrastive, Defence, NiN, Unrolled, attack, build_branches, columns, enlarge, gather, jobs,
-    logits_of, main, paper_number, reverse, reverse_as_published, reverse_step, ssl_loss, start, whose_turn,
+    FOR_DEFENCE, TASKS, Args, Contrastive, Defence, NiN, Unrolled, attack, build_branches, columns, enlarge, gather, image_rand, jobs,
+    logits_of, main, mix_seeds, paper_number, reverse, reverse_as_published, reverse_step, ssl_loss, start, whose_turn,
 )  # fmt: skip
 
 TINY = dict(

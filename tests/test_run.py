@@ -1,5 +1,7 @@
 """Section 1 of common.py, seen through rotation_at.py: flags, folders, kills, signals, several ranks, user mistakes."""
 import ast
+import inspect
+import itertools
 import json
 import os
 import re
@@ -16,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, flags, replace, same_state
 
+import adv_mae
 import byorl
+import chen_pretrain_finetune
 import eval_cifar10c
 import jigsaw_at
+import mtl_reverse
 import rotation_at
 from common import UserError, batchnorm_mode, build_model, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
 from rotation_at import Args, main
@@ -84,13 +89,46 @@ def test_help_lists_every_flag_with_its_default(command):
         assert len(line.split("(default:")[0].split()) > 3, f"no help for {f.name}"
 
 
-@pytest.mark.parametrize("script", [rotation_at, jigsaw_at, byorl, eval_cifar10c])
+SCRIPTS = [rotation_at, jigsaw_at, byorl, chen_pretrain_finetune, adv_mae, mtl_reverse, eval_cifar10c]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_argument_is_read(script):
     """By the script or, for those that all scripts have, by common.py."""
     trees = [ast.parse((ROOT / f"{name}.py").read_text()) for name in (script.__name__, "common")]
-    nodes = [n for tree in trees for n in ast.walk(tree)]
-    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "args"}
+    read = {ast.unparse(n) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    read = {text.split(".")[-1] for text in read if re.fullmatch(r"(\w+\.)*args\.\w+", text)}
     assert {f.name for f in fields(script.Args)} <= read | {"quick"}  # which parse_args reads
+
+
+def flags_of(script):
+    """{flag: (heading, type, comment)}, in order."""
+    heading, found = "", {}
+    for title, name, kind, comment in re.findall(r"^    (?:# (.*)|(\w+): (.*?) = .*?  # (.*))$", inspect.getsource(script.Args), re.M):
+        heading = title or heading
+        if name:
+            found[name] = heading, kind, comment
+    return found
+
+
+@pytest.mark.parametrize(("a", "b"), itertools.combinations(SCRIPTS, 2))
+def test_the_same_flag_is_the_same_everywhere(a, b):
+    """Flags of two scripts: of one type, with one meaning, and in one order below a heading."""
+    one, other = flags_of(a), flags_of(b)
+    assert one.keys() == {f.name for f in fields(a.Args)}  # each has a comment
+    shared = [name for name in one if name in other]
+    papers_own = {"arch", "norm", "stage", "method", "pretrain", "select", "eval_attack"}  # which choices there are
+    for name in shared:
+        if name not in papers_own:
+            assert one[name][1] == other[name][1], name
+    # What all runs have in common reads the same to the word, but for what is added after it.
+    for name in ("device", "sync_bn", "resume", "data_mirror", "flip", "stem", "norm", "eps", "eval_attack", "eval_steps", "eval_examples"):
+        if name in shared:
+            first, second = (re.split(r"[;(,]| in place| and in views| that the attack| cell by", flags[name][2])[0].strip() for flags in (one, other))
+            assert first == second, name
+    for group in ("run", "data", "attack", "evaluation"):
+        names = [[n for n in flags if n in shared and one[n][0].startswith(group) and other[n][0].startswith(group)] for flags in (one, other)]
+        assert names[0] == names[1], group
 
 
 @pytest.mark.parametrize(
