@@ -1,42 +1,52 @@
-"""Adversarial masked auto-encoders (Rebuffi, Wiles, Shelhamer, Gowal: Adversarially self-supervised pre-training improves accuracy and
-robustness, ICLR 2023 workshop).
+"""Adversarial masked auto-encoders (Rebuffi, Wiles, Shelhamer, Gowal: Adversarially self-supervised pre-training improves
+accuracy and robustness, ICLR 2023 workshop).
 
-A Vision Transformer is pre-trained on attacked images, then fine-tuned on clean ones. Masked auto-encoding (MAE, He et al. 2022) hides 75%
-of an image's patches p; an encoder e sees the visible ones, a small decoder d paints the others. A-MAE also attacks the visible ones:
+A Vision Transformer is pre-trained on attacked images, then fine-tuned on clean ones. Masked auto-encoding (MAE, He et
+al. 2022) hides 75% of an image's patches p; an encoder e sees the visible ones, a small decoder d paints the others.
+A-MAE also attacks the visible ones:
 
     delta = argmax over the eps-ball of (1 - m) || d(e(p + delta, m)) - (p - mu(p)) / sigma(p) ||^2      (eq. 4; by PGD, eq. 2)
     minimise the same loss at p + delta
 
-The mask m, 1 where a patch is visible, is drawn once for attack and update; delta is on visible patches only; the target is made of the clean
-image's hidden patches. The other ways of pre-training attack their own loss in the same way: adversarial RotNet (eq. 5, --method rotnet),
-supervised (--method supervised), and BYOL (byorl.py). Fine-tuning has no attack; its learning rate decays from layer to layer by gamma
-towards the input (--layer-decay), which keeps the robust early layers. The paper: all methods gain from the attack on ImageNet and its
-variants, and with l2 on average also on other data sets.
+The mask m, 1 where a patch is visible, is drawn once for attack and update; delta is on visible patches only; the
+target is made of the clean image's hidden patches. The other ways of pre-training attack their own loss in the same
+way: adversarial RotNet (eq. 5, --method rotnet), supervised (--method supervised), and BYOL (byorl.py). Fine-tuning has
+no attack; its learning rate decays from layer to layer by gamma towards the input (--layer-decay), which keeps the
+robust early layers. The paper: all methods gain from the attack on ImageNet and its variants, and with l2 on average
+also on other data sets.
 
     python adv_mae.py --quick                                          # digits, MAE and A-MAE, under two minutes on two CPU cores
-    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16         # ImageNet, ViT-B/16: pre-train with l2 0.5, fine-tune, evaluate
+    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16    # ImageNet, ViT-B/16: pre-train with l2 0.5, fine-tune, evaluate
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --norm linf --eps 1/255 --stage pretrain
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --method rotnet --eps 4 --stage pretrain
-    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --stage finetune --init runs/X/a-mae.pt --layer-decay 0.75 --eval-data imagenet-r,imagenet-a
-    python adv_mae.py --dataset cifar10 --recipe sgd --stage finetune --init runs/X/a-mae.pt          # a cell of Table 1 (X: on ImageNet)
+    python adv_mae.py --data-dir imagenet --stage finetune --init runs/X/a-mae.pt --layer-decay 0.75 --eval-data imagenet-r,imagenet-a
+    python adv_mae.py --dataset cifar10 --recipe sgd --stage finetune --init runs/X/a-mae.pt    # a cell of Table 1 (X: on ImageNet)
 
-The paper, CIFAR-10 (Table 1, AdamW), pre-trained without attack / linf / l2: MAE 98.03 / 98.30 / 98.46, RotNet 96.14 / 97.29 / 97.43,
-supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
+The paper, CIFAR-10 (Table 1, AdamW), pre-trained without attack / linf / l2: MAE 98.03 / 98.30 / 98.46, RotNet 96.14 /
+97.29 / 97.43, supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
 
 Differs from the paper, which released no code and refers to He et al., or is our choice where it is silent:
-- the number of epochs of MAE is not given (He et al.: 800, their best 1600); nor is the best gamma, so all four are fine-tuned;
-- the attack runs with drop path off, stays in [0, 1], and in l2 starts on the ball's surface and takes normalised steps (eq. 2 shows linf only);
+- the number of epochs of MAE is not given (He et al.: 800, their best 1600); nor is the best gamma, so all four are
+  fine-tuned;
+- the attack runs with drop path off, stays in [0, 1], and in l2 starts on the ball's surface and takes normalised steps
+  (eq. 2 shows linf only);
 - patches are normalised after the image's channels, with the unbiased variance and 1e-6, as in He et al.'s code;
-- positions stay fixed in fine-tuning too (their code trains them there; those of a published checkpoint with trained ones go on being trained);
-- layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0 (frozen) and 1 (full);
-- "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label smoothing, drop
-  path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of its two operations with probability 1/2;
-  torchvision's operations lack Invert and SolarizeAdd, have Identity, and a milder Posterize;
-- warm-up is the same share of any number of epochs (40 of 800, 20 of 300, 5 of 100); the moving average of weights is faster in the first steps;
-- the attack of the supervised method is on the mixed labels; rotations are drawn once per image, after the augmentation;
-- Table 1's augmentation is "random horizontal flipping", so there is no mixup, cutmix, RandAugment or erasing there; its AdamW keeps label smoothing and drop
-  path and runs for 100 epochs;
-- the last epoch is reported; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its authors' code.
+- positions stay fixed in fine-tuning too (their code trains them there; those of a published checkpoint with trained
+  ones go on being trained);
+- layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0
+  (frozen) and 1 (full);
+- "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label
+  smoothing, drop path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of
+  its two operations with probability 1/2; torchvision's operations lack Invert and SolarizeAdd, have Identity, and a
+  milder Posterize;
+- warm-up is the same share of any number of epochs (40 of 800, 20 of 300, 5 of 100); the moving average of weights is
+  faster in the first steps;
+- the attack of the supervised method is on the mixed labels; rotations are drawn once per image, after the
+  augmentation;
+- Table 1's augmentation is "random horizontal flipping", so there is no mixup, cutmix, RandAugment or erasing there;
+  its AdamW keeps label smoothing and drop path and runs for 100 epochs;
+- the last epoch is reported; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its
+  authors' code.
 """
 import contextlib
 import functools
@@ -53,10 +63,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, cli, count_batches,
+    STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, check_args, cli, count_batches,
     distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
-    map_images, numbers, open_folder, pgd, place_model, print_table, robust_accuracy, rotate, save_image_grid, seed_step,
-    sincos_positions, split_epoch, start_run, transformed, with_progress, words, world, write_results,
+    map_images, numbers, open_folder, patchify, pgd, place_model, print_table, rebuild, robust_accuracy, rotate, save_image_grid, seed_step,
+    sincos_positions, split_epoch, start_run, transformed, unpatchify, with_progress, words, world, write_results,
 )  # fmt: skip
 
 
@@ -69,8 +79,8 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the network
-    workers: int = 8  # processes that decode and augment images, per GPU
-    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    workers: int = 8  # processes per GPU that read and augment images
+    out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in under two minutes on two CPU cores
     # data and model
@@ -83,11 +93,11 @@ class Args:
     width: float = 1.0  # multiplies the number of heads, 64 channels each
     # pre-training
     method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
-    pretrain_epochs: int = 0  # 0: the recipe's (mae 800, rotnet and supervised 300)
-    pretrain_batch_size: int = 4096  # images per step over all GPUs
-    pretrain_lr: float = 0.0  # highest learning rate; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
+    pretrain_epochs: int = 0  # epochs of pre-training; 0: the recipe's (mae 800, rotnet and supervised 300)
+    pretrain_batch_size: int = 4096  # images per step of pre-training over all GPUs
+    pretrain_lr: float = 0.0  # highest learning rate of pre-training; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
     accumulate: int = 1  # parts into which each GPU's share of a batch is cut, one after the other, to save memory; in fine-tuning too
-    mask_ratio: float = 0.75  # share of the patches that MAE hides
+    mask_ratio: float = 0.75  # share of the patches that MAE hides (paper: 75%)
     crop: float = 0.0  # smallest share of an image's area in a random crop, in pre-training and with --recipe imagenet; 0: the recipe's (MAE 0.2, others 0.08)
     decoder_width: int = 512  # channels of MAE's decoder (paper: 2048 hidden units, which is 4 times as many)
     decoder_depth: int = 8  # layers of MAE's decoder
@@ -98,14 +108,14 @@ class Args:
     # attack in pre-training (appendix C)
     norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
     eps: float = 0.5  # radius of that ball, in [0, 1] pixel units (the paper's best, l2 / linf: mae 0.5 / 1/255, supervised 4 / 6/255, rotnet 4 / 4/255, byol 2 / 2/255); 0: no attack
-    attack_steps: int = 2  # PGD steps
-    step_size: float = 0.0  # of PGD; 0: 5 eps / 8
+    attack_steps: int = 2  # PGD steps in training (paper: 2)
+    step_size: float = 0.0  # length of a step; 0: 5 eps / 8 (paper)
     # fine-tuning
     recipe: Literal["imagenet", "adamw", "sgd"] = "imagenet"  # how to fine-tune: as He et al. on ImageNet, or in one of the two ways of Table 1, with flips only
     epochs: int = 100  # epochs of fine-tuning (imagenet, adamw)
     steps: int = 2500  # steps of fine-tuning (sgd)
-    batch_size: int = 512  # images per step over all GPUs
-    lr: float = 0.0  # highest learning rate; 0: the recipe's (imagenet and adamw 5e-4, sgd 0.01)
+    batch_size: int = 512  # images per step of fine-tuning over all GPUs
+    lr: float = 0.0  # highest learning rate of fine-tuning; 0: the recipe's (imagenet and adamw 5e-4, sgd 0.01)
     layer_decay: str = "0.65,0.75,0.85,0.95"  # comma-separated gammas, a fine-tuned network for each: the rate of layer k from the top is gamma^k times --lr; 0: only the last norm and the head, 1: all the same (not for sgd)
     # regularisation of fine-tuning with --recipe imagenet (smoothing and drop path with adamw, too), and of supervised and rotnet pre-training
     mixup: float = 0.8  # alpha of mixup (not in rotnet); 0: none
@@ -120,7 +130,7 @@ class Args:
     real: str = ""  # real.json of ImageNet-ReaL, to score the test images (ILSVRC2012_val_*) by it as well
     eval_crop: float = 0.875  # share of an image's shorter side that the evaluated central crop has (1: all; adamw and sgd squeeze the whole image)
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
-    eval_steps: int = 20  # PGD steps
+    eval_steps: int = 20  # PGD steps in evaluation
     eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
     eval_eps: str = "0.25,0.5,1,2"  # comma-separated radii at which the fine-tuned networks are attacked; empty: none
     eval_examples: int = 1000  # test images to attack, drawn once and for all; 0: all. Clean accuracy is that of all
@@ -186,19 +196,6 @@ def recipe_of(kind: str, args: Args) -> Recipe:
 
 
 # ---- the method ----------------------------------------------------------------------------------------------------
-
-
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if H or W does not fit."""
-    if x.shape[2] % patch or x.shape[3] % patch:
-        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
-    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor) -> Tensor:
-    """The inverse of `patchify` for square images: (B, N, C, p, p) -> (B, C, H, W)."""
-    side = math.isqrt(patches.shape[1])
-    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class MAE(nn.Module):
@@ -693,30 +690,27 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
 
 def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, variants: dict, real: list[list[int]] | None) -> list[dict]:
     """Rows of results.json: clean accuracy of each classifier on the test set and all variants, and under attack at --eval-eps."""
-    done = run.read("judged.json") or {"rows": []}  # one by one, so that a resumed run judges none twice
-    rows = done["rows"]
+    rows = run.rows("judged.json")  # written one by one, so that a resumed run judges none twice
     stored = transformed(test_set, central_crop(args))
     to_attack = draw(stored, min(args.eval_examples or len(stored), len(stored)), seed=0)
     small = min(args.batch_size, 64 * world()[1])  # attacks are in float32, whose activations take 0.1 GB per image of a ViT-B/16
-    judging = Run(run.folder, run.device, run.script, replace(args, norm=args.eval_norm, batch_size=small))
     for state in classifiers:
         name = state["name"]
         if any(row["name"] == name for row in rows):
             continue
-        model = place_model(build_model(**state["network"]), run.device, args.amp if args.eval_amp else "off").eval()
-        load_weights(model, state["model"], name)
+        model = place_model(rebuild(state, name), run.device, args.amp if args.eval_amp else "off").eval()
         about = {k: state.get(k) for k in ("layer_decay", "pretrained")} | {"checkpoint": state.get("file") or str(run.folder / f"{name}.pt")}
 
         def score(model: nn.Module, images: Images, where: str) -> float:
             stream = batches(images, args.batch_size, run.device, workers=args.workers)
-            with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+            with full_precision(model, not args.eval_amp):
                 return robust_accuracy(model, with_progress(stream, len(images), where))
 
         scores = {"test": (score(model, stored, "test"), len(stored))}
         for where, (images, groups) in variants.items():
             scores[where] = score(ChooseAmong(model, groups.to(run.device)), images, where), len(images)
         if real:
-            with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+            with full_precision(model, not args.eval_amp):
                 predicted = map_images(lambda x: model(x).argmax(1), stored, run, args.batch_size).tolist()
             right = [k in labels for k, labels in zip(predicted, real, strict=True) if labels]
             scores["real"] = 100 * sum(right) / len(right), len(right)
@@ -726,9 +720,10 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
         ]  # fmt: skip
         mine[0]["paper"] = paper_number(state, args)
         radii = [eps for eps in numbers(args.eval_eps, "eval-eps") if eps > 0]
-        mine += [row | {"set": "test"} for row in evaluate(judging, name, state, to_attack, radii, {}, train_eps=radii[0])] if radii else []
+        attacked = evaluate(run, name, state, to_attack, radii, norm=args.eval_norm, batch_size=small, look_at=radii[0]) if radii else []
+        mine += [row | {"set": "test"} for row in attacked]
         rows += [row | about for row in mine]
-        run.write("judged.json", json.dumps({"script": "adv_mae", "rows": rows}, indent=1))
+        run.keep("judged.json", rows)
         run.say(f"{name}: " + ", ".join(f"{row['norm'] + ' ' + eps_name(row['eps']) if row['eps'] else row['set']} {row['accuracy']:.2f}" for row in mine))
     return rows
 
@@ -819,7 +814,31 @@ def show(results: dict, folder: Path) -> None:
 
 def main(args: Args) -> dict:
     """Pre-train, fine-tune, evaluate, print the table; returns what results.json holds ({} if --stage is not that far)."""
-    gammas = numbers(args.layer_decay, "layer-decay") if args.recipe != "sgd" else [1.0]  # raises for a list that cannot be read
+    check(args)
+    given = read_init(args)
+    if given:  # the network is the checkpoint's, for the record
+        args = replace(args, **{k: given[0]["network"][k] for k in ("arch", "width")})
+        about = given[0]["pretrained"]
+        args = replace(args, **{k: about[k] for k in ("method", "norm", "eps") if about.get(k) is not None and about["method"] in PAPER_METHODS})
+    run = start_run(args)
+    if args.eps == Args.eps and args.method != "mae" and not given:
+        linf, l2 = BEST_EPS[args.method]
+        run.say(f"note: --eps {args.eps:g} is the best radius for MAE; for {args.method} the paper's are l2 {l2:g} and linf {eps_name(linf)}.")
+    results = run.finished() or train_and_evaluate(run, args, given)
+    if results and world()[0] == 0:
+        show(results, run.folder)
+    return results
+
+
+def gammas_of(args: Args) -> list[float]:
+    """The layer-wise decays to fine-tune with; SGD has none."""
+    return numbers(args.layer_decay, "layer-decay") if args.recipe != "sgd" else [1.0]
+
+
+def check(args: Args) -> None:
+    """Raise UserError for flags that are wrong or do not go together."""
+    check_args(args)
+    gammas = gammas_of(args)
     if not gammas or not all(0 <= g <= 1 for g in gammas):
         raise UserError(f"--layer-decay {args.layer_decay!r}: give numbers from 0 to 1, such as 0.65,0.75.")
     if len({f"{g:g}" for g in gammas}) < len(gammas):
@@ -829,23 +848,8 @@ def main(args: Args) -> dict:
         raise UserError(f"--stage {args.stage} needs --init (finetune: an encoder such as runs/X/a-mae.pt; evaluate: a classifier or a folder of them).")
     if args.stage in ("all", "pretrain") and args.init:
         raise UserError(f"--stage {args.stage} takes no --init; to fine-tune an encoder use --stage finetune.")
-    if args.norm == "linf" and args.eps == Args.eps and not args.init:
-        raise UserError(f"--norm linf needs a radius of its own: give --eps {eps_name(BEST_EPS[args.method][0])}.")
     if args.eval_norm == "linf" and args.eval_eps == (Args.QUICK["eval_eps"] if args.quick else Args.eval_eps):
         raise UserError("--eval-norm linf needs radii of its own: give --eval-eps 1/255,2/255.")
-    given = read_init(args)
-    if given:  # the network is the checkpoint's, for the record
-        args = replace(args, **{k: given[0]["network"][k] for k in ("arch", "width")})
-        about = given[0]["pretrained"]
-        args = replace(args, **{k: about[k] for k in ("method", "norm", "eps") if about.get(k) is not None and about["method"] in PAPER_METHODS})
-    run = start_run(args, "adv_mae")
-    if args.eps == Args.eps and args.method != "mae" and not given:
-        linf, l2 = BEST_EPS[args.method]
-        run.say(f"note: --eps {args.eps:g} is the best radius for MAE; for {args.method} the paper's are l2 {l2:g} and linf {eps_name(linf)}.")
-    results = run.finished() or train_and_evaluate(run, args, gammas, given)
-    if results and world()[0] == 0:
-        show(results, run.folder)
-    return results
 
 
 def read_init(args: Args) -> list[dict]:
@@ -885,7 +889,7 @@ def read_init(args: Args) -> list[dict]:
     return [state for _, state in given]
 
 
-def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[dict]) -> dict:
+def train_and_evaluate(run: Run, args: Args, given: list[dict]) -> dict:
     """All stages that --stage asks for."""
     stored = {"cifar10": 32, "cifar100": 32, "stl10": 96}.get(args.dataset, args.image_size)  # they are resized as they are needed
     train_set, test_set = load_data(
@@ -920,13 +924,11 @@ def train_and_evaluate(run: Run, args: Args, gammas: list[float], given: list[di
         classifiers = [
             train(f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd", args.recipe, run, args, train_set, start=state, gamma=gamma)
             for name, state in encoders.items()
-            for gamma in gammas
+            for gamma in gammas_of(args)
         ]
     began = time.perf_counter()
     rows = judge(run, args, classifiers, test_set, variants, real)
-    last = run.load("last.pt")
-    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
-    return write_results(run, rows, seconds)
+    return write_results(run, rows, began)
 
 
 def check_sizes(args: Args, train_set: Images, test_set: Images, given: list[dict]) -> None:

@@ -1,16 +1,16 @@
-"""Bootstrap Your Own Robust Latents (BYORL; Gowal, Huang, van den Oord, Mann, Kohli: Self-supervised adversarial robustness for the
-low-label, high-data regime, ICLR 2021).
+"""Bootstrap Your Own Robust Latents (BYORL; Gowal, Huang, van den Oord, Mann, Kohli: Self-supervised adversarial
+robustness for the low-label, high-data regime, ICLR 2021).
 
-BYOL without labels, on views that are attacked. An online network (encoder e, projector g, predictor q; weights theta) predicts
-what a slowly moving copy of itself (e, g; weights xi) makes of another, clean view of the same image:
+BYOL without labels, on views that are attacked. An online network (encoder e, projector g, predictor q; weights theta)
+predicts what a slowly moving copy of itself (e, g; weights xi) makes of another, clean view of the same image:
 
     v, v' = two random augmentations of x;   z' = g_xi(e_xi(v')), no gradient
     delta = argmin over the eps-ball of cos(q(g(e(v + delta))), z')                      (eq. 5; the attack, by AutoPGD)
     minimise 2 - 2 cos(q(g(e(v + delta))), z'), and the same with v and v' exchanged      (eq. 7, made symmetric as in section 3)
     xi <- tau xi + (1 - tau) theta
 
-Then e is frozen and a linear classifier is trained on it with few or many labels: on attacked images (robust head) or on clean
-ones (plain head). The paper's surprise: on BYORL's representation the plain head is nearly as robust.
+Then e is frozen and a linear classifier is trained on it with few or many labels: on attacked images (robust head) or
+on clean ones (plain head). The paper's surprise: on BYORL's representation the plain head is nearly as robust.
 
     python byorl.py --quick --eps 0.5 --norm l2     # digits: BYOL and BYORL, about a minute on two CPU cores
     python byorl.py --eps 0.5 --norm l2             # CIFAR-10, 1000 epochs, PreAct-ResNet-34 x2, heads for 1% to 100% of the labels
@@ -20,22 +20,27 @@ ones (plain head). The paper's surprise: on BYORL's representation the plain hea
     python byorl.py --init runs/X/byorl.pt --dataset stl10 --label-fractions 0.01,0.1,1   # transfer (Table 1)
     torchrun --nproc-per-node=8 byorl.py --eps 0.5 --norm l2
 
-The paper: CIFAR-10 alone, linf 8/255, robust head on all labels, clean / robust: x1 78.02 / 41.30, x2 80.80 / 43.24, x4 81.32 / 43.19.
+The paper: CIFAR-10 alone, linf 8/255, robust head on all labels, clean / robust: x1 78.02 / 41.30, x2 80.80 / 43.24, x4
+81.32 / 43.19.
 
 Differs from the paper, whose code is not public, or is our choice where it is silent:
 - eq. 6 prints ascent on the cosine; eqs. 5 and 7 and the text need descent;
-- the attack sees batch statistics in BatchNorm and leaves the running ones alone; the target network uses those of its own batch;
-- LARS as in BYOL's code; views as in SimCLR: colour jitter 0.8, 0.8, 0.8, 0.2 times "strength 0.5" (BYOL has 0.4, 0.4, 0.2, 0.1);
+- the attack sees batch statistics in BatchNorm and leaves the running ones alone; the target network uses those of its
+  own batch;
+- LARS as in BYOL's code; views as in SimCLR: colour jitter 0.8, 0.8, 0.8, 0.2 times "strength 0.5" (BYOL has 0.4, 0.4,
+  0.2, 0.1);
 - PGD's steps are 2/255 (linf), or 2 eps / steps where that is more, and in l2;
-- the target network starts as a copy of the online one (in BYOL's code from weights of its own, which made no difference);
+- the target network starts as a copy of the online one (in BYOL's code from weights of its own, which made no
+  difference);
 - features have 512 * width dimensions (basic blocks); the "2048" of the text fits x4 only;
 - --eps 0 is BYOL, its heads trained and judged at l2 128/255 or linf 8/255;
-- heads are trained with pre-training's batch size, crop and flip, robust ones with PGD-10; the best epoch is chosen on 1,024 held-out
-  images, by robust accuracy (robust heads) or clean accuracy (plain heads), so "100%" are the 48,976 labels left, and "1%" 500;
-- UAT-FT: 200 epochs of SGD, rate 0.2, one epoch of warm-up, a cosine, PGD-10; teacher and student make the same number of steps.
+- heads are trained with pre-training's batch size, crop and flip, robust ones with PGD-10; the best epoch is chosen on
+  1,024 held-out images, by robust accuracy (robust heads) or clean accuracy (plain heads), so "100%" are the 48,976
+  labels left, and "1%" 500;
+- UAT-FT: 200 epochs of SGD, rate 0.2, one epoch of warm-up, a cosine, PGD-10; teacher and student make the same number
+  of steps.
 """
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -48,9 +53,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli, count_batches,
+    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, cli, count_batches,
     distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk, load_weights, map_images, pgd_attack,
-    place_model, print_table, numbers, random_crop_flip, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
+    place_model, print_table, numbers, random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
     start_run, sync_batchnorm, sync_buffers, world, write_results,
 )  # fmt: skip
 
@@ -68,8 +73,8 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
-    workers: int = 2  # processes that decode images (folder)
-    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
     # data and model
@@ -81,23 +86,23 @@ class Args:
     flip: bool = True  # mirror images at random in training
     arch: Arch = "preact34"  # encoder (paper: preact34; ImageNet: resnet50)
     width: float = 2.0  # multiplies the number of channels (paper: 2 on CIFAR-10, 4 with extra data and on ImageNet)
-    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
+    stem: Literal["cifar", "imagenet"] = "cifar"  # first layer. cifar: 3x3; imagenet: 7x7 with stride 2 and max-pooling, for large images
     # optimiser (LARS)
-    epochs: int = 1000  # of pre-training; an epoch is as many images as the labelled set has, also with --extra-data
+    epochs: int = 1000  # epochs of pre-training; an epoch is as many images as the labelled set has, also with --extra-data
     warmup_epochs: int = 10  # epochs in which the learning rate rises from 0; then half a cosine back to 0
     batch_size: int = 512  # images per step over all GPUs, also for heads and UAT-FT
     lr: float = 2.0  # highest learning rate (ImageNet: 1.2)
-    weight_decay: float = 5e-4  # of LARS, not on biases and BatchNorm; of UAT-FT's SGD, on all weights
+    weight_decay: float = 5e-4  # weight decay of LARS, not on biases and BatchNorm; of UAT-FT's SGD, on all weights
     # attack in pre-training
     norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
     eps: float = 128 / 255  # radius of that ball, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL
     attack: Literal["apgd", "pgd"] = "apgd"  # AutoPGD, or PGD (Table 4)
-    attack_steps: int = 40  # steps of the attack in pre-training
-    step_size: float = 0.0  # of PGD in pre-training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    attack_steps: int = 40  # steps in pre-training (paper: 40; Table 4: 5 to 60)
+    step_size: float = 0.0  # length of a step of PGD in pre-training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     apgd_checkpoints: Literal["paper", "code"] = "paper"  # where AutoPGD may halve its step, see common.apgd_checkpoints
     # method
     method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, adversarial training with pseudo-labels, a network per share of labels
-    tau: float = 0.996  # share of the old target network that a step keeps, at the start; rises to 1 (ImageNet: 0.999)
+    tau: float = 0.996  # tau: share of the old target network that a step keeps, at the start; rises to 1 (ImageNet: 0.999)
     hidden: int = 4096  # hidden units of projector and predictor
     projection: int = 256  # outputs of projector and predictor
     jitter_strength: float = 0.5  # strength of the colour jitter (Figure 5: 0.1 to 0.5)
@@ -115,8 +120,8 @@ class Args:
     # evaluation
     val_images: int = 1024  # training images held out to choose the epoch of each head
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "suite"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
-    eval_steps: int = 20  # PGD steps
-    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
+    eval_steps: int = 20  # PGD steps in evaluation
+    eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
     # Digits at their own 8 x 8 pixels, on which an l2 ball of radius 0.5 is large (at 32 x 32 it would be small); hence mild views.
@@ -164,8 +169,6 @@ def distance(prediction: Tensor, target: Tensor) -> Tensor:
 
 def attack_view(online: Online, v: Tensor, target: Tensor, args: Args) -> Tensor:
     """eq. 5: the view v + delta whose prediction is farthest from `target`, the other view's projection."""
-    if args.eps == 0:
-        return v
     generator = torch.Generator(v.device).manual_seed(torch.randint(2**31, ()).item())  # else it starts from the same point each time
 
     def loss(z: Tensor) -> Tensor:
@@ -384,7 +387,7 @@ def train_classifier(
     trained.load_state_dict(best["model"])
     run.save(file, {
         "network": model.spec, "model": model.state_dict(), "args": vars(args) | {"eps": eps}, "name": name, "epoch": best["epoch"],
-        "stage": "train" if robust else "plain", **about,  # `evaluate` takes a picture of the first kind, and looks for signs of failing attacks
+        "stage": "train" if robust else "plain", **about,
     })  # fmt: skip
     return run.load(file)
 
@@ -435,8 +438,7 @@ def uat_ft(run: Run, args: Args, images: Images, train_set: Images, fractions: l
 
 def pseudo_label(run: Run, args: Args, teacher: dict, labelled: Images, unlabelled: Images) -> Images:
     """The images of both, which are subsets of one set; the unlabelled ones get the teacher's most likely class as their label."""
-    model = place_model(build_model(**teacher["network"]), run.device, "off").eval()
-    load_weights(model, teacher["model"], teacher["name"])
+    model = place_model(rebuild(teacher, teacher["name"]), run.device, "off").eval()
     labels = unlabelled.labels.clone()
     labels[unlabelled.index] = map_images(lambda x: model(x).argmax(1), unlabelled, run, args.batch_size).cpu()
     return replace(unlabelled, labels=labels, index=torch.cat([labelled.index, unlabelled.index]))
@@ -462,8 +464,7 @@ def retrieve(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, 
     x = map_images(lambda x: x, test_set.subset(torch.arange(n)), run, args.batch_size)
     pictures = {}
     for name, state in encoders.items():
-        model = place_model(build_model(**state["network"]), run.device, args.amp).eval()
-        load_weights(model, state["model"], name)
+        model = place_model(rebuild(state, name), run.device, args.amp).eval()
         gallery = F.normalize(map_images(model.features, test_set, run, args.batch_size))  # (N, dim)
         x_adv = apgd(
             lambda z: F.cosine_similarity(model.features(z), gallery[others]), x, eps=head_eps(args), norm=args.norm, steps=40
@@ -487,17 +488,16 @@ def retrieve(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, 
 
 def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images) -> list[dict]:
     """Two rows of results.json per classifier: clean accuracy, and accuracy under --eval-attack."""
-    done = run.read("judged.json") or {"rows": []}  # one by one, so that a resumed run judges none twice
-    rows = done["rows"]
+    rows = run.rows("judged.json")  # written one by one, so that a resumed run judges none twice
     for state in classifiers:
         name, eps = state["name"], head_eps(args)
         if any(row["name"] == name for row in rows):
             continue
         about = {k: state[k] for k in ("label_fraction", "head", "encoder", "encoder_fraction", "extra_images")}
         about["pretrained"] = {k: state["encoder_args"].get(k) for k in ("dataset", "norm", "eps", "batch_size", "weight_decay", "seed")}
-        judged = evaluate(run, name, state, test_set, [0, eps], {}, train_eps=eps)
+        judged = evaluate(run, name, state, test_set, [0, eps], look_at=0.0 if state["head"] == "plain" else eps)
         rows += [row | {"paper": number} | about for row, number in zip(judged, paper_numbers(state, args), strict=True)]
-        run.write("judged.json", json.dumps({"script": "byorl", "rows": rows}, indent=1))
+        run.keep("judged.json", rows)
         run.say(f"{name}: clean {rows[-2]['accuracy']}, robust {rows[-1]['accuracy']}")
     return rows
 
@@ -579,7 +579,7 @@ def paper_numbers(state: dict, args: Args) -> tuple[float | None, float | None]:
     return None, None
 
 
-def show(results: dict, folder: str) -> None:
+def show(results: dict, folder: Path) -> None:
     """Print a line per classifier: clean and robust accuracy, and the paper's where the setting is its own."""
     args, rows = results["args"], results["rows"]
     eps = max(row["eps"] for row in rows)
@@ -603,6 +603,22 @@ def show(results: dict, folder: str) -> None:
 
 def main(args: Args) -> dict:
     """Pre-train, train the heads, evaluate them, print the table; returns what results.json holds ({} if --stage is not that far)."""
+    check(args)
+    given = read_init(args)
+    if given:  # network and pre-training are those of the checkpoint, for the record
+        network = given[0]["network"]
+        its_args = given[0].get("encoder_args") or given[0].get("args", {})
+        args = replace(args, **{k: network[k] for k in ("arch", "width", "stem")}, **{k: its_args[k] for k in PRETRAINING if k in its_args})
+    run = start_run(args)
+    results = run.finished() or train_and_evaluate(run, args, given)
+    if results and world()[0] == 0:
+        show(results, run.folder)
+    return results
+
+
+def check(args: Args) -> None:
+    """Raise UserError for flags that are wrong or do not go together."""
+    check_args(args)
     fractions = numbers(args.label_fractions, "label-fractions")
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise UserError(f"--label-fractions {args.label_fractions}: give shares such as 0.01,0.1,1.")
@@ -612,16 +628,6 @@ def main(args: Args) -> dict:
         raise UserError(f"--stage {args.stage} needs --init (probe: an encoder such as runs/X/byorl.pt; evaluate: a head or a folder of heads).")
     if args.stage == "pretrain" and args.init:
         raise UserError("--stage pretrain takes no --init; to put heads on an encoder use --stage probe.")
-    given = read_init(args)
-    if given:  # network and pre-training are those of the checkpoint, for the record
-        network = given[0]["network"]
-        its_args = given[0].get("encoder_args") or given[0].get("args", {})
-        args = replace(args, **{k: network[k] for k in ("arch", "width", "stem")}, **{k: its_args[k] for k in PRETRAINING if k in its_args})
-    run = start_run(args, "byorl")
-    results = run.finished() or train_and_evaluate(run, args, fractions, given)
-    if results and world()[0] == 0:
-        show(results, str(run.folder))
-    return results
 
 
 def read_init(args: Args) -> list[dict]:
@@ -642,8 +648,9 @@ def read_init(args: Args) -> list[dict]:
     return given
 
 
-def train_and_evaluate(run: Run, args: Args, fractions: list[float], given: list[dict]) -> dict:
+def train_and_evaluate(run: Run, args: Args, given: list[dict]) -> dict:
     """All stages that --stage asks for."""
+    fractions = numbers(args.label_fractions, "label-fractions")
     train_set, test_set = load_data(
         args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
     )
@@ -674,9 +681,7 @@ def train_and_evaluate(run: Run, args: Args, fractions: list[float], given: list
         return {}
     began = time.perf_counter()
     rows = judge(run, args, classifiers, test_set)
-    last = run.load("last.pt")
-    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
-    return write_results(run, rows, seconds)
+    return write_results(run, rows, began)
 
 
 def check_labels(run: Run, args: Args, train_set: Images, fractions: list[float]) -> None:

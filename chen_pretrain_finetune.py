@@ -1,21 +1,23 @@
-"""Adversarial self-supervised pre-training, then fine-tuning (Chen, Liu, Chang, Cheng, Amini, Wang: Adversarial robustness: from
-self-supervised pre-training to fine-tuning, CVPR 2020).
+"""Adversarial self-supervised pre-training, then fine-tuning (Chen, Liu, Chang, Cheng, Amini, Wang: Adversarial
+robustness: from self-supervised pre-training to fine-tuning, CVPR 2020).
 
-Pre-training teaches a trunk theta_p (the stem and first three stages of a ResNet-50v2) a task without labels; fine-tuning puts a new last
-stage and a linear layer theta_f on it and learns the classes. Either may be adversarial (eq. 1: minimise E max over delta of the loss):
+Pre-training teaches a trunk theta_p (the stem and first three stages of a ResNet-50v2) a task without labels;
+fine-tuning puts a new last stage and a linear layer theta_f on it and learns the classes. Either may be adversarial
+(eq. 1: minimise E max over delta of the loss):
 
     P1  none                                F1  theta_f only, theta_p frozen, clean images (ST)
     P2  the task on clean images            F2  theta_f only, adversarial training (AT)
     P3  the task, adversarially             F3  everything, ST
     RS  the task on noisy images (Table 8)  F4  everything, AT
 
-Tasks: rotation (which of 4 turns), jigsaw (which of 31 permutations of 4 x 4 tiles), Selfie (which of the masked patches belongs here),
-and all three at once (eq. 2-4), each on its own perturbed image:
+Tasks: rotation (which of 4 turns), jigsaw (which of 31 permutations of 4 x 4 tiles), Selfie (which of the masked
+patches belongs here), and all three at once (eq. 2-4), each on its own perturbed image:
 
     minimise over theta, maximise over delta:  sum_i loss_i(x + delta_i) + lambda log det(G^T G),  G = normalised input gradients
 
-log det(G^T G) <= 0 is largest where the tasks' gradients are orthogonal: the attack looks for diverse directions, the weights are trained
-against them (so eq. 2-3 and the code; Pang et al., whom the paper follows, let the weights maximise it).
+log det(G^T G) <= 0 is largest where the tasks' gradients are orthogonal: the attack looks for diverse directions, the
+weights are trained against them (so eq. 2-3 and the code; Pang et al., whom the paper follows, let the weights maximise
+it).
 
     python chen_pretrain_finetune.py --quick                                # digits, rotation, the eight pairs of Table 3
     python chen_pretrain_finetune.py --task selfie --pretrain P3 --finetune F4   # one cell of Table 3
@@ -25,27 +27,31 @@ against them (so eq. 2-3 and the code; Pang et al., whom the paper follows, let 
     python chen_pretrain_finetune.py --stage compare A.pt B.pt --unforeseen all    # Figures 3 and 4, Kang et al.'s attacks
     torchrun --nproc-per-node=8 chen_pretrain_finetune.py --table3
 
-The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Selfie 86.02 / 51.05, of three models 86.04 / 54.64.
+The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Selfie 86.02 / 51.05, of three models 86.04
+/ 54.64.
 
 Differs from the paper, or from its published code where that says more, or is our choice where both are silent:
-- an adversarial pre-training step averages the loss over tasks and over clean and attacked images (code; eq. 1 has the attacked ones
-  only), and adds lambda log det undivided; the attack sums the tasks' losses (eq. 3);
-- pre-training hands on its last epoch (the code keeps the best on held-out images, for jigsaw on the test set); "TA" and "RA" of fine-tuning
-  pick the epoch by clean or PGD-20 accuracy on 10% of the training images, which are not augmented (in the code they are);
-- BatchNorm uses batch statistics in training attacks (code), but these passes leave the running ones alone (in the code they do not);
-- Selfie: cross-entropy of a softmax of a softmax (code; --no-double-softmax), summed over the masked places, 13 layers, one order of patches
-  for the whole batch (on each GPU), exact GELU (code: tanh);
-- the ensemble's trunk has the stem's BatchNorm, which the published one lacks; frozen parts stay in eval mode (F1, F2 were not published);
-- gradients in G are of the turned, the shuffled and the upright image, as in the code: they are what the attack follows. --frames aligned
-  turns and unshuffles them first;
+- an adversarial pre-training step averages the loss over tasks and over clean and attacked images (code; eq. 1 has the
+  attacked ones only), and adds lambda log det undivided; the attack sums the tasks' losses (eq. 3);
+- pre-training hands on its last epoch (the code keeps the best on held-out images, for jigsaw on the test set); "TA"
+  and "RA" of fine-tuning pick the epoch by clean or PGD-20 accuracy on 10% of the training images, which are not
+  augmented (in the code they are);
+- BatchNorm uses batch statistics in training attacks (code), but these passes leave the running ones alone (in the code
+  they do not);
+- Selfie: cross-entropy of a softmax of a softmax (code; --no-double-softmax), summed over the masked places, 13 layers,
+  one order of patches for the whole batch (on each GPU), exact GELU (code: tanh);
+- the ensemble's trunk has the stem's BatchNorm, which the published one lacks; frozen parts stay in eval mode (F1, F2
+  were not published);
+- gradients in G are of the turned, the shuffled and the upright image, as in the code: they are what the attack
+  follows. --frames aligned turns and unshuffles them first;
 - RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither);
-- rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001, cosine: so the
-  published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for Selfie and the ensemble) and the epochs of
-  pre-training are the code's. No Nesterov (code: in Selfie and the ensemble). The code's fine-tuning: --batch-size 128 --lr-steps 60,80.
+- rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001,
+  cosine: so the published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for
+  Selfie and the ensemble) and the epochs of pre-training are the code's. No Nesterov (code: in Selfie and the
+  ensemble). The code's fine-tuning: --batch-size 128 --lr-steps 60,80.
 """
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -60,9 +66,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_batches,
+    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, check_batches,
     cli, count_batches, distribute, draw, eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw,
-    jigsaw_permutations, join, load_checkpoint, load_extra, load_splits, load_weights, numbers, pgd_attack, place_model, print_table, random_crop_flip, robust_accuracy, rotate,
+    jigsaw_permutations, join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights, numbers, patchify, pgd_attack, place_model,
+    print_table, random_crop_flip, rebuild, robust_accuracy, rotate,
     seed_step, start_run, sync_buffers, unforeseen, with_progress, words, world, write_results,
 )  # fmt: skip
 
@@ -82,8 +89,8 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
-    workers: int = 2  # processes that decode images (folder)
-    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: Table 3 for one task in two minutes on two CPU cores
     # data and model
@@ -97,46 +104,46 @@ class Args:
     flip: bool = True  # mirror images at random in training (never in Selfie's pre-training, as in the code)
     arch: Literal["resnet26v2", "resnet50v2"] = "resnet50v2"  # trunk (paper: resnet50v2)
     width: float = 1.0  # multiplies the number of channels
-    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
+    stem: Literal["cifar", "imagenet"] = "cifar"  # first layer. cifar: 3x3; imagenet: 7x7 with stride 2 and max-pooling, for large images
     # optimiser: SGD with momentum 0.9
     epochs: int = 100  # epochs of fine-tuning
     batch_size: int = 256  # images per step over all GPUs (paper: 256; restricted ImageNet 64)
     low_memory: bool = False  # the ensemble's tasks one after the other: the same gradients with a third of the memory in 1.5 times as long
     lr: float = 0.1  # initial learning rate of fine-tuning
     lr_steps: str = "30,50"  # epochs at which the rate of fine-tuning is divided by 10 (code: 60,80)
-    weight_decay: float = 3e-4  # on all weights (code); a third of it in pre-training with Selfie and the ensemble
+    weight_decay: float = 3e-4  # weight decay, on all weights (code); a third of it in pre-training with Selfie and the ensemble
     warmup_steps: int = 200  # steps in which the rate rises from a tenth, at the start of fine-tuning and of pre-training with rotation or jigsaw (code)
     pretrain_epochs: int = 0  # epochs of pre-training; 0: rotation and jigsaw 100 (P2: 200), Selfie 200, ensemble 150 (code)
     pretrain_lr: float = 0.0  # highest rate of pre-training, then a cosine; 0: rotation and jigsaw 0.1, Selfie 0.025, ensemble 0.001
     # attack in training
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
-    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units
-    attack_steps: int = 10  # PGD steps
-    step_size: float = 0.0  # of the training attack; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: 8/255)
+    attack_steps: int = 10  # PGD steps in training (paper: 10)
+    step_size: float = 0.0  # length of a step in training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "train"  # BatchNorm mode under attack in training (train: the code's)
     # method
     task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # task of pre-training; ensemble: all three at once; all: one after the other
-    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # see above; all: P1, P2 and P3 with what Table 3 pairs them with
-    finetune: Literal["F1", "F2", "F3", "F4", "all"] = "F4"  # see above
+    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # how to pre-train: P1 not, P2 on clean, P3 on attacked, RS on noisy images; all: the rows of Table 3
+    finetune: Literal["F1", "F2", "F3", "F4", "all"] = "F4"  # how to fine-tune: F1 the new part, F3 everything, on clean images; F2, F4 the same on attacked ones
     table3: bool = False  # the 24 cells of Table 3: all tasks, all pairs; each pre-training is done once
     # tasks
     grid: int = 4  # jigsaw tiles and Selfie patches per side
     num_permutations: int = 30  # permutations of jigsaw besides the identity
     whole: float = 0.1  # probability that jigsaw leaves an image whole, besides that of drawing the identity (code)
     double_softmax: bool = True  # Selfie's loss takes a softmax of the scores for scores, as in the code
-    dpe_lambda: float = 0.1  # lambda of eq. 3; 0: AP+SE
+    dpe_lambda: float = 0.1  # lambda of eq. 3: weight of the diversity of gradients; 0: AP+SE
     frames: Literal["own", "aligned"] = "own"  # compare the ensemble's gradients as the tasks see the image (own), or turned and unshuffled to the upright image (aligned)
-    sigma: float = 0.25  # standard deviation of the noise of RS
+    sigma: float = 0.25  # sigma: standard deviation of the noise of RS (the paper gives no value)
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the model (section 4.1)
     select: Literal["clean", "robust"] = "clean"  # print and compare the epoch of best clean (TA) or of best robust (RA) validation accuracy; both are kept and evaluated
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
-    eval_steps: int = 20  # PGD steps
-    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
+    eval_steps: int = 20  # PGD steps in evaluation (paper: 20)
+    eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
     unforeseen: str = ""  # attacks of Kang et al. that the networks meet besides (P3F4 if there are any, or MODELS): comma-separated (l1, elastic, ...; `all`)
-    unforeseen_steps: int = 200  # steps of these attacks
-    targeted: bool = True  # these attacks aim at one random wrong class, as Kang et al.'s do; off: away from the right class, which is stronger
+    unforeseen_steps: int = 200  # steps of the attacks --unforeseen
+    targeted: bool = True  # --unforeseen aims at one random wrong class, as Kang et al.'s attacks do; off: away from the right class, which is stronger
 
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all", finetune="all", epochs=7, batch_size=128,
@@ -192,11 +199,9 @@ class Pretext(nn.Module):
         """Logits (B, classes) of rotation and jigsaw, scores (B, masked, masked) of Selfie, whose `target` is the order of patches."""
         if task != "selfie":
             return self.branches[task](self.resnet.shared(x))
-        b, c, s, _ = x.shape
-        n = self.grid
-        x = x.reshape(b, c, n, s // n, n, s // n).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (B * N, 3, S/n, S/n)
-        patches = self.resnet.shared(x.contiguous(memory_format=torch.channels_last)).mean((2, 3)).unflatten(0, (b, n * n))
-        return self.branches[task](patches, target)
+        pieces = patchify(x, x.shape[2] // self.grid)  # (B, N, 3, S/n, S/n)
+        maps = self.resnet.shared(pieces.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        return self.branches[task](maps.mean((2, 3)).unflatten(0, pieces.shape[:2]), target)
 
 
 def make_view(task: str, x: Tensor, permutations: Tensor, whole: float) -> tuple[Tensor, Tensor]:
@@ -387,7 +392,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
     low_memory = args.low_memory and len(tasks) > 1
 
     def perturb(views: Views) -> Views:
-        """Each task's image gets a perturbation of its own, which maximise eq. 3 together: the images lie one after the other in the
+        """Each task's image gets a perturbation of its own; together they maximise eq. 3: the images lie one after the other in the
         channels, so that it is one attack."""
 
         def split(z: Tensor) -> Views:  # (B, 3 * tasks, S, S)
@@ -418,7 +423,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
             for x, _ in stream:  # (B, 3, S, S); the labels are not used
                 sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
-                rate = low + (high - low) * 0.5 * (1 + math.cos(math.pi * (epoch * steps + log.step) / (epochs * steps)))
+                rate = learning_rate(high, epoch * steps + log.step, 0, epochs * steps, low)  # half a cosine
                 for group in opt.param_groups:
                     group["lr"] = rate * warmup(epoch * steps + log.step, warmup_steps)
                 selfie = task == "selfie"  # crops less and is not mirrored (code)
@@ -474,14 +479,11 @@ def task_accuracy(model: Network, tasks: tuple[str, ...], val_set: Images, permu
 def inherit(model: Network, start: dict, source: str) -> None:
     """Give the classifier theta_p of a pre-training checkpoint, all of it and nothing else (8,533,696 parameters of ResNet-50v2).
     Raises UserError if they do not fit: the published code goes on with random weights then."""
-    trunk = {k: v for k, v in model.trunk.state_dict().items() if not k.startswith("layer4.")}
+    own_stage = {k: v for k, v in model.trunk.state_dict().items() if k.startswith("layer4.")}
     found = {k.removeprefix("trunk.resnet."): v for k, v in start["model"].items() if k.startswith("trunk.resnet.")}
     if not found:
         raise UserError(f"{source} holds no pre-trained trunk; take a file such as pretrain-P3-rotation.pt.")
-    wrong = [k for k in trunk.keys() | found.keys() if k not in trunk or k not in found or trunk[k].shape != found[k].shape]
-    if wrong:
-        raise UserError(f"{source} is of another architecture: {min(wrong)} does not fit ({len(wrong)} such; check --arch and --width).")
-    model.trunk.load_state_dict(found, strict=False)  # all but layer4, as we have seen
+    load_weights(model.trunk, found | own_stage, source)
 
 
 def shared_parts(model: Network) -> list[nn.Module]:
@@ -565,8 +567,7 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
                 best[pick] = score
                 run.save(files[pick], {
                     "network": model.spec, "model": model.state_dict(), "args": vars(args), "name": name, "epoch": epoch + 1,
-                    # `evaluate` takes a picture of attacks on what it is told to be of stage "train", and doubts its robustness.
-                    "stage": "train" if robust and pick == chosen(args) else "plain",
+                    "stage": "train" if robust else "plain",
                 })  # fmt: skip
         save(epoch + 1)
     run.save(f"{name}.done.pt", {"network": {}, "model": {}})
@@ -630,9 +631,7 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
     """Tables 4 and 6, Figure 5 and the unforeseen attacks, for any classifiers: rows of results.json."""
     models = {}
     for name, state in states.items():
-        model = build_model(**state["network"])
-        load_weights(model, state["model"], name)
-        models[name] = place_model(model, run.device, args.amp).eval()
+        models[name] = place_model(rebuild(state, name), run.device, args.amp).eval()
     generator = torch.Generator(run.device)
     attack = pgd_attack(args.norm, args.eps, args.eval_steps, generator=generator)
     about = {"attack": f"pgd-{args.eval_steps}", "norm": args.norm, "eps": args.eps, "examples": len(test_set)}
@@ -646,8 +645,8 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
 
     rows = []
     with contextlib.ExitStack() as precision:
-        for model in [] if args.eval_amp else models.values():
-            precision.enter_context(full_precision(model))
+        for model in models.values():
+            precision.enter_context(full_precision(model, not args.eval_amp))
         joint = transfer(list(models.values()), stream("transfer"), attack).tolist()
         for (s, made_for), (t, other) in itertools.product(enumerate(models), repeat=2):
             known = PAPER_TABLE4.get((tasks[made_for], tasks[other])) if usual else None
@@ -677,7 +676,7 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
 
 def meet_unforeseen(run: Run, args: Args, models: dict[str, Network], test_set: Images) -> list[dict]:
     """Accuracy under each attack named by --unforeseen at its six radii, and without attack. Written after each: it takes long."""
-    rows = (run.read("unforeseen.json") or {"rows": []})["rows"]
+    rows = run.rows("unforeseen.json")
     generator, seen = torch.Generator(run.device), {(row["name"], row["norm"], row["eps"]) for row in rows}
 
     def attacked(model: Network, kind: str, eps: float) -> Callable:
@@ -709,7 +708,7 @@ def meet_unforeseen(run: Run, args: Args, models: dict[str, Network], test_set: 
                 "kind": "unforeseen", "name": name, "attack": kind, "norm": kind, "eps": eps, "strength": strength, "steps": args.unforeseen_steps,
                 "targeted": args.targeted, "examples": len(test_set), "accuracy": round(accuracy, 2), "ata": ata, "paper": None,
             })  # fmt: skip
-            run.write("unforeseen.json", json.dumps({"script": "chen_pretrain_finetune", "rows": rows}, indent=1))
+            run.keep("unforeseen.json", rows)
     return rows
 
 
@@ -770,7 +769,7 @@ def paper_key(task: str, dpe_lambda: float) -> str:
     return ("dpe" if dpe_lambda > 0 else "se") if task == "ensemble" else task
 
 
-def paper(task: str, pair: str, args: Args) -> tuple[float | None, float | None]:
+def paper_numbers(task: str, pair: str, args: Args) -> tuple[float | None, float | None]:
     """The paper's (TA, RA) of a cell, if the run has its settings."""
     lambdas = (0.0, Args.dpe_lambda) if task == "ensemble" else (args.dpe_lambda,)
     if not as_usual(vars(args), TRAINING + EVALUATION) or args.dpe_lambda not in lambdas:
@@ -778,7 +777,7 @@ def paper(task: str, pair: str, args: Args) -> tuple[float | None, float | None]
     return PAPER.get((paper_key(task, args.dpe_lambda), pair), (None, None))[:2]
 
 
-def show(results: dict, folder: str) -> None:
+def show(results: dict, folder: Path) -> None:
     """Print all that results.json holds as the paper's tables, its own numbers below ours where the setting is its own."""
     args, rows = results["args"], results["rows"]
     picked = [row for row in rows if "pair" in row and row["pick"] == ("ta" if args["select"] == "clean" else "ra")]
@@ -888,28 +887,28 @@ def label(task: str, pair: str) -> str:
 
 
 def main(args: Args) -> dict:
-    """Pre-train, fine-tune, evaluate, print the tables; returns what results.json holds."""
-    run = start_run(args, "chen_pretrain_finetune")
+    """Pre-train, fine-tune, evaluate, print the tables; returns what results.json holds ({} after --stage pretrain)."""
+    check(args)
+    run = start_run(args)
+    results = run.finished() or train_and_evaluate(run, args)
+    if results and world()[0] == 0:
+        show(results, run.folder)
+    return results
+
+
+def check(args: Args) -> None:
+    """Raise UserError for flags that are wrong or do not go together."""
+    check_args(args)
     if args.stage == "compare" and not args.models:
         raise UserError("--stage compare wants checkpoints: python chen_pretrain_finetune.py --stage compare runs/X/*.ta.pt")
     if args.models and args.stage != "compare":
         raise UserError(f"{args.models[0]}: checkpoints are for --stage compare (--init takes a pre-trained trunk).")
     unforeseen_kinds(args)  # raises if there is no such attack
-    if args.stage != "compare":
-        check_training(args)
-    results = run.finished() or run_cells(run, args)
-    if results and world()[0] == 0:
-        show(results, str(run.folder))
-    return results
-
-
-def check_training(args: Args) -> None:
-    """Raises UserError for flags that do not go together."""
+    if args.stage == "compare":
+        return
     tasks = {task for task, _ in cells(args)} - {""}
     selfie, puzzle = bool(tasks & {"selfie", "ensemble"}), bool(tasks & {"jigsaw", "ensemble"})
     numbers(args.lr_steps, "lr-steps")  # raises if it is none
-    if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
-        raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
     if args.norm == "l2" and "ensemble" in tasks:
         raise UserError("--task ensemble has three images in one attack, so --norm l2 would be a ball around all three; use linf.")
     if not args.val_fraction:
@@ -934,7 +933,7 @@ def check_training(args: Args) -> None:
         raise UserError(f"--image-size {args.image_size}: one pixel would be left for the last stage; take more than {stride}.")
 
 
-def run_cells(run: Run, args: Args) -> dict:
+def train_and_evaluate(run: Run, args: Args) -> dict:
     """All cells asked for, each pre-training once; a resumed run goes on in the cell, or the evaluation, that was interrupted."""
     given = load_checkpoint(args.init) if args.init else None
     same = len({Path(file).stem for file in args.models}) < len(args.models)  # then the folders tell them apart
@@ -960,14 +959,11 @@ def run_cells(run: Run, args: Args) -> dict:
         inherit(build_model(args.arch, {"class": 1}, width=args.width, stem=args.stem), given, args.init)  # does it fit?
     if min(numbers(args.lr_steps, "lr-steps"), default=0) >= args.epochs and args.stage == "all":
         run.say(f"note: with --epochs {args.epochs} the rate of fine-tuning is never lowered (--lr-steps {args.lr_steps}).")
-    if 0 < args.step_size * args.attack_steps < args.eps:
-        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
     run.begin()
     began = time.perf_counter()
     if args.stage == "compare":
-        return write_results(run, compare(run, args, states, test_set), time.perf_counter() - began)
-    done = run.read("judged.json") or {"rows": []}
-    rows, models = done["rows"], {}
+        return write_results(run, compare(run, args, states, test_set), began)
+    rows, models = run.rows("judged.json"), {}
     for task, pair in cells(args):
         start = None if pair.startswith("P1") else given or pretrain(task, pair[:2], run, args, images, val_set)
         if args.stage == "pretrain":
@@ -978,22 +974,22 @@ def run_cells(run: Run, args: Args) -> dict:
         if any(row["name"] == name for row in rows):
             continue
         for pick, state in picks.items():
-            if pick == "ra" and state["epoch"] == picks["ta"]["epoch"]:  # the same network
-                judged = rows[-2:]
+            if pick == "ra" and state["epoch"] == picks["ta"]["epoch"]:
+                judged = rows[-2:]  # the epoch of best RA is that of best TA: its two rows once more
             else:
-                judged = evaluate(run, name, state, test_set, [0, args.eps], {})
-            known = paper(task, pair, args) if pick == chosen(args) else (None, None)
+                look_at = args.eps if state["stage"] == "train" and pick == chosen(args) else 0.0
+                judged = evaluate(run, name, state, test_set, [0, args.eps], look_at=look_at)
+            known = paper_numbers(task, pair, args) if pick == chosen(args) else (None, None)
             cell = {"task": task, "pair": pair, "pick": pick, "best_epoch": picks["ra"]["epoch"], "images": start and start.get("images")}
             rows += [row | cell | {"paper": number} for row, number in zip(judged, known, strict=True)]
-        run.write("judged.json", json.dumps({"script": "chen_pretrain_finetune", "rows": rows}, indent=1))
+        run.keep("judged.json", rows)
     if args.stage == "pretrain":
         run.say(f"The pre-trained trunks are in {run.folder}; go on with --init.")
         return {}
     finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
     if len(finals) > 1 or args.unforeseen:
         rows = rows + compare(run, args, finals or models, test_set)
-    last = run.load("last.pt")
-    return write_results(run, rows, last["seconds"] if last else 0.0)
+    return write_results(run, rows, began)
 
 
 def chosen(args: Args) -> str:

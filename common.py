@@ -1,9 +1,10 @@
-"""What the scripts share and no paper is about, in four sections:
+"""What the scripts share and no paper is about, in five sections:
 
 1. Run      arguments, devices and ranks, the run's folder, checkpoints, logging
 2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
 3. Models   ResNets and Vision Transformers with normalisation and mixed precision inside
-4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, unforeseen attacks, robust accuracy
+4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy, unforeseen attacks
+5. Results  evaluation of a checkpoint, tables, results.json, pictures
 
 Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
 returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
@@ -97,7 +98,7 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
     `--resume --out DIR` the arguments of the run in DIR take the place of defaults and QUICK, so that flags
     need not be repeated.
     """
-    script = Path(getattr(sys.modules[cls.__module__], "__file__", cls.__module__)).name
+    script = _script_of(cls) + ".py"
     loose = "".join(f" [{f.name.upper()} ...]" for f in fields(cls) if get_origin(f.type) is tuple)
     parser = _Parser(
         prog=script, usage=f"python {script}{loose} [--flag value ...]", description=sys.modules[cls.__module__].__doc__,
@@ -127,9 +128,13 @@ def parse_args(cls: type, argv: list[str] | None = None) -> Any:
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
     if given.get("resume") and given.get("out"):
-        script = Path(getattr(sys.modules[cls.__module__], "__file__", cls.__module__)).stem
-        values |= {k: v for k, v in _saved_args(Path(given["out"]), script).items() if k in values}
+        values |= {k: v for k, v in _saved_args(Path(given["out"]), _script_of(cls)).items() if k in values}
     return cls(**(values | given))
+
+
+def _script_of(cls: type) -> str:
+    """'byorl' for the dataclass Args of byorl.py, whether that was started or imported."""
+    return Path(getattr(sys.modules[cls.__module__], "__file__", cls.__module__)).stem
 
 
 # Lowest and highest value of a flag, wherever it appears, if not 0 and infinity.
@@ -155,6 +160,9 @@ def check_args(args: Any) -> None:
             if not (math.isfinite(value) and low <= value <= high):
                 span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise UserError(f"--{f.name.replace('_', '-')} {value:g} must be {span}.")
+    usual = type(args)(**(type(args).QUICK if args.quick else {}))
+    if getattr(usual, "eps", 0) and args.norm != usual.norm and args.eps == usual.eps:  # a radius means another thing in another norm
+        raise UserError(f"--norm {args.norm} needs a radius of its own: give one, such as --eps {'0.5' if args.norm == 'l2' else '8/255'}.")
     patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
     if getattr(args, "image_size", 0) % patch:
         raise UserError(f"--image-size {args.image_size} is no multiple of {patch}, the side of a patch of {args.arch}.")
@@ -435,12 +443,20 @@ class Run:
             dist.broadcast_object_list(found, 0)
         return found[0]
 
+    def rows(self, name: str) -> list[dict]:
+        """What `keep` has written to the file `name` before the run was resumed; [] if nothing."""
+        return (self.read(name) or {"rows": []})["rows"]
+
+    def keep(self, name: str, rows: list[dict]) -> None:
+        """Write rows of results.json that are final already to a file, so that a resumed run need not make them again."""
+        self.write(name, json.dumps({"script": self.script, "rows": rows}, indent=1))
+
     def finished(self) -> dict | None:
         """results.json of a resumed run that had reached its end; None otherwise."""
         return self.read("results.json")
 
 
-def start_run(args: Any, script: str, name: str = "") -> Run:
+def start_run(args: Any, name: str = "") -> Run:
     """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
 
     The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is <script>-<norm>-<eps>-s<seed>.
@@ -449,6 +465,7 @@ def start_run(args: Any, script: str, name: str = "") -> Run:
     Raises UserError for all that can be wrong.
     """
     check_args(args)
+    script = _script_of(type(args))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         device = choose_device(args.device)
         # The time limit is for downloads, during which the other ranks wait; a dead rank is noticed at once by torchrun.
@@ -476,6 +493,8 @@ def start_run(args: Any, script: str, name: str = "") -> Run:
         raise UserError(f"not every machine sees {run.folder}: with several machines --out must be on a shared disk.")
     _Signals.run = run
     run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
+    if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < getattr(args, "eps", 0):
+        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
     return run
 
 
@@ -600,13 +619,17 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     Returns a module that maps images in [0, 1], (B, 3, H, W), to class logits, (B, classes).
     Raises UserError for a file that is missing, damaged or foreign.
     """
-    state = load_checkpoint(path)
+    return rebuild(load_checkpoint(path), path).to(device).eval()
+
+
+def rebuild(state: dict, source: str | Path) -> "Network":
+    """The network that the checkpoint `state` describes, with its weights. Raises UserError, naming `source`, if it cannot be built."""
     try:
         model = build_model(**state["network"])
     except (TypeError, ValueError, KeyError, UserError) as e:
-        raise UserError(f"{path} describes a network this version cannot build ({e}).") from None
-    load_weights(model, state["model"], path)
-    return model.to(device).eval()
+        raise UserError(f"{source} describes a network this version cannot build ({e}).") from None
+    load_weights(model, state["model"], source)
+    return model
 
 
 # ---- logging -----------------------------------------------------------------------------------------
@@ -724,76 +747,8 @@ def with_progress(stream: Iterable[tuple[Tensor, Tensor]], total: int, label: st
         bar.close()
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Print columns aligned on the right, the first on the left."""
-    width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * w for w in width], *rows]:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
-    sys.stdout.flush()
-
-
-def print_results(results: dict, folder: Path) -> None:
-    """Print what results.json holds as the papers print it: a line per network, a column per radius, and the paper's own
-    numbers below the line where the setting is the paper's."""
-    args, rows, table = results["args"], results["rows"], []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
-        for a, b in zip(mine, mine[1:], strict=False):
-            if b["eps"] > a["eps"] and b["accuracy"] > a["accuracy"] + 1:
-                print(f"warning: {name} is better at eps {eps_name(b['eps'])} than at {eps_name(a['eps'])}, which no real "
-                      "robustness can be: the attack fails there.")  # fmt: skip
-        if any(row["paper"] is not None for row in mine):
-            table.append(["  the paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
-    attack = ", ".join(dict.fromkeys(row["attack"].upper() for row in rows if row["eps"] > 0)) or "no attack"
-    rule = "last epoch" if args["select"] == "last" else f"best validation {args['select']} accuracy"
-    epochs = ", ".join(f"{name}: epoch {epoch}" for name, epoch in {row["name"]: row["epoch"] for row in rows}.items())
-    print(
-        f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, trained with {args['norm']} eps {eps_name(args['eps'])}; accuracy "
-        f"(%) on {rows[0]['examples']:,} test images under {attack}, "
-        f"{'mixed precision' if args['eval_amp'] else 'float32'}.\n"
-        f"Checkpoint: {rule} ({epochs}). {results['seconds']:.0f} s of training and evaluation.\n"
-    )
-    print_table([f"{rows[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
-    print(f"\nresults.json, adversarial.png and the checkpoints are in {folder}", flush=True)
-
-
-def write_results(run: Run, rows: list[dict], seconds: float) -> dict:
-    """Write results.json: what was run, where, and one row per accuracy (percent); its keys are listed in the README."""
-    results = {
-        "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
-        "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
-    }  # fmt: skip
-    run.write("results.json", json.dumps(results, indent=1))
-    return results
-
-
-def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:
-    """Write a PNG: images, their adversarial versions and the magnified difference (grey is none)."""
-    gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
-    save_image_grid(path, {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)})
-
-
-def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
-    """Write a PNG with one captioned row of images per entry of `rows`, each (N, 3, H, W) in [0, 1]."""
-    from PIL import Image, ImageDraw
-    from torchvision.utils import make_grid
-
-    scale = max(1, 64 // next(iter(rows.values())).shape[-1])
-    tiles = torch.cat([v.detach().float().cpu() for v in rows.values()])
-    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    grid = make_grid(tiles, nrow=len(next(iter(rows.values()))), padding=2, pad_value=1.0)  # (3, H, W)
-    pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    margin = 8 + 7 * max(map(len, rows))
-    picture = Image.new("RGB", (margin + pixels.shape[1], pixels.shape[0]), "white")
-    picture.paste(Image.fromarray(pixels), (margin, 0))
-    for i, caption in enumerate(rows):
-        ImageDraw.Draw(picture).text((4, (i + 0.5) * pixels.shape[0] / len(rows) - 6), caption, fill="black")
-    write_atomically(path, lambda f: picture.save(f, format="PNG"))
-
-
 # ======================================================================================================
-# 2. Data: digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation
+# 2. Data: digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
 # ======================================================================================================
 
 # Per-channel mean and std. CIFAR's are the numbers of the robustness library, on which Kucer et al. build;
@@ -1111,8 +1066,7 @@ def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images
     if not len(val_set) and args.select != "last" and getattr(args, "stage", "") != "compare":
         raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
     if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
-        order = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))
-        test_set = test_set.subset(order[: args.eval_examples])
+        test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
     return train_set, val_set, test_set
 
 
@@ -1347,19 +1301,30 @@ def rotate(x: Tensor, k: Tensor) -> Tensor:
     return turned[k, torch.arange(len(x), device=x.device)]
 
 
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if H or W does not fit."""
+    if x.shape[2] % patch or x.shape[3] % patch:
+        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
+    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """The inverse of `patchify` for square images: (B, N, C, p, p) -> (B, C, H, W)."""
+    side = math.isqrt(patches.shape[1])
+    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def jigsaw(x: Tensor, order: Tensor) -> Tensor:
     """Cut each image into n x n tiles; tile j of the result is tile order[i, j] of image i (Noroozi and Favaro 2016).
 
     x: (B, C, S, S); order: int64 (B, n * n), tiles counted row by row. jigsaw(jigsaw(x, order), order.argsort(1)) is x.
     Raises ValueError if n does not divide S.
     """
-    b, c, s, _ = x.shape
     n = math.isqrt(order.shape[1])
-    if n * n != order.shape[1] or s % n:
-        raise ValueError(f"{order.shape[1]} tiles do not make a grid on images of {s} pixels")
-    tiles = x.reshape(b, c, n, s // n, n, s // n).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, n * n, C, S/n, S/n)
-    tiles = tiles[torch.arange(b, device=x.device)[:, None], order].unflatten(1, (n, n))  # the one gather
-    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(b, c, s, s)
+    if n * n != order.shape[1] or x.shape[2] % n or x.shape[3] % n:
+        raise ValueError(f"{order.shape[1]} tiles do not make a grid on images of {x.shape[2]} pixels")
+    tiles = patchify(x, x.shape[2] // n)  # (B, n * n, C, S/n, S/n)
+    return unpatchify(tiles[torch.arange(len(x), device=x.device)[:, None], order])
 
 
 def jigsaw_permutations(n: int, count: int, kind: Literal["random", "hamming"] = "random", seed: int = 0) -> Tensor:
@@ -1743,6 +1708,9 @@ def _normalise_gradient(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Ten
     return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, eps, [True, True, True])
 
 
+# ---- Vision Transformers -------------------------------------------------------------------------------------------
+
+
 @functools.cache  # needed in every forward pass, and copying them to a GPU makes it wait
 def sincos_positions(dim: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
     """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers tells the column, the
@@ -1862,6 +1830,9 @@ class ViT(nn.Module):
 VITS = {
     "vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3), "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3), "vit_mini4": (4, 4, 2),
 }  # fmt: skip
+
+
+# ---- networks by name, with heads; published weights ---------------------------------------------------------------
 
 
 def build_trunk(arch: str, width: float, stem: str, positions: int = 0) -> nn.Module:
@@ -2069,8 +2040,11 @@ def place_model(model: Network, device: torch.device, amp: str = "auto", compile
 
 
 @contextlib.contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Compute in true float32 (no mixed precision, no TF32) for reported numbers; restored on leaving."""
+def full_precision(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Compute in true float32 (no mixed precision, no TF32) for reported numbers; restored on leaving. Not `enabled`: nothing happens."""
+    if not enabled:
+        yield
+        return
     amps = [(m, m.amp) for m in model.modules() if isinstance(m, Network)]
     tf32 = torch.backends.cudnn.allow_tf32
     try:
@@ -2085,7 +2059,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 # ======================================================================================================
-# 4. Attacks: PGD in the linf and l2 ball, robust accuracy
+# 4. Attacks: PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy, unforeseen attacks
 # ======================================================================================================
 
 
@@ -2993,40 +2967,41 @@ def _snow(x: Tensor, flakes: Tensor, kernels: Tensor, eps: float) -> Tensor:
     return (0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5) + eps * snow).clamp(0, 1)
 
 
-# ---- reporting -----------------------------------------------------------------------------------------------------
+# ======================================================================================================
+# 5. Results: evaluation of a checkpoint, tables, results.json, pictures
+# ======================================================================================================
 
 
 def evaluate(
-    run: Run, name: str, state: dict, test_set: Images, eval_eps: list[float], paper: dict[float, float], train_eps: float = 0.0
-) -> list[dict]:
-    """A row of results.json per radius: accuracy of the checkpoint `state` on the test images under PGD on the class loss.
+    run: Run, name: str, state: dict, test_set: Images, eval_eps: list[float], *,
+    paper: dict[float, float] | None = None, norm: str = "", batch_size: int = 0, look_at: float = 0.0,
+) -> list[dict]:  # fmt: skip
+    """A row of results.json per radius: accuracy of the checkpoint `state` on the test images under attack on the class loss.
 
-    `paper`: {radius: the paper's accuracy}, to stand beside. Norm, steps and precision are those of the run's flags; so is the
-    radius of the picture and of `doubts`, unless `train_eps` is given.
+    paper: {radius: the paper's accuracy}, to stand beside. norm, batch_size: those of the run's flags, if not given; attack and precision
+    always are. look_at: a radius at which adversarial.png is written and `doubts` are looked for; 0: neither.
     """
-    train_eps = train_eps or run.args.eps
     args = run.args
-    model = build_model(**state["network"])
-    load_weights(model, state["model"], name)
-    place_model(model, run.device, args.amp).eval()
+    norm, batch_size, paper = norm or args.norm, batch_size or args.batch_size, paper or {}
+    model = place_model(rebuild(state, name), run.device, args.amp).eval()
     generator = torch.Generator(run.device)
 
     def attack_at(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
         generator.manual_seed(args.seed + world()[0])
         keep_best = getattr(args, "keep_best", False)
-        attack = pgd_attack(args.norm, eps, args.eval_steps, keep_best=keep_best, generator=generator)
+        attack = pgd_attack(norm, eps, args.eval_steps, keep_best=keep_best, generator=generator)
         return lambda x, y: attack(lambda z: ce_per_image(model(z, "class"), y), x)
 
-    if world()[0] == 0 and state["stage"] == "train":
+    if world()[0] == 0 and look_at:
         some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
         x, y = next(batches(some, len(some), run.device, workers=0))
-        save_attack_picture(run.folder / "adversarial.png", x, attack_at(train_eps)(x, y))
+        save_attack_picture(run.folder / "adversarial.png", x, attack_at(look_at)(x, y))
     rows = []
     for eps in eval_eps:
-        stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
+        stream = batches(test_set, batch_size, run.device, workers=args.workers)
         stream = with_progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
-        row = {"name": name, "attack": "none", "norm": args.norm, "eps": eps, "examples": len(test_set)}
-        with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+        row = {"name": name, "attack": "none", "norm": norm, "eps": eps, "examples": len(test_set)}
+        with full_precision(model, not args.eval_amp):
             if eps == 0:
                 accuracy = robust_accuracy(model, stream, heads=("class",))
             elif args.eval_attack == "pgd20":
@@ -3034,16 +3009,87 @@ def evaluate(
                 accuracy = robust_accuracy(model, stream, attack_at(eps), heads=("class",))
             else:
                 row["attack"] = args.eval_attack
-                attacks = suite_attacks(args.eval_attack, args.norm, eps, args.seed)
-                row["after"] = suite_accuracy(model, stream, attacks, batch_size=max(1, args.batch_size // world()[1]), heads=("class",))
+                attacks = suite_attacks(args.eval_attack, norm, eps, args.seed)
+                row["after"] = suite_accuracy(model, stream, attacks, batch_size=max(1, batch_size // world()[1]), heads=("class",))
                 accuracy = row["after"]["square"]
         known = paper.get(eps) if row["attack"] in ("none", "pgd-20") else None
         rows.append(row | {"accuracy": round(accuracy, 2), "paper": known, "epoch": state["epoch"]})
-    if world()[0] == 0 and state["stage"] == "train":
+    if world()[0] == 0 and look_at:
         x, y = next(batches(test_set.subset(torch.arange(min(100 * world()[1], len(test_set)))), 10**9, run.device, workers=0))
         with full_precision(model):
-            for doubt in doubts(model, x, y, eps=train_eps, norm=args.norm):
+            for doubt in doubts(model, x, y, eps=look_at, norm=norm):
                 print(f"warning: {name}: {doubt}", flush=True)
     return rows
 
 
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print columns aligned on the right, the first on the left."""
+    width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * w for w in width], *rows]:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
+    sys.stdout.flush()
+
+
+def print_results(results: dict, folder: Path) -> None:
+    """Print what results.json holds as the papers print it: a line per network, a column per radius, and the paper's own
+    numbers below the line where the setting is the paper's."""
+    args, rows, table = results["args"], results["rows"], []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
+        for a, b in zip(mine, mine[1:], strict=False):
+            if b["eps"] > a["eps"] and b["accuracy"] > a["accuracy"] + 1:
+                print(f"warning: {name} is better at eps {eps_name(b['eps'])} than at {eps_name(a['eps'])}, which no real "
+                      "robustness can be: the attack fails there.")  # fmt: skip
+        if any(row["paper"] is not None for row in mine):
+            table.append(["  the paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
+    attack = ", ".join(dict.fromkeys(row["attack"].upper() for row in rows if row["eps"] > 0)) or "no attack"
+    rule = "last epoch" if args["select"] == "last" else f"best validation {args['select']} accuracy"
+    epochs = ", ".join(f"{name}: epoch {epoch}" for name, epoch in {row["name"]: row["epoch"] for row in rows}.items())
+    print(
+        f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, trained with {args['norm']} eps {eps_name(args['eps'])}; accuracy "
+        f"(%) on {rows[0]['examples']:,} test images under {attack}, "
+        f"{'mixed precision' if args['eval_amp'] else 'float32'}.\n"
+        f"Checkpoint: {rule} ({epochs}). {results['seconds']:.0f} s of training and evaluation.\n"
+    )
+    print_table([f"{rows[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
+    print(f"\nresults.json, adversarial.png and the checkpoints are in {folder}", flush=True)
+
+
+def write_results(run: Run, rows: list[dict], began: float) -> dict:
+    """Write results.json: what was run, where, and one row per accuracy (percent); its keys are listed in the README.
+
+    Its seconds are those of training, in all sittings, which last.pt tells, and those since `began` (of time.perf_counter()), the evaluation's.
+    """
+    last = run.load("last.pt")
+    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
+    results = {
+        "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
+        "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
+    }  # fmt: skip
+    run.write("results.json", json.dumps(results, indent=1))
+    return results
+
+
+def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:
+    """Write a PNG: images, their adversarial versions and the magnified difference (grey is none)."""
+    gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
+    save_image_grid(path, {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)})
+
+
+def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
+    """Write a PNG with one captioned row of images per entry of `rows`, each (N, 3, H, W) in [0, 1]."""
+    from PIL import Image, ImageDraw
+    from torchvision.utils import make_grid
+
+    scale = max(1, 64 // next(iter(rows.values())).shape[-1])
+    tiles = torch.cat([v.detach().float().cpu() for v in rows.values()])
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(tiles, nrow=len(next(iter(rows.values()))), padding=2, pad_value=1.0)  # (3, H, W)
+    pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    margin = 8 + 7 * max(map(len, rows))
+    picture = Image.new("RGB", (margin + pixels.shape[1], pixels.shape[0]), "white")
+    picture.paste(Image.fromarray(pixels), (margin, 0))
+    for i, caption in enumerate(rows):
+        ImageDraw.Draw(picture).text((4, (i + 0.5) * pixels.shape[0] / len(rows) - 6), caption, fill="black")
+    write_atomically(path, lambda f: picture.save(f, format="PNG"))

@@ -1,5 +1,5 @@
-"""Accuracy on common corruptions, clean and attacked (CIFAR-10-C: Hendrycks and Dietterich 2019, arXiv:1903.12261; attacked as in
-Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints of any script.
+"""Accuracy on common corruptions, clean and attacked (CIFAR-10-C: Hendrycks and Dietterich 2019, arXiv:1903.12261;
+attacked as in Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints of any script.
 
 15 benchmark types of corruption (and 4 extra ones) in 5 severities. For each of these cells
 
@@ -12,13 +12,15 @@ Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints of any script.
     python eval_cifar10c.py runs/a/best.pt --dataset folder --data-dir ImageNet-C --image-size 224
     python eval_cifar10c.py runs/a/best.pt --generate --dataset cifar10       # without CIFAR-10-C at hand
 
-The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23, T2 79.15, T3 76.52, RA T0 35.83, T3 38.33;
-linf 8/255, RA T0 32.20, T3 36.22. It does not say the radius and steps of this attack (ours: each checkpoint's own, PGD-20), nor
-which severities and types count (ours: all 5; we print the means over 15 and over 19 types).
+The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23, T2 79.15, T3 76.52, RA T0 35.83,
+T3 38.33; linf 8/255, RA T0 32.20, T3 36.22.
 
---generate makes all corruptions but frost (which needs photographs), snow and spatter, after the definitions and with the
-constants of the official make_cifar_c.py. Other random numbers and libraries make other pixels: every row says "generated", do not compare it with
-published figures.
+Differs from the paper, which released no code, or is our choice where it is silent:
+- the radius and steps of this attack are not given: each checkpoint's own radius, PGD-20;
+- nor which severities and types count: all 5; we print the means over the 15 types of the benchmark and over all 19;
+- --generate makes all corruptions but frost (which needs photographs), snow and spatter, after the definitions and with
+  the constants of the official make_cifar_c.py. Other random numbers and libraries make other pixels: every row says
+  "generated", do not compare it with published figures.
 """
 import contextlib
 import hashlib
@@ -46,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Images, Run, UserError, batches, ce_per_image, cli, eps_name, full_precision, load_checkpoint, load_data, load_model,
+    Images, Run, UserError, batches, ce_per_image, check_args, cli, draw, eps_name, full_precision, load_checkpoint, load_data, load_model,
     open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
     suite_attacks, with_progress, words, world, write_atomically, write_results,
 )  # fmt: skip
@@ -58,8 +60,8 @@ class Args:
     # run
     seed: int = 0  # seed of the attacks, of the images they are tried on and of --generate
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    workers: int = 2  # processes that decode images (folder)
-    out: str = ""  # folder of the run; empty: runs/eval_cifar10c-<network>
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: runs/eval_cifar10c[-quick]-<network>
     resume: bool = False  # go on with the run in --out, cell by cell, or start it
     quick: bool = False  # a miniature: digits, generated corruptions; two small networks are trained if none is given
     # data
@@ -71,12 +73,12 @@ class Args:
     image_size: int = 32  # side in pixels to which --dataset folder or --generate resizes (each network then gets the size it was trained on)
     batch_size: int = 500  # images per step over all GPUs
     corruptions: str = ""  # comma-separated types; empty: all there are
-    severities: str = "1,2,3,4,5"  # comma-separated
+    severities: str = "1,2,3,4,5"  # comma-separated severities of each type
     # evaluation
     norm: Literal["own", "linf", "l2"] = "own"  # norm of the ball that the attack stays in; own: that of the checkpoint's training
     eps: float = 0.0  # radius of that ball, in [0, 1] pixel units, such as 8/255; 0: that of the checkpoint's training
     eval_attack: Literal["pgd20", "suite", "suite-fast", "none"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; none: clean accuracy only
-    eval_steps: int = 20  # PGD steps
+    eval_steps: int = 20  # PGD steps in evaluation
     eval_examples: int = 0  # test images to attack, of each type and severity, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
@@ -532,12 +534,11 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
             yield x, y
 
     rows = [{"attack": "none", "norm": trained["attack_norm"], "eps": 0, "examples": len(images)}]
-    with contextlib.nullcontext() if args.eval_amp else full_precision(model):
+    with full_precision(model, not args.eval_amp):
         rows[0]["accuracy"] = round(robust_accuracy(model, stream(images)), 2)
         if args.eval_attack != "none":
             if 0 < args.eval_examples < len(images):
-                order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-                images = images.subset(order[: args.eval_examples])
+                images = draw(images, args.eval_examples, args.seed)
             generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
             norm, eps = trained["attack_norm"], trained["attack_eps"]
             if args.eval_attack == "pgd20":
@@ -630,17 +631,18 @@ def train_digits(run: Run) -> tuple[str, str]:
 
 def main(args: Args) -> dict:
     """Evaluate the checkpoints on every cell, print the table; returns what results.json holds."""
+    check_args(args)
     if not args.checkpoints and not args.quick:
         raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
     network = Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "digits"
-    run = start_run(args, "eval_cifar10c", name=f"eval_cifar10c{'-quick' if args.quick else ''}-{network}")
+    run = start_run(args, name=f"eval_cifar10c{'-quick' if args.quick else ''}-{network}")
     results = run.finished()
     if results:
         same_checkpoints(run, args)
-    results = results or evaluate_all(run, args)
+    results = results or evaluate(run, args)
     if world()[0] == 0:
         show(results, run.folder)
-        draw(results, run)
+        picture(results, run)
     return results
 
 
@@ -658,9 +660,9 @@ def same_checkpoints(run: Run, args: Args) -> None:
                 raise UserError(f"--resume: {path} has changed since {run.folder} was finished: choose another --out.")
 
 
-def evaluate_all(run: Run, args: Args) -> dict:
+def evaluate(run: Run, args: Args) -> dict:
     """Every cell for every network, written down as it is done."""
-    begin = time.perf_counter()
+    began = time.perf_counter()
     severities = list(dict.fromkeys(words(args.severities)))
     if not severities or not set(severities) <= set("12345"):
         raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.")
@@ -713,7 +715,7 @@ def evaluate_all(run: Run, args: Args) -> dict:
     as_paper = args.dataset == "cifar10" and not args.generate and set(severities) == {1, 2, 3, 4, 5}
     as_paper = as_paper and all(row["examples"] == 10_000 for row in rows)
     as_paper = as_paper and args.eval_attack == "pgd20" and args.eval_steps == 20 and not args.eval_examples and not args.eval_amp
-    return write_results(run, rows + summarise(rows, networks, as_paper), time.perf_counter() - begin)
+    return write_results(run, rows + summarise(rows, networks, as_paper), began)
 
 
 def open_data(args: Args, device: torch.device) -> Corrupted:
@@ -739,7 +741,7 @@ def open_data(args: Args, device: torch.device) -> Corrupted:
     raise UserError(f"there is no corrupted version of {args.dataset} to read: add --generate.")
 
 
-def draw(results: dict, run: Run) -> None:
+def picture(results: dict, run: Run) -> None:
     """The two panels of Figure 4, by report.py if it and matplotlib are there."""
     path = run.folder / "corruptions.png"
     try:

@@ -1,8 +1,8 @@
-"""Adversarial training with jigsaw puzzles (Kucer, Oyen, Kenyon: On visual self-supervision and its effect
-on model robustness, 2021, arXiv:2112.04367).
+"""Adversarial training with jigsaw puzzles (Kucer, Oyen, Kenyon: On visual self-supervision and its effect on model
+robustness, 2021, arXiv:2112.04367).
 
-One trunk carries two linear heads: F for the class y, F_SS for the self-supervised (SS) label y_SS. A transformed
-copy (X_SS, y_SS) = T(X) of each batch, here the tiles of every image in one of J + 1 orders, trains the second:
+One trunk carries two linear heads: F for the class y, F_SS for the self-supervised (SS) label y_SS. A transformed copy
+(X_SS, y_SS) = T(X) of each batch, here the tiles of every image in one of J + 1 orders, trains the second:
 
     minimise  CE(F(X_adv), y) + lambda1 * CE(F_SS(X_SS), y_SS)                                        (eq. 8, 9)
 
@@ -26,24 +26,25 @@ X and X_SS are perturbed separately; --ss-attack has two other readings of T2 an
 The paper: ResNet-18, clean / PGD-20 at 8/255: T0 85.46 / 44.69, T3 83.90 / 47.57.
 
 Differs from the paper, which released no code, or is our choice where it is silent:
-- the l2 step is 2 eps / steps: section 4.2 prints eps^2 / steps, but the work it cites uses 2 eps / steps, and steps that
-  add up to eps^2 cannot cross a ball of radius below 1;
-- Algorithm 1 prints the update after its loop and one uniform start for both norms; the update belongs inside, and an l2
-  start is a direction of length eps, as in the robustness library on which the paper builds;
-- the grid and the number of permutations J are not given. Grid: 4 x 4; the 3 x 3 of Carlucci et al. (2019), whom the paper
-  cites, does not divide 32. J: 30, their number, besides the identity. How drawn: at random (the paper: "randomly picking");
-  --permutations hamming takes orders far from each other (Noroozi and Favaro 2016);
+- the l2 step is 2 eps / steps: section 4.2 prints eps^2 / steps, but the work it cites uses 2 eps / steps, and steps
+  that add up to eps^2 cannot cross a ball of radius below 1;
+- Algorithm 1 prints the update after its loop and one uniform start for both norms; the update belongs inside, and an
+  l2 start is a direction of length eps, as in the robustness library on which the paper builds;
+- the grid and the number of permutations J are not given. Grid: 4 x 4; the 3 x 3 of Carlucci et al. (2019), whom the
+  paper cites, does not divide 32. J: 30, their number, besides the identity. How drawn: at random (the paper: "randomly
+  picking"); --permutations hamming takes orders far from each other (Noroozi and Favaro 2016);
 - lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). How X and X_SS share the attack is not given:
-  --ss-attack. T2 attacks X_SS through the class head with the label y: with perturbations of their own, the only reading
-  that changes X_SS. The attack sums losses over images where eq. 10 averages: the steps are the same;
+  --ss-attack. T2 attacks X_SS through the class head with the label y: with perturbations of their own, the only
+  reading that changes X_SS. The attack sums losses over images where eq. 10 averages: the steps are the same;
 - eq. 7 (replace): the attack is not given; ours is on the class loss;
-- the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under attack
-  (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its choice of the
-  best iterate (--keep-best; Algorithm 1 returns the last);
+- the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under
+  attack (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its
+  choice of the best iterate (--keep-best; Algorithm 1 returns the last);
 - X and X_SS share one forward pass in the update, so BatchNorm sees both;
-- pre-training (the paper does not say): the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last epoch; only the trunk is kept;
-- training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an l2
-  perturbation of 0.1 (Figure 1): use --amp off there.
+- pre-training (the paper does not say): the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last
+  epoch; only the trunk is kept;
+- training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an
+  l2 perturbation of 0.1 (Figure 1): use --amp off there.
 """
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, cli, count_batches,
+    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, cli, count_batches,
     distribute, evaluate, jigsaw, jigsaw_permutations, load_checkpoint, load_splits, load_trunk, load_weights, pgd_attack,
     place_model, print_results, numbers, random_crop_flip, robust_accuracy, seed_step, start_run, sync_buffers, world,
     write_results,
@@ -71,8 +72,8 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
-    workers: int = 2  # processes that decode images (folder)
-    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
     # data and model
@@ -84,39 +85,39 @@ class Args:
     flip: bool = True  # mirror images at random in training
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # trunk (paper: resnet18, resnet34; Chen et al. 2020: resnet50v2)
     width: float = 1.0  # multiplies the number of channels
-    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images
+    stem: Literal["cifar", "imagenet"] = "cifar"  # first layer. cifar: 3x3; imagenet: 7x7 with stride 2 and max-pooling, for large images
     # optimiser (section 4.2; batch size and weight decay: the robustness library)
     epochs: int = 100  # epochs of training
     batch_size: int = 128  # images per step over all GPUs, not counting X_SS
     lr: float = 0.1  # initial learning rate of SGD with momentum 0.9
     lr_step: int = 0  # epochs between divisions of the rate by 10; 0: 40% of the epochs (paper: 40 of 100)
-    weight_decay: float = 5e-4  # on all weights
+    weight_decay: float = 5e-4  # weight decay, on all weights
     # attack in training (section 4.2)
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
     eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
-    attack_steps: int = 10  # PGD steps
-    step_size: float = 0.0  # of the training attack; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    attack_steps: int = 10  # PGD steps in training (paper: 10)
+    step_size: float = 0.0  # length of a step in training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
     keep_best: bool = False  # attacks return the iterate of highest loss (the library's default), not the last (Alg. 1)
     # method (section 3)
-    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # see above
+    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which images are attacked by which loss, see above
     grid: int = 4  # tiles along each side, n
     num_permutations: int = 30  # orders of the tiles besides the identity, J
     permutations: Literal["random", "hamming"] = "random"  # drawn uniformly, or far from each other
     ss_attack: Literal["separate", "shared", "both"] = "separate"  # T2, T3: X_SS gets a perturbation of its own (separate), that of X before T (shared), or its own against both losses (both)
-    lambda1: float = 0.5  # weight of the SS loss in training
-    lambda2: float = 0.5  # weight of the SS loss in the attack (T3)
+    lambda1: float = 0.5  # lambda1: weight of the SS loss in training (the paper gives no value)
+    lambda2: float = 0.5  # lambda2: weight of the SS loss in the attack of T3 (the paper gives no value)
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
     pretrain_eps: float = 0.0  # radius of the pre-training attack; 0: l2 0.5, linf 8/255
     pretrain_epochs: int = 100  # epochs of pre-training
     plain: bool = False  # also train a network without attack, for comparison
     # evaluation
-    val_fraction: float = 0.15  # share of the training images held out to select the model
-    select: Literal["clean", "robust", "last"] = "clean"  # epoch to report: best validation accuracy, or the last
+    val_fraction: float = 0.15  # share of the training images held out to select the model (paper: 15%)
+    select: Literal["clean", "robust", "last"] = "clean"  # epoch to report: that of best clean or of best robust validation accuracy, or the last
     eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
-    eval_steps: int = 20  # PGD steps
+    eval_steps: int = 20  # PGD steps in evaluation (paper: 20)
     eval_eps: str = ""  # comma-separated radii; empty: those of the paper's tables (--quick: quarters of --eps)
-    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all
+    eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
     # Digits are few and coarse: a wider ball, a smaller rate, and a stem that looks at 8x8 pixels, as many as they have.
@@ -384,19 +385,23 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
 
 def main(args: Args) -> dict:
     """Train (all stages), evaluate, print the table; returns what results.json holds."""
-    run = start_run(args, "jigsaw_at")
+    check(args)
+    run = start_run(args)
+    results = run.finished() or train_and_evaluate(run, args)
+    if world()[0] == 0:
+        print_results(results, run.folder)
+    return results
+
+
+def check(args: Args) -> None:
+    """Raise UserError for flags that are wrong or do not go together."""
+    check_args(args)
     numbers(args.eval_eps, "eval-eps")  # raises for a list that cannot be read
-    if args.norm == "l2" and args.eps == (Args.QUICK["eps"] if args.quick else 8 / 255):
-        raise UserError(f"--norm l2 needs a radius of its own: give --eps {4 if args.quick else 0.5}.")
     if args.pretrain != "none" and args.init:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
     if args.image_size % args.grid:
         raise UserError(f"--grid {args.grid} does not divide images of {args.image_size} pixels.")
     jigsaw_permutations(args.grid, args.num_permutations)  # raises if there are not that many: ask before the work begins
-    results = run.finished() or train_and_evaluate(run, args)
-    if world()[0] == 0:
-        print_results(results, run.folder)
-    return results
 
 
 def train_and_evaluate(run: Run, args: Args) -> dict:
@@ -406,8 +411,6 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         start = load_checkpoint(args.init)
         load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit? Ask before the work begins
     train_set, val_set, test_set = load_splits(args, run.device)
-    if 0 < args.step_size * args.attack_steps < args.eps:
-        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
     if args.variant == "T3" and args.ss_attack == "separate" and args.lambda2 not in (0, Args.lambda2):
         run.say("note: with --ss-attack separate every --lambda2 > 0 gives the same attack.")
     run.begin()
@@ -432,9 +435,8 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     eval_eps = numbers(args.eval_eps, "eval-eps") or (quarters if args.quick else PAPER_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
-        rows += evaluate(run, name, state, test_set, eval_eps, paper)
-    seconds = run.load("last.pt")["seconds"] + time.perf_counter() - began  # of training, in all sittings, and evaluation
-    return write_results(run, rows, seconds)
+        rows += evaluate(run, name, state, test_set, eval_eps, paper=paper, look_at=args.eps if state["stage"] == "train" else 0.0)
+    return write_results(run, rows, began)
 
 
 if __name__ == "__main__":

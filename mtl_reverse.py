@@ -1,8 +1,9 @@
-"""Reversing attacks at test time by several self-supervised tasks (Lawhon, Mao, Yang: Using multiple self-supervised tasks improves
-model robustness, 2022, arXiv:2204.03714; the single-task method: Mao et al., ICCV 2021).
+"""Reversing attacks at test time by several self-supervised tasks (Lawhon, Mao, Yang: Using multiple self-supervised tasks
+improves model robustness, 2022, arXiv:2204.03714; the single-task method: Mao et al., ICCV 2021).
 
-An attack on a classifier F also raises the losses of tasks that need no labels. So, before F sees an image x, change x within a ball of
-radius eps_v so that those losses become small (Algorithm 1: `reverse` and `reverse_step`). All networks stay as they are.
+An attack on a classifier F also raises the losses of tasks that need no labels. So, before F sees an image x, change x
+within a ball of radius eps_v so that those losses become small (Algorithm 1: `reverse` and `reverse_step`). All
+networks stay as they are.
 
     x' = x + noise;  K times:
         L = L_s + L_r + L_i                                              contrastive, rotation and inpainting loss of x'
@@ -18,37 +19,43 @@ radius eps_v so that those losses become small (Algorithm 1: `reverse` and `reve
     python mtl_reverse.py --victim carmon2019.pt --as-published   # a row more: what the authors' code computes
     torchrun --nproc-per-node=8 mtl_reverse.py --victim carmon2019.pt
 
-The paper, attacked by PGD at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (Mao et al.) 65.3 / 86.6, MTL 65.6 / 87.7.
+The paper, attacked by PGD at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (Mao et al.) 65.3 / 86.6, MTL 65.6 /
+87.7.
 
-The attackers (--attacks). pgd knows F only; it is the paper's. aware maximises CE(F(x)) - lambda L(x), so that little is left to reverse.
-bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates through all K iterations. suite:
-AutoPGD, MultiTargeted and Square on F. No attacker sees the defence's own draws of noise and views, which are the same for all.
+The attackers (--attacks). pgd knows F only; it is the paper's. aware maximises CE(F(x)) - lambda L(x), so that little
+is left to reverse. bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates
+through all K iterations. suite: AutoPGD, MultiTargeted and Square on F. No attacker sees the defence's own draws of
+noise and views, which are the same for all.
 
-Differs from the paper, from its code (SelfSupDefense, branch one-by-one, commit b8f5ea7), or is our choice where both are silent:
-- their code increases the losses; the paper and ours decrease them. Their code maps the inpainting gradient from 128 to 32 pixels by a
-  convolution with random weights; ours is the exact gradient (the sum over 4 x 4 pixels). Their rotation and inpainting networks see
-  images that are not normalised, in train mode. Their code keeps three perturbations, ours one. --as-published is their loop, on our networks;
+Differs from the paper, from its code (SelfSupDefense, branch one-by-one, commit b8f5ea7), or is our choice where both
+are silent:
+- their code increases the losses; the paper and ours decrease them. Their code maps the inpainting gradient from 128 to
+  32 pixels by a convolution with random weights; ours is the exact gradient (the sum over 4 x 4 pixels). Their rotation
+  and inpainting networks see images that are not normalised, in train mode. Their code keeps three perturbations, ours
+  one. --as-published is their loop, on our networks;
 - the ball's centre is the image as it came (line 11 of Algorithm 1 would move it), and the result is clipped to [0, 1];
 - the losses are those of x', also in the first iteration (Algorithm 1 prints x, without the noise);
-- a gradient is divided by its largest entry, per image, as in their code (without that x' would hardly move); SSL takes its signs (Mao);
-- K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are their code's. eps_v is 16/255: the paper's "8", doubled there;
-- weights are 1:1:1, as in the paper (their code: 1:50:10). L_i is the mean over the hole where the paper prints the sum, which would take
-  nearly all of L (--weights 1,1,9408 is the sum);
+- a gradient is divided by its largest entry, per image, as in their code (without that x' would hardly move); SSL takes
+  its signs (Mao);
+- K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are their code's. eps_v is 16/255: the paper's "8",
+  doubled there;
+- weights are 1:1:1, as in the paper (their code: 1:50:10). L_i is the mean over the hole where the paper prints the
+  sum, which would take nearly all of L (--weights 1,1,9408 is the sum);
 - L_s averages over all pairs of views of an image, as printed (their code takes one of three);
 - views are drawn per image and resized bicubically (theirs: one draw for the whole batch, bilinear);
-- the negatives are views of --bank training images and L_t / L is per image, so that what becomes of an image does not depend on its
-  batch (theirs: the batch's other images, --negatives batch);
+- the negatives are views of --bank training images and L_t / L is per image, so that what becomes of an image does not
+  depend on its batch (theirs: the batch's other images, --negatives batch);
 - if one of rotation and inpainting is not among --tasks, the other moves x' in every iteration;
-- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs, as far as is known:
-  normalised by CIFAR's mean and deviation, and bilinear); the contrastive head's Adam has the rate 1e-4 (Mao et al.; theirs 3e-4);
-- a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch of lowest loss on held-out images.
+- inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs, as
+  far as is known: normalised by CIFAR's mean and deviation, and bilinear); the contrastive head's Adam has the rate
+  1e-4 (Mao et al.; theirs 3e-4);
+- a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch of lowest loss on
+  held-out images.
 """
-import collections
 import contextlib
 import copy
 import hashlib
 import itertools
-import json
 import math
 import shlex
 import time
@@ -66,10 +73,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_batches, cli,
+    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, cli,
     count_batches, distribute, draw, eps_name, full_precision, image_uniform, learning_rate, load_carmon, load_checkpoint,
     load_data, load_trunk, load_weights, map_images, numbers, pgd_attack, place_model, print_table, random_crop_flip,
-    save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sync_buffers, words, world,
+    rebuild, save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sync_buffers, words, world,
     write_results,
 )  # fmt: skip
 
@@ -85,8 +92,8 @@ class Args:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks, and of the reversal
     compile: bool = False  # torch.compile the trunks
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
-    workers: int = 2  # processes that decode images (folder)
-    out: str = ""  # folder of the run; empty: runs/<script>-<norm>-<eps>-s<seed>
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest such run), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in a minute and a half on two CPU cores
     # data and model
@@ -96,29 +103,29 @@ class Args:
     image_size: int = 32  # side in pixels, a power of 2; other images are resized
     flip: bool = True  # mirror images at random in training and in views
     arch: Literal["wrn28_10", "resnet18", "resnet34", "resnet50", "preact18", "preact34"] = "wrn28_10"  # classifier, without --victim
-    width: float = 1.0  # multiplies that classifier's channels
-    stem: Literal["cifar", "imagenet"] = "cifar"  # imagenet: 7x7 stride 2 and max-pooling, for large images (ResNets)
+    width: float = 1.0  # multiplies the number of channels of the classifier
+    stem: Literal["cifar", "imagenet"] = "cifar"  # first layer. cifar: 3x3; imagenet: 7x7 with stride 2 and max-pooling, for large images (ResNets)
     # training of the classifier, without --victim: SGD with Nesterov momentum 0.9, half a cosine
-    epochs: int = 100  # of the classifier
-    batch_size: int = 128  # images per step over all GPUs, of the classifier
-    lr: float = 0.1  # initial learning rate, of the classifier
-    weight_decay: float = 5e-4  # of all SGD, on all weights
+    epochs: int = 100  # epochs of training the classifier
+    batch_size: int = 128  # images per step over all GPUs, in training the classifier
+    lr: float = 0.1  # initial learning rate of the classifier
+    weight_decay: float = 5e-4  # weight decay of all SGD, on all weights
     # attack, in the classifier's training and in the evaluation
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in (the reversal's is linf)
-    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units
-    attack_steps: int = 10  # PGD steps
-    step_size: float = 0.0  # 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: 8/255)
+    attack_steps: int = 10  # PGD steps (their code: 10)
+    step_size: float = 0.0  # length of a step; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     # branches, the tasks' networks: SGD as above for rotation and inpainting, Adam for the contrastive head
     backbone: Literal["separate", "shared"] = "separate"  # shared: all tasks on one trunk, which starts as the classifier's (section 5)
     branch_epochs: int = 200  # epochs of training each branch
     branch_batch_size: int = 128  # images per step over all GPUs, of rotation and inpainting (and of all if shared)
-    branch_lr: float = 0.1  # initial learning rate of those
+    branch_lr: float = 0.1  # initial learning rate of rotation and inpainting (and of all if shared)
     head_batch_size: int = 1024  # images per step of the contrastive head (not if shared); the others of the batch are its negatives
     head_lr: float = 1e-4  # learning rate of the contrastive head (Adam)
     branch_width: float = 1.0  # multiplies the channels of the rotation and inpainting networks
     inpaint_size: int = 128  # side to which images are enlarged for inpainting (not if shared), a power of 2
     crop: float = 0.08  # smallest share of an image's area that a view shows, in training and reversal
-    temperature: float = 0.2  # tau of the contrastive loss, in training and reversal
+    temperature: float = 0.2  # tau: temperature of the contrastive loss, in training and reversal
     # reversal (Algorithm 1)
     tasks: str = "contrastive,rotation,inpainting"  # tasks of the MTL row, any of these; the SSL row is contrastive
     reverse_steps: int = 40  # K, number of iterations
@@ -129,17 +136,17 @@ class Args:
     negatives: Literal["bank", "batch"] = "bank"  # of the contrastive loss: views of training images, or of the other images of the batch
     bank: int = 512  # with --negatives bank: number of training images whose views they are
     as_published: bool = False  # also evaluate what the authors' code computes, with its own weights and negatives
-    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of that code. b8f5ea7: the last, which increases the losses; 855d32d: the last that decreases them
+    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of the authors' code. b8f5ea7: the last, which increases the losses; 855d32d: the last that decreases them
     # attackers
     attacks: str = "pgd,aware,bpda,unrolled"  # besides pgd, any of aware, bpda, unrolled, suite, suite-fast
-    lambdas: str = "0,0.5,1,2,5,10"  # of the attack aware, one attack for each
+    lambdas: str = "0,0.5,1,2,5,10"  # lambda of the attack aware: comma-separated, one attack for each
     adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended; the point of highest loss counts
     eot: int = 4  # draws of the defence over which bpda and unrolled average their loss and its gradient
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the epoch
-    eval_examples: int = 0  # test images to attack, drawn once and for all; 0: all. Clean accuracy is of the same
+    eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_batch_size: int = 128  # images per batch of the evaluation over all GPUs (their code: 512 or 50)
-    eval_amp: bool = False  # classify and attack in mixed precision instead of float32
+    eval_amp: bool = False  # evaluate in mixed precision instead of float32 (the reversal is always in that of --amp)
     sweep: bool = False  # also accuracy over K and for eps_v of half, 3/4, 1 and 1 1/2 of --reverse-eps
 
     # Digits at their own 8 x 8 pixels; weights that make the three losses about equal, so that each has a say.
@@ -182,8 +189,9 @@ def ssl_loss(defence: Defence, task: str, z: Tensor, seeds: Tensor) -> Tensor:
 
 def whose_turn(tasks: Iterable[str], k: int) -> list[str]:
     """The tasks that move the image in iteration k = 1, 2, ...: lines 4, 6 and 8. Rotation and inpainting take turns if both are there."""
-    waiting = "inpainting" if k % 2 == 0 else "rotation"
-    return [t for t in tasks if t != waiting or not {"rotation", "inpainting"} <= set(tasks)]
+    if not {"rotation", "inpainting"} <= set(tasks):
+        return list(tasks)
+    return [t for t in tasks if t != ("inpainting" if k % 2 == 0 else "rotation")]
 
 
 def direction(g: Tensor, sign: bool) -> Tensor:
@@ -235,8 +243,9 @@ def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
     """
     if defence.published:
         return reverse_as_published(x, defence, seeds)
-    (last,) = collections.deque(trajectory(x, defence, seeds), maxlen=1)
-    return last
+    for z in trajectory(x, defence, seeds):  # noqa: B007
+        pass
+    return z  # the last one
 
 
 def mix_seeds(seeds: Tensor, n: int) -> Tensor:
@@ -517,7 +526,7 @@ FOR_DEFENCE, FOR_START, FOR_MEASURE, FOR_BANK, FOR_ATTACKER = 1, 2, 3, 4, 1_000
 
 def logits_of(victim: Network, x: Tensor, args: Args) -> Tensor:
     """F(x), in float32 unless --eval-amp."""
-    with contextlib.nullcontext() if args.eval_amp else full_precision(victim):
+    with full_precision(victim, not args.eval_amp):
         return victim(x, "class")
 
 
@@ -713,13 +722,7 @@ def get_classifier(run: Run, args: Args, given: dict | None, train_set: Images, 
     torch.manual_seed(args.seed)
     mean, std = STATS[args.dataset]
     heads = {"class": len(train_set.classes)}
-    network = given["network"] if given else {"arch": args.arch, "heads": heads, "width": args.width, "stem": args.stem, "mean": mean, "std": std}
-    try:
-        victim = build_model(**network)
-    except (TypeError, ValueError, KeyError) as e:
-        raise UserError(f"--victim {args.victim} describes a network this version cannot build ({e}).") from None
-    if given:
-        load_weights(victim, given["model"], args.victim)
+    victim = rebuild(given, args.victim) if given else build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
     place_model(victim, run.device, args.amp, args.compile)
     state = given or train("classifier", run, args, victim, victim, victim.spec, train_set, val_set)
     return victim.eval().requires_grad_(False), state
@@ -850,15 +853,14 @@ class Judge:
         return map_images(f, some, self.run, self.run.args.eval_batch_size, indexed=True).cpu()
 
 
-def evaluate_all(judge: Judge, defences: list[Defence], epoch: int, carmon: bool) -> list[dict]:
+def judge_all(judge: Judge, defences: list[Defence], epoch: int, carmon: bool) -> list[dict]:
     """Rows of results.json: accuracies with standard errors, the table's cells, paired differences, losses, the sweep."""
     run, args = judge.run, judge.run.args
-    done = run.read("judged.json") or {"rows": []}  # job by job, so that a resumed run does none twice
-    rows = done["rows"]
+    rows = run.rows("judged.json")  # written job by job, so that a resumed run does none twice
 
     def keep(new: list[dict]) -> None:
         rows.extend(new)
-        run.write("judged.json", json.dumps({"script": run.script, "rows": rows}))
+        run.keep("judged.json", rows)
 
     def kept(**what: Any) -> bool:
         return any(all(row.get(k) == v for k, v in what.items()) for row in rows)
@@ -982,7 +984,7 @@ def picture(judge: Judge, defence: Defence) -> None:
         save_image_grid(judge.run.folder / "reversed.png", grid)
 
 
-def show(results: dict, folder: str) -> None:
+def show(results: dict, folder: Path) -> None:
     """Print Table 1 with ours, paired differences, and the tasks' losses before and after."""
     args, rows = results["args"], results["rows"]
     cells = {(row["name"], row["column"]): row for row in rows if row.get("kind") == "column"}
@@ -1025,15 +1027,16 @@ def main(args: Args) -> dict:
     given = load_carmon(args.victim) if args.victim else None
     if given and not given["network"].get("heads", {}).get("class"):
         raise UserError(f"--victim {args.victim} is no classifier; take a file such as best.pt, or classifier.pt of this script.")
-    run = start_run(args, "mtl_reverse")
-    results = run.finished() or protect(run, args, given)
+    run = start_run(args)
+    results = run.finished() or train_and_evaluate(run, args, given)
     if results and world()[0] == 0:
-        show(results, str(run.folder))
+        show(results, run.folder)
     return results
 
 
 def check(args: Args) -> None:
-    """Raise UserError for flags that do not go together."""
+    """Raise UserError for flags that are wrong or do not go together."""
+    check_args(args)
     tasks, attacks = words(args.tasks), words(args.attacks)
     kinds = ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")
     if not tasks or not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
@@ -1063,7 +1066,7 @@ def check(args: Args) -> None:
         raise UserError("--as-published needs all three --tasks, and --backbone separate.")
 
 
-def protect(run: Run, args: Args, given: dict | None) -> dict:
+def train_and_evaluate(run: Run, args: Args, given: dict | None) -> dict:
     """All stages that --stage asks for."""
     train_set, test_set = load_data(
         args.dataset, args.data_dir, run.device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
@@ -1094,11 +1097,9 @@ def protect(run: Run, args: Args, given: dict | None) -> dict:
         return {}
     began = time.perf_counter()
     carmon = about.get("source") == "Carmon et al. 2019" and victim.spec["width"] == 1
-    with contextlib.nullcontext() if args.eval_amp else full_precision(nn.Identity()):  # no TF32 in what is not in mixed precision
-        rows = evaluate_all(Judge(run, victim, test_set), make_defences(run, args, branches, train_set), about.get("epoch", 0), carmon)
-    last = run.load("last.pt")
-    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
-    return write_results(run, rows, seconds)
+    with full_precision(nn.Identity(), not args.eval_amp):  # no TF32 in what is not in mixed precision
+        rows = judge_all(Judge(run, victim, test_set), make_defences(run, args, branches, train_set), about.get("epoch", 0), carmon)
+    return write_results(run, rows, began)
 
 
 if __name__ == "__main__":

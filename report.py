@@ -2,6 +2,7 @@
 
     python report.py runs/*                      # every run in runs/; writes report/
     python report.py results/*.json --out report
+    python report.py --readme README.md          # rewrites the numbers and tables in it from the files that it names
 
 Kucer et al. 2021 (rotation_at.py, jigsaw_at.py, eval_cifar10c.py):
 
@@ -41,6 +42,8 @@ Lawhon et al. 2022 (mtl_reverse.py):
 
 This is the only file that needs matplotlib; without it only the tables are written.
 """
+import contextlib
+import io
 import json
 import math
 import re
@@ -59,11 +62,13 @@ from torch import Tensor
 import adv_mae
 import byorl
 import chen_pretrain_finetune
+import eval_cifar10c
 import jigsaw_at
 import mtl_reverse
 import rotation_at
 from common import (
-    VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, write_atomically,
+    VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, print_results,
+    write_atomically,
 )  # fmt: skip
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
 from chen_pretrain_finetune import PAPER as CHEN_PAPER
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
 class Args:
     results: tuple[str, ...] = ()  # results.json files, or folders of runs, or checkpoints (*.pt) whose loss landscape (classifiers) or filters (ViTs) are wanted
     out: str = "report"  # folder to write to; files in it are replaced
+    readme: str = ""  # a Markdown file: what stands between <!-- from results/X.json --> and <!-- end --> is made anew from those files, and nothing else is done
 
 
 # What may differ between two runs that are averaged or drawn as one line: the seed, and where and how they were computed.
@@ -1303,11 +1309,75 @@ def lawhon_figures(results: list[dict], out: Path) -> list[Path]:
     return written
 
 
+# ---- README.md -----------------------------------------------------------------------------------------------------
+
+
+def fill(text: str, folder: Path) -> str:
+    """Markdown with all its blocks made anew. A block begins with <!-- from FILE [FILE ...] -->, relative to `folder`, and ends with
+    <!-- end -->. Of results.json it holds what the script printed, several of one script as one table; of benchmarks/*.py --json a table."""
+
+    def block(found: re.Match) -> str:
+        paths = [folder / name for name in found[1].split()]
+        try:
+            contents = [json.loads(path.read_text()) for path in paths]
+        except (OSError, ValueError) as e:
+            raise UserError(f"a block wants {found[1]}, which cannot be read ({e}).") from None
+        if "table" in contents[0]:
+            header, *rows = contents[0]["table"]
+            body = markdown(header, rows)
+        elif "benchmark" in contents[0]:
+            body = benchmark_table(contents)
+        else:
+            body = f"```\n{printed(read(tuple(map(str, paths))))}\n```"
+        return f"<!-- from {found[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- from (.*?) -->\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def printed(results: list[dict]) -> str:
+    """What the script printed at the end of a run, without the folder; several runs of rotation_at.py and jigsaw_at.py as one table."""
+    first, rows = results[0], []
+    for result in results:
+        task = f" {result['script'].removesuffix('_at')}"
+        rows += [row | {"name": row["name"] + (task if len(results) > 1 and row["name"] != "T0" else "")} for row in result["rows"]]
+    merged = first | {"rows": rows, "args": first["args"] | {"dataset": dataset_name(first)}, "seconds": sum(r["seconds"] for r in results)}
+    scripts = {s.__name__: s for s in (byorl, chen_pretrain_finetune, adv_mae, mtl_reverse, eval_cifar10c)}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        show = scripts[first["script"]].show if first["script"] in scripts else print_results
+        show(merged, Path())
+    lines = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("results.json")]
+    return "\n".join(lines).strip()
+
+
+def benchmark_table(benchmarks: list[dict]) -> str:
+    """All benchmarks in one table; the share is of the speed of a large matrix product in the same precision on the same device."""
+    rows = []
+    for benchmark in benchmarks:
+        for row in benchmark["rows"]:
+            if "images_per_s" in row:
+                share = f"{100 * row['share_of_matmul_peak']:.0f}% of {row['matmul_tflops_per_s']:g} TFLOP/s" if "share_of_matmul_peak" in row else ""
+                rows.append([
+                    f"`{benchmark['benchmark']}`", row["name"], f"{benchmark['device']}, torch {benchmark['torch'].split('+')[0]}", f"{row['images_per_s']:g}",
+                    f"{row['ratio']:.2f}", f"{row['peak_mb']:,}" if row["peak_mb"] else "", f"{row['gflops_per_image']:g}" if share else "", share,
+                ])  # fmt: skip
+    return markdown(["benchmark", "step", "device", "images/s", "ratio", "peak MB", "GFLOP/image", "share of peak"], rows)
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> list[Path]:
     """Write all that the given results are enough for; returns the files."""
+    if args.readme:
+        path = Path(args.readme)
+        try:
+            text = path.read_text()
+        except OSError as e:
+            raise UserError(f"cannot read {path} ({e.strerror}).") from None
+        write_atomically(path, lambda f: f.write(fill(text, path.parent).encode()))
+        print(path)
+        return [path]
     checkpoints = [path for path in args.results if path.endswith(".pt")]
     others = tuple(path for path in args.results if path not in checkpoints)
     results = read(others) if others or not checkpoints else []

@@ -8,7 +8,8 @@
 
 Both run in one process, in turns, on the same batch, after a warm-up; the median step counts. Then one small network
 is trained on the bundled digits and its robust accuracy is measured under PGD-20 in mixed precision and in float32:
-a fast attack must still be an attack.
+a fast attack must still be an attack. The share of the peak is the FLOPs of (b), by PyTorch's counter, times images per second, over the
+FLOPs per second of a large matrix product in the same precision.
 """
 import argparse
 import contextlib
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (  # noqa: E402
@@ -116,12 +119,54 @@ def in_turns(steps: dict[str, Callable], images: int, device: torch.device, roun
     ]  # fmt: skip
 
 
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of the fastest of ten large matrix products."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(10))
+
+
+def count_flops(step: Callable) -> int:
+    """FLOPs of convolutions, matrix products and attention (unless in a fused kernel on a CPU) in step(), backward passes included."""
+    total = 0
+
+    class Count(TorchDispatchMode):  # FlopCounterMode's own hooks do not bear gradients for images alone
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal total
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in flop_registry:
+                total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            return out
+
+    with Count():
+        step()
+    return total
+
+
+def add_work(row: dict, flops_per_image: float, device: torch.device, amp: str) -> None:
+    """Put into a row of `in_turns` what an image costs, and the share of the device's speed in matrix products that is reached."""
+    fastest = matmul_peak(device, amp_dtype(amp, device) or torch.float32)
+    row["gflops_per_image"] = float(f"{flops_per_image / 1e9:.3g}")
+    row["matmul_tflops_per_s"] = float(f"{fastest / 1e12:.3g}")
+    row["share_of_matmul_peak"] = round(flops_per_image * row["images_per_s"] / fastest, 3)
+
+
+def write_json(path: str, device: torch.device, command: str, rows: list[dict]) -> None:
+    """The rows, with device and version, in a file, if it has a name."""
+    if path:
+        Path(path).write_text(json.dumps({"benchmark": command, "device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
+
+
 def print_rows(rows: list[dict], device: torch.device, amp: str) -> None:
     """The table of `in_turns`."""
     print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(amp, device) or 'off'}")
     print_table(
-        ["step", "images/s", "peak MB", "ratio"],
-        [[r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}"] for r in rows],
+        ["step", "images/s", "peak MB", "ratio", "GFLOP/image", "of matmul peak"],
+        [
+            [r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}", f"{r.get('gflops_per_image', '')}",
+             f"{100 * r['share_of_matmul_peak']:.0f}%" if "share_of_matmul_peak" in r else ""]
+            for r in rows
+        ],
     )
 
 
@@ -132,7 +177,9 @@ def compare(batch: int, device: torch.device, rounds: int, amp: str, compile: bo
     ours, our_opt = make(device, amp, compile)
     net = PlainNetwork(plain)
     steps = {"plain": lambda: plain_step(net, plain_opt, x, y), "ours": lambda: our_step(ours, our_opt, x, y)}
-    return in_turns({f"{name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 2 if device.type == "cpu" else 10)
+    rows = in_turns({f"AT {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 2 if device.type == "cpu" else 10)
+    add_work(rows[1], count_flops(steps["ours"]) / batch, device, amp)
+    return rows
 
 
 def attack_strength(device: torch.device) -> list[dict]:
@@ -186,9 +233,7 @@ def main() -> None:
     strength = attack_strength(device)
     print()
     print_table(["attack", "accuracy %"], [[r["name"], f"{r['accuracy']:.2f}"] for r in strength])
-    if args.json:
-        result = {"device": device_name(device), "torch": torch.__version__, "rows": rows + strength}
-        Path(args.json).write_text(json.dumps(result, indent=1))
+    write_json(args.json, device, "at_step.py", rows + strength)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ augmentation alone: ours for a whole batch, and torchvision's, image by image.
 """
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import in_turns, print_rows, timed  # noqa: E402
+from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
 from byorl import LARS, Args, Online, attack_view, distance  # noqa: E402
-from common import STATS, amp_dtype, apgd_checkpoints, build_model, choose_device, device_name, place_model, simclr_augment  # noqa: E402
+from common import STATS, apgd_checkpoints, build_model, choose_device, place_model, simclr_augment  # noqa: E402
 
 
 def make(args: Args, device: torch.device, amp: str | None, compile: bool = False):
@@ -120,13 +119,6 @@ def our_step(online, target, opt, x, args: Args) -> None:
     update(online, target, opt, adv1, adv2, z1, z2, args.tau)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of the fastest of ten large matrix products."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(10))
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="auto")
@@ -144,15 +136,13 @@ def main() -> None:
     plain, ours = make(args, device, None), make(args, device, flags.amp, flags.compile)
     steps = {"plain": lambda: plain_step(*plain, x, args), "ours": lambda: our_step(*ours, x, args)}
     rows = in_turns({f"BYORL {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 1 if on_cpu else 5)
-    dtype = amp_dtype(flags.amp, device) or torch.float32
-    fastest = matmul_peak(device, dtype)
     online, small = make(args, device, flags.amp)[0], x[:8]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         online.predict(small)
     forward = counter.get_total_flops() / len(small)
     # Per view: one pass of the target, K + 1 passes with the gradient for the image (as dear as the pass), and the update (twice that).
     flops = 2 * (1 + 2 * (args.attack_steps + 1) + 3) * forward
-    rows[1] |= {"gflops_per_image": round(flops / 1e9, 1), "share_of_matmul_peak": round(flops * batch / rows[1]["seconds"] / fastest, 3)}
+    add_work(rows[1], flops, device, flags.amp)
     augment = v2.Compose([
         v2.RandomResizedCrop(32, (0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
@@ -162,10 +152,7 @@ def main() -> None:
         rows.append({"name": f"views: {name}", "images_per_s": round(batch / min(timed(f, device)[0] for _ in range(3)), 1), "peak_mb": 0})
     rows[3]["ratio"], rows[2]["ratio"] = 1.0, round(rows[2]["images_per_s"] / rows[3]["images_per_s"], 2)
     print_rows(rows, device, flags.amp)
-    print(f"\nours: {flops / 1e9:.1f} GFLOP per image; {100 * rows[1]['share_of_matmul_peak']:.1f}% of {fastest / 1e12:.2f} TFLOP/s, "
-          f"the speed of a {dtype} matrix product here.")  # fmt: skip
-    if flags.json:
-        Path(flags.json).write_text(json.dumps({"device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
+    write_json(flags.json, device, "byorl_step.py", rows)
 
 
 if __name__ == "__main__":

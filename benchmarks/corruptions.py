@@ -73,7 +73,7 @@ def main() -> None:
         [row["name"], f"{row['images_per_s']:,.0f}", f"{100 * row['ratio']:.2f}%"] for row in table
     ])  # fmt: skip
     if args.json:
-        results = {"device": device_name(device), "torch": torch.__version__, "rows": table}
+        results = {"benchmark": "corruptions.py", "device": device_name(device), "torch": torch.__version__, "rows": table}
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 

@@ -11,7 +11,6 @@ rotation and jigsaw on one ResNet-50v2, PGD-10 with second derivatives, eq. 2-4)
 In turns, on the same batch; the median counts.
 """
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +18,12 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import in_turns, print_rows  # noqa: E402
+from at_step import add_work, count_flops, in_turns, print_rows, write_json  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from chen_pretrain_finetune import TASKS, Args, Objective, Pretext, log_det, make_view, task_loss  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_STATS, Network, batchnorm_mode, choose_device, device_name, fast_second_derivatives, input_gradients_only,
+    IMAGENET_STATS, Network, batchnorm_mode, choose_device, fast_second_derivatives, input_gradients_only,
     jigsaw_permutations, pgd, place_model,
 )  # fmt: skip
 
@@ -117,9 +116,10 @@ def main() -> None:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             named = {f"DPE {name}, batch {batch}": step for name, step in steps.items()}
             rows += in_turns(named, batch, device, flags.rounds or (2 if on_cpu else 5), 1)
+            for row in rows[-2:]:
+                add_work(row, count_flops(named[row["name"]]) / batch, device, flags.amp)
     print_rows(rows, device, flags.amp)
-    if flags.json:
-        Path(flags.json).write_text(json.dumps({"device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
+    write_json(flags.json, device, "dpe_step.py", rows)
 
 
 if __name__ == "__main__":

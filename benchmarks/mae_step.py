@@ -12,7 +12,6 @@ second, over the FLOPs per second of a large matrix product in the same precisio
 decoded, cropped, turned and put on the device by --workers processes, alone.
 """
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -24,12 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import in_turns, print_rows, timed  # noqa: E402
-from byorl_step import matmul_peak  # noqa: E402
+from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
 from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, patchify, perturb, recipe_of, target_of  # noqa: E402
 from common import (  # noqa: E402
-    amp_dtype, batches, build_model, choose_device, device_name, image_uniform, l2_norm, open_folder, place_model, sincos_positions, transformed,
+    batches, build_model, choose_device, image_uniform, l2_norm, open_folder, place_model, sincos_positions, transformed,
 )  # fmt: skip
 
 
@@ -104,14 +102,12 @@ def main() -> None:
     plain, ours = make(args, device, None), make(args, device, flags.amp, flags.compile)
     steps = {"plain": lambda: plain_step(*plain, x, seeds, args), "ours": lambda: our_step(*ours, x, seeds, args)}
     rows = in_turns({f"A-MAE {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 1 if on_cpu else 5)
-    dtype = amp_dtype(flags.amp, device) or torch.float32
-    fastest = matmul_peak(device, dtype)
     z, loss = masked_task(x[:2], seeds[:2], plain[0], args)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # which the counter knows on CPUs, too
         loss(plain[0], z)
     # PGD-2: 2 passes with the gradient for the patches (as dear as the pass), and the update (twice that).
     flops = (2 * args.attack_steps + 3) * counter.get_total_flops() / 2
-    rows[1] |= {"gflops_per_image": round(flops / 1e9, 1), "share_of_matmul_peak": round(flops * batch / rows[1]["seconds"] / fastest, 3)}
+    add_work(rows[1], flops, device, flags.amp)
     workers = flags.workers or (2 if on_cpu else 16)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").mkdir()
@@ -124,10 +120,7 @@ def main() -> None:
         s, _ = timed(lambda: [images for images, _ in batches(files, 32, device, workers=workers)], device)
     rows.append({"name": f"decode and crop, {workers} processes", "images_per_s": round(count / s, 1), "peak_mb": 0, "ratio": 1.0})
     print_rows(rows, device, flags.amp)
-    print(f"\nours: {flops / 1e9:.1f} GFLOP per image; {100 * rows[1]['share_of_matmul_peak']:.1f}% of {fastest / 1e12:.2f} TFLOP/s, "
-          f"the speed of a {dtype} matrix product here.")  # fmt: skip
-    if flags.json:
-        Path(flags.json).write_text(json.dumps({"device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
+    write_json(flags.json, device, "mae_step.py", rows)
 
 
 if __name__ == "__main__":

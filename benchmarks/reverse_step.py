@@ -11,7 +11,6 @@ Two iterations, an odd and an even one, in turns on the same batch; the median c
 memory of 2 and of 8 iterations, and how close a step in mixed precision is to that in float32.
 """
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from at_step import in_turns, print_rows, timed  # noqa: E402
+from at_step import add_work, count_flops, in_turns, print_rows, timed, write_json  # noqa: E402
 
-from common import Network, build_model, choose_device, device_name, full_precision, place_model  # noqa: E402
+from common import Network, build_model, choose_device, full_precision, place_model  # noqa: E402
 from mtl_reverse import TASKS, Args, Defence, build_branches, mix_seeds, reverse, reverse_step, ssl_loss, whose_turn  # noqa: E402
 
 
@@ -94,6 +93,7 @@ def main() -> None:
 
     steps = {f"reversal plain, batch {batch}": two(plain_iteration, plain), f"reversal ours, batch {batch}": two(reverse_step, ours)}
     rows = in_turns(steps, 2 * batch / args.reverse_steps, device, flags.rounds or (3 if on_cpu else 10), 1 if on_cpu else 5)
+    add_work(rows[1], count_flops(steps[f"reversal ours, batch {batch}"]) / batch * args.reverse_steps / 2, device, flags.amp)
     print_rows(rows, device, flags.amp)
     memory = {k: timed(lambda: reverse(x, replace(ours, args=replace(args, reverse_steps=k)), seeds), device)[1] for k in (2, 8)}
     print(f"\nPeak memory of ours with 2 iterations: {memory[2]:.0f} MB, with 8: {memory[8]:.0f} MB.")
@@ -105,8 +105,7 @@ def main() -> None:
     same = F.cosine_similarity(mixed.flatten(1), exact.flatten(1)).mean().item()
     print(f"Cosine of the first even step in mixed precision with that in float32: {same:.3f} (mean over 8 images).")
     rows.append({"name": "memory", "peak_mb_of_iterations": memory, "cosine": same})
-    if flags.json:
-        Path(flags.json).write_text(json.dumps({"device": device_name(device), "torch": torch.__version__, "rows": rows}, indent=1))
+    write_json(flags.json, device, "reverse_step.py", rows)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def test_a_head_interrupted_after_an_epochs_last_step(tmp_path, monkeypatch, enc
 def test_fewer_images_than_ranks(ranks, tmp_path, monkeypatch):
     """A rank without images joins in the sum."""
     args = tiny(out=str(tmp_path))
-    run = byorl.start_run(args, "byorl")
+    run = byorl.start_run(args)
     train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
     np.save(tmp_path / "e.npy", np.zeros((2, 8, 8, 3), np.uint8))
     monkeypatch.setattr("common.IN_MEMORY_BYTES", 0)  # so that the images are streamed
@@ -269,7 +269,7 @@ def test_a_vision_transformer_as_encoder(tmp_path):
 def test_retrieval_against_numpy(encoder, tmp_path, capsys):
     """The share of neighbours of the query's class, and the cosine with the image that the attack steers towards."""
     args = tiny(stage="pretrain", out=str(tmp_path))
-    run = byorl.start_run(args, "byorl")
+    run = byorl.start_run(args)
     _, test = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
     byorl.retrieve(run, args, {"byorl": load_checkpoint(encoder)}, test, queries=40, nearest=5)
     said = capsys.readouterr().out
@@ -298,7 +298,7 @@ def test_retrieval_against_numpy(encoder, tmp_path, capsys):
 def test_pseudo_labels_only_where_labels_are_missing(encoder, tmp_path):
     """Known labels stay, even where the teacher errs; others are the teacher's; images held out are in neither part."""
     args = tiny(out=str(tmp_path))
-    run = byorl.start_run(args, "byorl")
+    run = byorl.start_run(args)
     train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
     teacher = build_model("preact18", {"class": 10}, width=1 / 16)
     with torch.no_grad():

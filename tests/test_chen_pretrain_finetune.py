@@ -303,7 +303,7 @@ def test_exactly_the_trunk_is_inherited():
 @pytest.mark.parametrize("pair", ["P3F1", "P3F2", "P3F3", "P3F4"])
 def test_f1_and_f2_leave_the_trunk_bit_identical(tmp_path, pair):
     args = tiny(pretrain="P3", finetune=pair[2:], out=str(tmp_path))
-    run = start_run(args, "chen_pretrain_finetune")
+    run = start_run(args)
     train, val, _ = load_splits(args, CPU)
     run.begin()
     start = pretrain("rotation", "P3", run, args, train, val)
@@ -483,7 +483,7 @@ def test_unforeseen_attacks_aim_where_they_are_told(three, tmp_path):
     accuracy = {}
     for targeted in (True, False):
         args = tiny(stage="compare", unforeseen="l2", unforeseen_steps=5, targeted=targeted, out=str(tmp_path / str(targeted)))
-        run = start_run(args, "chen_pretrain_finetune")
+        run = start_run(args)
         run.begin()
         accuracy[targeted] = [r["accuracy"] for r in chen.meet_unforeseen(run, args, {"a": models[0]}, test)]
     assert accuracy[True][0] == accuracy[False][0] == pytest.approx(robust_accuracy(models[0], data), abs=0.01)
@@ -495,7 +495,7 @@ def test_a_runs_own_tables_are_printed_beside_the_papers(capsys):
 
     def cell(task, pair, ta, ra, epoch, **more):
         about = {"name": chen.label(task, pair), "norm": "linf", "examples": 10_000, "task": task, "pair": pair, "pick": "ta", "best_epoch": epoch, "images": 45_000}
-        known = chen.paper(task, pair, Args())
+        known = chen.paper_numbers(task, pair, Args())
         return [about | {"attack": "none", "eps": 0, "accuracy": ta, "paper": known[0]}, about | {"attack": "pgd-20", "eps": 8 / 255, "accuracy": ra, "paper": known[1]}]
 
     rows = [*cell("", "P1F4", 80, 40, 9), *cell("selfie", "P3F4", 81, 41, 8), *cell("jigsaw", "P3F4", 82, 42, 7), *cell("ensemble", "P3F4", 83, 43, 6)]
@@ -517,7 +517,7 @@ def test_compared_networks_stand_beside_the_papers_where_they_are_its_own(tmp_pa
     from common import Images
 
     model = build_model("resnet26v2", {"class": 10}, width=1 / 16)
-    run = start_run(Args(device="cpu", out=str(tmp_path)), "chen_pretrain_finetune")
+    run = start_run(Args(device="cpu", out=str(tmp_path)))
     images = Images(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4), list("0123456789"), torch.arange(4))
 
     def rows(*tasks, **changes):
@@ -569,14 +569,14 @@ def test_a_network_learns_rotation_and_resists_after_f4_not_after_f3(tmp_path):
 
 
 def test_the_papers_numbers():
-    assert chen.paper("selfie", "P3F4", Args()) == (86.02, 51.05) and chen.paper("", "P1F4", Args()) == (84.72, 47.22)
-    assert chen.paper("ensemble", "P3F4", Args()) == (83.00, 52.22) and chen.paper("ensemble", "P3F4", Args(dpe_lambda=0.0)) == (84.44, 49.53)
-    assert chen.paper("jigsaw", "RSF2", Args()) == (74.66, 33.84)
-    assert chen.paper("selfie", "P3F4", Args(epochs=50)) == chen.paper("selfie", "P3F4", Args(eps=4 / 255)) == (None, None)
+    assert chen.paper_numbers("selfie", "P3F4", Args()) == (86.02, 51.05) and chen.paper_numbers("", "P1F4", Args()) == (84.72, 47.22)
+    assert chen.paper_numbers("ensemble", "P3F4", Args()) == (83.00, 52.22) and chen.paper_numbers("ensemble", "P3F4", Args(dpe_lambda=0.0)) == (84.44, 49.53)
+    assert chen.paper_numbers("jigsaw", "RSF2", Args()) == (74.66, 33.84)
+    assert chen.paper_numbers("selfie", "P3F4", Args(epochs=50)) == chen.paper_numbers("selfie", "P3F4", Args(eps=4 / 255)) == (None, None)
     assert len(chen.PAPER) == 2 + 18 + 2 + 6
     for change in (dict(step_size=0.01), dict(pretrain_epochs=1), dict(weight_decay=0.0), dict(grid=2), dict(whole=1.0), dict(eval_steps=5)):
-        assert chen.paper("jigsaw", "P3F4", Args(**change)) == (None, None), change
-    assert chen.paper("ensemble", "P3F4", Args(dpe_lambda=7.0)) == (None, None) != chen.paper("ensemble", "P3F4", Args(select="robust"))
+        assert chen.paper_numbers("jigsaw", "P3F4", Args(**change)) == (None, None), change
+    assert chen.paper_numbers("ensemble", "P3F4", Args(dpe_lambda=7.0)) == (None, None) != chen.paper_numbers("ensemble", "P3F4", Args(select="robust"))
 
 
 @pytest.mark.parametrize(

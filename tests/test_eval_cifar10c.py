@@ -493,7 +493,7 @@ def test_larger_networks_see_larger_images(tmp_path, checkpoint):
     model = script.load_model(checkpoint)
     model.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[-1]))
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["0"], torch.arange(4))
-    run = script.start_run(Args(out=str(tmp_path)), "eval_cifar10c")
+    run = script.start_run(Args(out=str(tmp_path)))
     script.evaluate_cell(model, state["args"] | {"image_size": 64, "attack_norm": "linf", "attack_eps": 0.1}, images, Args(eval_attack="none"), run, "")
     assert set(sizes) == {64}
 

@@ -1,17 +1,13 @@
 """jigsaw_at.py: the task. All else is the text of rotation_at.py, which a test here asserts; see test_rotation_at.py."""
 import difflib
-import inspect
 import itertools
 import json
 import re
-from dataclasses import fields
 
 import pytest
 import torch
 from conftest import ROOT, TINY, flags, same_state
 
-import byorl
-import eval_cifar10c
 import jigsaw_at
 import rotation_at
 from common import UserError, jigsaw, jigsaw_permutations, l2_norm, load_checkpoint, load_model, pgd
@@ -116,23 +112,6 @@ def test_the_diff_to_rotation_at_is_the_task_and_nothing_else():
     changed = [line for line in difflib.unified_diff(a, b, n=0, lineterm="") if re.match(r"[+-](?![+-])", line)]
     odd = [line for line in changed if not re.search(allowed, line)]
     assert not odd and len(changed) < 90
-
-
-def test_flags_mean_the_same_in_every_script():
-    """The same flag has the same type, default and explanation, except where a script's own task or data differ."""
-    shared = {}
-    may_differ = {"quick", "dataset", "data_dir", "batch_size", "out", "resume", "seed", "norm", "eps", "image_size", "download"}
-    for script in (rotation_at, jigsaw_at, eval_cifar10c, byorl):
-        notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(script.Args), re.M))
-        for f in fields(script.Args):
-            new = (f.type, f.default, notes[f.name])
-            if script is byorl:  # its papers' defaults are others, its network's choices too; the words are the same
-                if f.name in {"device", "amp", "compile", "sync_bn", "workers", "data_mirror", "flip", "stem"}:
-                    assert shared[f.name][0] == f.type and shared[f.name][2] == notes[f.name], f.name
-            elif f.name not in may_differ:
-                assert shared.setdefault(f.name, new) == new, f"--{f.name} of {script.__name__}"
-            else:
-                assert script is not jigsaw_at or new == (f.type, f.default, shared.get(f.name, new)[2])
 
 
 def test_the_permutations_are_in_the_checkpoints(tmp_path):

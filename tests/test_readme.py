@@ -98,7 +98,7 @@ def test_paper_numbers_of_chen():
         for task, cell in zip(("selfie", "rotation", "jigsaw"), cells, strict=True):
             if cell != "the same":
                 task = "" if pair.startswith("P1") else task
-                assert chen.paper(task, pair, chen.Args()) == tuple(map(float, cell.split("/"))), (pair, task)
+                assert chen.paper_numbers(task, pair, chen.Args()) == tuple(map(float, cell.split("/"))), (pair, task)
                 found += 1
     assert found == 20
 

@@ -23,8 +23,7 @@ REFERENCE = {
 EPS = {"linf": 0.2, "l2": 1.5}
 
 
-@pytest.fixture(scope="module")
-def reference():
+def load_reference():
     """(networks by norm, x, y)"""
     with np.load(Path(__file__).with_name("reference_attacks.npz")) as z:
         arrays = {k: z[k] for k in z.files}
@@ -36,6 +35,9 @@ def reference():
         net.load_state_dict({k[len(prefix) :]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith(prefix) and "correct" not in k})
         networks[norm] = net.eval()
     return networks, x, torch.from_numpy(arrays["y"].astype(np.int64))
+
+
+reference = pytest.fixture(scope="module")(load_reference)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
