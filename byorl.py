@@ -6,7 +6,7 @@ predicts what a slowly moving copy of itself (e, g; weights xi) makes of another
 
     v, v' = two random augmentations of x;   z' = g_xi(e_xi(v')), no gradient
     delta = argmin over the eps-ball of cos(q(g(e(v + delta))), z')                      (eq. 5; the attack, by AutoPGD)
-    minimise 2 - 2 cos(q(g(e(v + delta))), z'), and the same with v and v' exchanged      (eq. 7, made symmetric as in section 3)
+    minimise 2 - 2 cos(q(g(e(v + delta))), z'), and the same with v and v' exchanged      (eq. 7, made symmetric as in section 3.3)
     xi <- tau xi + (1 - tau) theta
 
 Then e is frozen and a linear classifier is trained on it with few or many labels: on attacked images (robust head) or
@@ -14,7 +14,7 @@ on clean ones (plain head). The paper's surprise: on BYORL's representation the 
 
     python byorl.py --quick --eps 0.5 --norm l2     # digits: BYOL and BYORL, about a minute on two CPU cores
     python byorl.py --eps 0.5 --norm l2             # CIFAR-10, 1000 epochs, PreAct-ResNet-34 x2, heads for 1% to 100% of the labels
-                                                    # (the paper's radius is 128/255, the default)
+    python byorl.py                                 # the same at 128/255, the paper's radius: prints its numbers beside ours
     python byorl.py --norm linf --eps 8/255         # Table 3, row x2
     python byorl.py --method uat-ft                 # the baseline
     python byorl.py --init runs/X/byorl.pt --dataset stl10 --label-fractions 0.01,0.1,1   # transfer (Table 1)
@@ -27,8 +27,14 @@ Differs from the paper, whose code is not public, or is our choice where it is s
 - eq. 6 prints ascent on the cosine; eqs. 5 and 7 and the text need descent;
 - the attack sees batch statistics in BatchNorm and leaves the running ones alone; the target network uses those of its
   own batch;
-- LARS as in BYOL's code; views as in SimCLR: colour jitter 0.8, 0.8, 0.8, 0.2 times "strength 0.5" (BYOL has 0.4, 0.4,
-  0.2, 0.1);
+- an epoch is as many images as the labelled set has, also with --extra-data (else 1,000 epochs would take eleven times
+  as long);
+- the attack through the target network, and through the online one for the clean view too (section 3.3), are not
+  implemented: the paper gives no numbers;
+- AutoPGD halves its step where its paper, not its code, says so (--apgd-checkpoints), and starts on the ball's surface;
+- the suite's MultiTargeted has 20 starts in all, the targets in turn; PGD-20 goes first;
+- LARS as in BYOL's code, without weight decay on biases and BatchNorm; the MLPs' last layers have no bias, as there;
+- views as in SimCLR: colour jitter 0.8, 0.8, 0.8, 0.2 times "strength 0.5" (BYOL has 0.4, 0.4, 0.2, 0.1);
 - PGD's steps are 2/255 (linf), or 2 eps / steps where that is more, and in l2;
 - the target network starts as a copy of the online one (in BYOL's code from weights of its own, which made no
   difference);
@@ -36,7 +42,8 @@ Differs from the paper, whose code is not public, or is our choice where it is s
 - --eps 0 is BYOL, its heads trained and judged at l2 128/255 or linf 8/255;
 - heads are trained with pre-training's batch size, crop and flip, robust ones with PGD-10; the best epoch is chosen on
   1,024 held-out images, by robust accuracy (robust heads) or clean accuracy (plain heads), so "100%" are the 48,976
-  labels left, and "1%" 500;
+  labels left of CIFAR-10, and "1%" 500; pre-training sees all images;
+- the shares 2 and 50% of the labels, and Figure 1's attack, gallery and radius, are ours;
 - UAT-FT: 200 epochs of SGD, rate 0.2, one epoch of warm-up, a cosine, PGD-10; teacher and student make the same number
   of steps.
 """
@@ -411,7 +418,7 @@ def train_heads(run: Run, args: Args, encoders: dict[str, dict], train_set: Imag
 
 
 def uat_ft(run: Run, args: Args, images: Images, train_set: Images, fractions: list[float]) -> list[dict]:
-    """UAT-FT (Uesato et al. 2019; section 4, Baseline): for every share of the labels, a plain network learns from the labelled
+    """UAT-FT (Uesato et al. 2019; section 4.1, Baseline): for every share of the labels, a plain network learns from the labelled
     images and labels the others; then a network of the same kind is trained adversarially on all. Returns the checkpoints.
 
     images: those of `train_set`, then the --extra-data. With all labels and no extra data it is adversarial training.

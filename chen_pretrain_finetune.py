@@ -31,6 +31,8 @@ The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Sel
 / 54.64.
 
 Differs from the paper, or from its published code where that says more, or is our choice where both are silent:
+- eq. 1 prints an l2 ball; the numbers are of linf 8/255, steps of 2/255, PGD-10 in training and PGD-20 in evaluation
+  (code; like the rates below from memory, as our copy lacks that section);
 - an adversarial pre-training step averages the loss over tasks and over clean and attacked images (code; eq. 1 has the
   attacked ones only), and adds lambda log det undivided; the attack sums the tasks' losses (eq. 3);
 - pre-training hands on its last epoch (the code keeps the best on held-out images, for jigsaw on the test set); "TA"
@@ -44,11 +46,16 @@ Differs from the paper, or from its published code where that says more, or is o
   were not published);
 - gradients in G are of the turned, the shuffled and the upright image, as in the code: they are what the attack
   follows. --frames aligned turns and unshuffles them first;
+- from the code: ImageNet's mean and deviation for CIFAR, 30 random orders of jigsaw and an image whole with probability
+  0.1 besides, as many of each turn in a batch, Selfie with a smaller crop and no flip;
+- averaged models (Table 6): the mean of their probabilities, attacked through its logarithm;
+- Table 7's task is not named (ours: --task), nor are Figure 3's twelve attacks (Kang et al., whom it cites, have ten);
 - RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither);
 - rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001,
   cosine: so the published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for
   Selfie and the ensemble) and the epochs of pre-training are the code's. No Nesterov (code: in Selfie and the
-  ensemble). The code's fine-tuning: --batch-size 128 --lr-steps 60,80.
+  ensemble). The code's fine-tuning: --batch-size 128 --lr-steps 60,80; in pre-training it also has other batches (256,
+  128, 80), Selfie's rate 0.1 and weight decay 5e-4 for standard jigsaw.
 """
 import contextlib
 import itertools

@@ -979,7 +979,7 @@ def split_train(
 
     val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of all the images that is kept
     for training, at most those not held out, drawn uniformly and not balanced over classes: 0.01 of CIFAR-10 is 500 images
-    (Gowal et al., section 4.1). Larger shares contain the smaller ones. Raises UserError if nothing would be left.
+    (Gowal et al., section 4.2). Larger shares contain the smaller ones. Raises UserError if nothing would be left.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held = int(val_fraction if val_fraction >= 1 else round(val_fraction * len(train)))

@@ -12,8 +12,8 @@ attacked as in Kucer et al. 2021, section 4.4 and Figure 4), of the checkpoints 
     python eval_cifar10c.py runs/a/best.pt --dataset folder --data-dir ImageNet-C --image-size 224
     python eval_cifar10c.py runs/a/best.pt --generate --dataset cifar10       # without CIFAR-10-C at hand
 
-The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23, T2 79.15, T3 76.52, RA T0 35.83,
-T3 38.33; linf 8/255, RA T0 32.20, T3 36.22.
+The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23, T2 79.15, T3 76.52, RA T0 35.83, T3
+38.33; linf 8/255, RA T0 32.20, T3 36.22.
 
 Differs from the paper, which released no code, or is our choice where it is silent:
 - the radius and steps of this attack are not given: each checkpoint's own radius, PGD-20;

@@ -33,15 +33,19 @@ are silent:
   32 pixels by a convolution with random weights; ours is the exact gradient (the sum over 4 x 4 pixels). Their rotation
   and inpainting networks see images that are not normalised, in train mode. Their code keeps three perturbations, ours
   one. --as-published is their loop, on our networks;
+- L_s is a head on F's own frozen features, as in their code; the paper also speaks of a branch of its own and of a
+  reversal "independent of F" (--backbone shared: all tasks on a trunk of their own, which starts as F's). The networks
+  are their code's: a head 256-16, NiN, a context encoder;
 - the ball's centre is the image as it came (line 11 of Algorithm 1 would move it), and the result is clipped to [0, 1];
 - the losses are those of x', also in the first iteration (Algorithm 1 prints x, without the noise);
-- a gradient is divided by its largest entry, per image, as in their code (without that x' would hardly move); SSL takes
-  its signs (Mao);
+- a gradient is divided by its largest entry, per image, as in that commit (855d32d: per pixel; without that x' would
+  hardly move); SSL takes its signs (Mao);
 - K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are their code's. eps_v is 16/255: the paper's "8",
   doubled there;
 - weights are 1:1:1, as in the paper (their code: 1:50:10). L_i is the mean over the hole where the paper prints the
   sum, which would take nearly all of L (--weights 1,1,9408 is the sum);
-- L_s averages over all pairs of views of an image, as printed (their code takes one of three);
+- L_s averages over all pairs of views of an image, as printed (their code takes one of three), and L_i over the hole
+  (theirs: with its visible border);
 - views are drawn per image and resized bicubically (theirs: one draw for the whole batch, bilinear);
 - the negatives are views of --bank training images and L_t / L is per image, so that what becomes of an image does not
   depend on its batch (theirs: the batch's other images, --negatives batch);
@@ -136,7 +140,7 @@ class Args:
     negatives: Literal["bank", "batch"] = "bank"  # of the contrastive loss: views of training images, or of the other images of the batch
     bank: int = 512  # with --negatives bank: number of training images whose views they are
     as_published: bool = False  # also evaluate what the authors' code computes, with its own weights and negatives
-    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of the authors' code. b8f5ea7: the last, which increases the losses; 855d32d: the last that decreases them
+    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of the authors' code. b8f5ea7: the last, which increases the losses; 855d32d: an earlier one that decreases them. Which one made Table 1 is not known
     # attackers
     attacks: str = "pgd,aware,bpda,unrolled"  # besides pgd, any of aware, bpda, unrolled, suite, suite-fast
     lambdas: str = "0,0.5,1,2,5,10"  # lambda of the attack aware: comma-separated, one attack for each

@@ -80,6 +80,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+SCRIPTS = {s.__name__: s for s in (rotation_at, jigsaw_at, byorl, chen_pretrain_finetune, adv_mae, mtl_reverse, eval_cifar10c)}
+
+
 @dataclass
 class Args:
     results: tuple[str, ...] = ()  # results.json files, or folders of runs, or checkpoints (*.pt) whose loss landscape (classifiers) or filters (ViTs) are wanted
@@ -127,6 +130,9 @@ def read(paths: tuple[str, ...]) -> list[dict]:
     for file in files:
         try:
             result = json.loads(file.read_text())
+            if result["script"] not in SCRIPTS:
+                print(f"left out: {file} is of {result['script']}.py, which report.py does not know.")
+                continue
             needed = {"name", "attack", "norm", "eps", "examples", "accuracy", "paper"}
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
             if result["script"] == "adv_mae":
@@ -165,7 +171,7 @@ def dataset_name(result: dict) -> str:
 def unusual(result: dict, names: Iterable[str]) -> list[str]:
     """Those of the flags `names` that a run has set to something else than usual, as one types them."""
     args = result["args"]
-    script = {"rotation_at": rotation_at, "jigsaw_at": jigsaw_at, "byorl": byorl, "chen_pretrain_finetune": chen_pretrain_finetune, "adv_mae": adv_mae, "mtl_reverse": mtl_reverse}[result["script"]]
+    script = SCRIPTS[result["script"]]
     usual = vars(script.Args()) | (script.Args.QUICK if args["quick"] else {})
     parts = []
     for k in names:
@@ -1341,11 +1347,9 @@ def printed(results: list[dict]) -> str:
         task = f" {result['script'].removesuffix('_at')}"
         rows += [row | {"name": row["name"] + (task if len(results) > 1 and row["name"] != "T0" else "")} for row in result["rows"]]
     merged = first | {"rows": rows, "args": first["args"] | {"dataset": dataset_name(first)}, "seconds": sum(r["seconds"] for r in results)}
-    scripts = {s.__name__: s for s in (byorl, chen_pretrain_finetune, adv_mae, mtl_reverse, eval_cifar10c)}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        show = scripts[first["script"]].show if first["script"] in scripts else print_results
-        show(merged, Path())
+        getattr(SCRIPTS[first["script"]], "show", print_results)(merged, Path())
     lines = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("results.json")]
     return "\n".join(lines).strip()
 

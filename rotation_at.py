@@ -37,7 +37,10 @@ Differs from the paper, which released no code, or is our choice where it is sil
 - the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under
   attack (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its
   choice of the best iterate (--keep-best; Algorithm 1 returns the last);
-- X and X_SS share one forward pass in the update, so BatchNorm sees both;
+- X and X_SS share one forward pass in the update, so BatchNorm sees both, and the images of all GPUs (--no-sync-bn:
+  each GPU's own, as the library's DataParallel);
+- section 3.2 tried the SS loss alone in the attack ("much worse"): --ss-attack shared --lambda2 1e6 comes to the same;
+- the reported attack has one random start;
 - pre-training (the paper does not say): the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last
   epoch; only the trunk is kept;
 - training (not the reported evaluation) runs in bfloat16 on hardware that has it. Rounding is then a visible part of an
