@@ -68,7 +68,7 @@ from torch import Tensor, nn
 from common import (
     STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, check_args, cli, count_batches,
     distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
-    map_images, numbers, open_folder, patchify, pgd, place_model, print_table, rebuild, robust_accuracy, rotate, save_image_grid, seed_step,
+    map_images, numbers, open_folder, overruled, patchify, pgd, place_model, print_table, rebuild, robust_accuracy, rotate, save_image_grid, seed_step,
     sincos_positions, split_epoch, start_run, transformed, unpatchify, with_progress, words, world, write_results,
 )  # fmt: skip
 
@@ -820,10 +820,13 @@ def main(args: Args) -> dict:
     check(args)
     given = read_init(args)
     if given:  # the network is the checkpoint's, for the record
-        args = replace(args, **{k: given[0]["network"][k] for k in ("arch", "width")})
         about = given[0]["pretrained"]
-        args = replace(args, **{k: about[k] for k in ("method", "norm", "eps") if about.get(k) is not None and about["method"] in PAPER_METHODS})
+        its = {k: given[0]["network"][k] for k in ("arch", "width")}
+        its |= {k: about[k] for k in ("method", "norm", "eps") if about.get(k) is not None and about["method"] in PAPER_METHODS}
+        unused, args = overruled(args, its), replace(args, **its)
     run = start_run(args)
+    if given and unused:
+        run.say(f"note: {', '.join(unused)}: not used, since --init was made otherwise.")
     if args.eps == Args.eps and args.method != "mae" and not given:
         linf, l2 = BEST_EPS[args.method]
         run.say(f"note: --eps {args.eps:g} is the best radius for MAE; for {args.method} the paper's are l2 {l2:g} and linf {eps_name(linf)}.")
@@ -919,10 +922,8 @@ def train_and_evaluate(run: Run, args: Args, given: list[dict]) -> dict:
         if world()[0] == 0:
             save_image_grid(run.folder / "filters.png", {name: filters(state) for name, state in encoders.items()})
         if args.stage == "pretrain":
-            same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "data_dir", "image_size")) + " --quick" * args.quick
-            start = f"torchrun --nproc-per-node={world()[1]}" if world()[1] > 1 else "python"
             for name in encoders:
-                run.say(f"go on with: {start} adv_mae.py --stage finetune --init {run.folder}/{name}.pt{same}")
+                run.say(f"go on with: {run.next_command(stage='finetune', init=run.folder / f'{name}.pt')}")
             return {}
         classifiers = [
             train(f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd", args.recipe, run, args, train_set, start=state, gamma=gamma)

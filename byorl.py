@@ -61,7 +61,7 @@ from torch import Tensor, nn
 
 from common import (
     STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, cli, count_batches,
-    distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk, load_weights, map_images, pgd_attack,
+    distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk, load_weights, map_images, overruled, pgd_attack,
     place_model, print_table, numbers, random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
     start_run, sync_batchnorm, sync_buffers, world, write_results,
 )  # fmt: skip
@@ -368,8 +368,8 @@ def train_classifier(
                     else:
                         group["lr"] = learning_rate(args.uat_lr, k, steps, epochs * steps)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
-                x = perturb(x, y) if robust else x
-                loss = F.cross_entropy(ddp(x), y)
+                x_adv = perturb(x, y) if robust else x
+                loss = F.cross_entropy(ddp(x_adv), y)
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
                 opt.step()
@@ -615,8 +615,11 @@ def main(args: Args) -> dict:
     if given:  # network and pre-training are those of the checkpoint, for the record
         network = given[0]["network"]
         its_args = given[0].get("encoder_args") or given[0].get("args", {})
-        args = replace(args, **{k: network[k] for k in ("arch", "width", "stem")}, **{k: its_args[k] for k in PRETRAINING if k in its_args})
+        its = {k: network[k] for k in ("arch", "width", "stem")} | {k: its_args[k] for k in PRETRAINING if k in its_args}
+        unused, args = overruled(args, its), replace(args, **its)
     run = start_run(args)
+    if given and unused:
+        run.say(f"note: {', '.join(unused)}: not used, since --init was made otherwise.")
     results = run.finished() or train_and_evaluate(run, args, given)
     if results and world()[0] == 0:
         show(results, run.folder)
@@ -682,9 +685,8 @@ def train_and_evaluate(run: Run, args: Args, given: list[dict]) -> dict:
         retrieve(run, args, encoders, test_set)
         classifiers = train_heads(run, args, encoders, train_set, fractions) if args.stage != "pretrain" else []
     if args.stage in ("pretrain", "probe"):
-        stage, what = ("probe", f"{run.folder}/byorl.pt") if args.stage == "pretrain" and args.method == "byorl" else ("evaluate", run.folder)
-        same = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k in ("dataset", "image_size", "norm", "eps"))
-        run.say(f"The checkpoints are in {run.folder}; go on with: python byorl.py --stage {stage} --init {what}{same}")
+        stage, what = ("probe", run.folder / "byorl.pt") if args.stage == "pretrain" and args.method == "byorl" else ("evaluate", run.folder)
+        run.say(f"The checkpoints are in {run.folder}; go on with: {run.next_command(stage=stage, init=what)}")
         return {}
     began = time.perf_counter()
     rows = judge(run, args, classifiers, test_set)

@@ -548,11 +548,12 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
                 for group in opt.param_groups:
                     group["lr"] = args.lr * 0.1**drops * warmup(epoch * steps + log.step, args.warmup_steps)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
+                x_adv = x
                 if robust:
                     with batchnorm_mode(model, args.attack_bn):
                         freeze()
-                        x = train_attack(lambda z: ce_per_image(model(z), y), x)
-                loss = F.cross_entropy(ddp(x), y)
+                        x_adv = train_attack(lambda z: ce_per_image(model(z), y), x)
+                loss = F.cross_entropy(ddp(x_adv), y)
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
                 opt.step()
@@ -991,7 +992,9 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
             rows += [row | cell | {"paper": number} for row, number in zip(judged, known, strict=True)]
         run.keep("judged.json", rows)
     if args.stage == "pretrain":
-        run.say(f"The pre-trained trunks are in {run.folder}; go on with --init.")
+        for task, kind in dict.fromkeys((task, pair[:2]) for task, pair in cells(args)):
+            trunk = run.folder / f"pretrain-{kind}-{task}.pt"
+            run.say(f"go on with: {run.next_command(stage='all', task=task, pretrain=kind, finetune='F4', table3=False, init=trunk)}")
         return {}
     finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
     if len(finals) > 1 or args.unforeseen:

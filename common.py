@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -149,6 +150,17 @@ _RANGES = {
 )  # fmt: skip
 
 
+def usual_args(args: Any) -> dict:
+    """The arguments of a script without any flag but --quick, if that is given."""
+    return vars(type(args)()) | (type(args).QUICK if args.quick else {})
+
+
+def overruled(args: Any, its: dict) -> list[str]:
+    """Flags that were given, but that a checkpoint overrules with the values `its`: to be told, not to be refused."""
+    usual = usual_args(args)
+    return [f"--{k.replace('_', '-')} {getattr(args, k)}" for k, v in its.items() if getattr(args, k) not in (usual[k], v)]
+
+
 def check_args(args: Any) -> None:
     """Raise UserError for a value outside its range (`Args(...)` built by hand included)."""
     for f in fields(args):
@@ -160,8 +172,8 @@ def check_args(args: Any) -> None:
             if not (math.isfinite(value) and low <= value <= high):
                 span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise UserError(f"--{f.name.replace('_', '-')} {value:g} must be {span}.")
-    usual = type(args)(**(type(args).QUICK if args.quick else {}))
-    if getattr(usual, "eps", 0) and args.norm != usual.norm and args.eps == usual.eps:  # a radius means another thing in another norm
+    usual = usual_args(args)
+    if usual.get("eps") and args.norm != usual["norm"] and args.eps == usual["eps"]:  # a radius means another thing in another norm
         raise UserError(f"--norm {args.norm} needs a radius of its own: give one, such as --eps {'0.5' if args.norm == 'l2' else '8/255'}.")
     patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
     if getattr(args, "image_size", 0) % patch:
@@ -192,9 +204,7 @@ def cli(main: Callable, args_class: type) -> None:
         if world()[0] == 0:
             what = f" ({e})" if str(e) else ""
             run = _Signals.run if _Signals.run and (_Signals.run.folder / "config.json").exists() else None
-            n = os.environ.get("LOCAL_WORLD_SIZE", "1")
-            start = f"torchrun --nproc-per-node={n}" if world()[1] > 1 else "python"
-            how = f"; go on with: {start} {run.script}.py --resume --out {run.folder}" if run else ""
+            how = f"; go on with: {command_line(run.script, {'resume': True, 'out': run.folder})}" if run else ""
             print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
         sys.exit(128 + (_Signals.received or signal.SIGINT))
     finally:
@@ -203,6 +213,17 @@ def cli(main: Callable, args_class: type) -> None:
                 _Signals.run.folder.rmdir()  # succeeds only if empty: a run that could not begin leaves no folder behind
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def command_line(script: str, flags: dict) -> str:
+    """The command that starts a script on as many processes as this one, as one types it."""
+    start = f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}" if world()[1] > 1 else "python"
+    given = []
+    for k, v in flags.items():
+        k = k.replace("_", "-")
+        v = eps_name(v) if isinstance(v, float) and number(eps_name(v)) == v else v  # 8/255
+        given += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
+    return f"{start} {shlex.join([f'{script}.py', *given])}"
 
 
 class _Signals:
@@ -296,23 +317,38 @@ def sync_batchnorm(model: nn.Module) -> None:
             m.__class__ = _SyncBatchNorm  # the same weights and buffers, another forward
 
 
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _SumOverRanks.apply(g)  # each rank's loss depends on x
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of the ranks' x, of one shape, with derivatives of any order."""
+    return _SumOverRanks.apply(x.contiguous())
+
+
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the images of all ranks; PyTorch's own works on GPUs only, and has no second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce  # has a gradient: outputs depend on all ranks' images
-
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         z = x.float()  # (B, C, ...)
         n = torch.full((1,), x.numel() / x.shape[1], device=x.device)
-        total = all_reduce(torch.cat([z.sum(dims), n]))
+        total = sum_over_ranks(torch.cat([z.sum(dims), n]))
         n = total[-1].detach()
         mean = total[:-1] / n  # (C,)
         z = z - mean.view(shape)
-        var = all_reduce((z * z).sum(dims)) / n
+        var = sum_over_ranks((z * z).sum(dims)) / n
         if self.track_running_stats:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
@@ -442,6 +478,12 @@ class Run:
         if world()[1] > 1:
             dist.broadcast_object_list(found, 0)
         return found[0]
+
+    def next_command(self, **changes: Any) -> str:
+        """The command that goes on from what this run has made: its flags that are not the usual ones, and `changes`."""
+        usual = usual_args(self.args) | {"quick": False}
+        wanted = vars(self.args) | changes
+        return command_line(self.script, {k: v for k, v in wanted.items() if v != usual[k] and k not in ("out", "resume") and not isinstance(v, tuple)})
 
     def rows(self, name: str) -> list[dict]:
         """What `keep` has written to the file `name` before the run was resumed; [] if nothing."""

@@ -61,7 +61,6 @@ import copy
 import hashlib
 import itertools
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -80,7 +79,7 @@ from common import (
     STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, cli,
     count_batches, distribute, draw, eps_name, full_precision, image_uniform, learning_rate, load_carmon, load_checkpoint,
     load_data, load_trunk, load_weights, map_images, numbers, pgd_attack, place_model, print_table, random_crop_flip,
-    rebuild, save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sync_buffers, words, world,
+    rebuild, save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world,
     write_results,
 )  # fmt: skip
 
@@ -320,13 +319,11 @@ def gather(z: Tensor) -> tuple[Tensor, int]:
     rank, ranks = world()
     if ranks == 1:
         return z, 0
-    from torch.distributed.nn.functional import all_reduce
-
     sizes = torch.zeros(ranks, dtype=torch.int64, device=z.device)  # they may differ by one
     sizes[rank] = len(z)
     dist.all_reduce(sizes)
     before, after = int(sizes[:rank].sum()), int(sizes[rank + 1 :].sum())
-    return all_reduce(torch.cat([z.new_zeros(before, *z.shape[1:]), z, z.new_zeros(after, *z.shape[1:])])), before
+    return sum_over_ranks(torch.cat([z.new_zeros(before, *z.shape[1:]), z, z.new_zeros(after, *z.shape[1:])])), before
 
 
 class NiN(nn.Module):
@@ -657,14 +654,14 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, n
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(net, args.sync_bn)
     steps = count_batches(len(train_set), batch_size)
-    pgd_steps = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    train_attack = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
 
     def loss_of(net: nn.Module, bare: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # (B,)
         if name != "classifier":
             return net(x)
         with batchnorm_mode(bare, "eval"):
-            x = pgd_steps(lambda z: ce_per_image(bare(z, "class"), y), x)
-        return ce_per_image(net(x, "class"), y)
+            x_adv = train_attack(lambda z: ce_per_image(bare(z, "class"), y), x)
+        return ce_per_image(net(x_adv, "class"), y)
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
@@ -1091,13 +1088,8 @@ def train_and_evaluate(run: Run, args: Args, given: dict | None) -> dict:
     branches = get_branches(run, args, victim, tasks, train_set, val_set)
     run.begin()
     if args.stage == "train-branches":
-        usual = vars(Args()) | (Args.QUICK if args.quick else {}) | {"stage": "train-branches", "quick": False}
-        given_flags = {k: v for k, v in vars(args).items() if v != usual[k] and k not in ("out", "resume", "victim")}
-        flags = ["--victim", args.victim or run.folder / "classifier.pt", "--branches", run.folder]
-        for k, v in given_flags.items():
-            k = k.replace("_", "-")
-            flags += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", v]
-        run.say(f"The branches are in {run.folder}; go on with: python mtl_reverse.py {shlex.join(map(str, flags))}")
+        command = run.next_command(stage="all", victim=args.victim or run.folder / "classifier.pt", branches=run.folder)
+        run.say(f"The branches are in {run.folder}; go on with: {command}")
         return {}
     began = time.perf_counter()
     carmon = about.get("source") == "Carmon et al. 2019" and victim.spec["width"] == 1

@@ -1,5 +1,6 @@
-"""The README is true: its commands parse, its files exist, its paper numbers are the scripts'."""
+"""The README is true: its commands parse, its files exist, its numbers are those of the papers and of results/."""
 import ast
+import json
 import re
 import shlex
 import textwrap
@@ -16,7 +17,7 @@ import jigsaw_at
 import mtl_reverse
 import report
 import rotation_at
-from common import ViT, parse_args
+from common import ViT, parse_args, pgd
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"rotation_at.py": rotation_at, "jigsaw_at.py": jigsaw_at, "eval_cifar10c.py": eval_cifar10c, "report.py": report, "byorl.py": byorl,
@@ -49,10 +50,56 @@ def test_the_two_commands_are_there():
 def test_files_and_flags_exist():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", "benchmarks/at_step.py", "benchmarks/byorl_step.py", "benchmarks/dpe_step.py", "benchmarks/mae_step.py", "benchmarks/reverse_step.py", "benchmarks/corruptions.py"))
+    known = "".join((ROOT / f).read_text() for f in (*SCRIPTS, "common.py", *sorted((ROOT / "benchmarks").glob("*.py"))))
     torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
     for flag in set(re.findall(r"--[a-z][a-z0-9-]+", README)) - torchrun:
         assert flag[2:].removeprefix("no-").replace("-", "_") in known, flag
+
+
+def test_tables_and_outputs_are_made_from_results():
+    """python report.py --readme README.md would change nothing, and every file in results/ is shown."""
+    assert report.fill(README, ROOT) == README
+    for path in (ROOT / "results").iterdir():
+        assert f"results/{path.name}" in README, path.name
+
+
+def test_the_text_has_no_numbers_of_its_own():
+    """Decimals outside of those blocks, of commands and of code are the papers'; what we have measured stands in the blocks only."""
+    text = README[: README.index("## Citation")]
+    for left_out in (r"<!-- from .*?<!-- end -->", r"```.*?```", r"`[^`]*`"):
+        text = re.sub(left_out, "", text, flags=re.S)
+    papers = set()
+
+    def add(v):
+        if isinstance(v, dict | list | tuple):
+            for part in v.values() if isinstance(v, dict) else v:
+                add(part)
+        elif isinstance(v, int | float):
+            papers.update({f"{v:.2f}", f"{v:.1f}", f"{v:g}"})
+
+    for script in SCRIPTS.values():
+        for name in dir(script):
+            if name.startswith(("PAPER", "TABLE4")) and not isinstance(getattr(script, name), str):
+                add(getattr(script, name))
+    papers |= set(re.findall(r"\d+\.\d+", byorl.PAPER))
+    # Table 5 of Gowal et al.; Hendrycks et al. in Chen et al., section 4.4; Carmon et al.; MAE; differences in Rebuffi and Lawhon et al.
+    papers |= set("65.14 45.44 62.39 41.58 47.07 31.57 65.27 43.83 62.40 41.06 47.64 31.99 69.64 65.48 66.39 61.90 55.06 51.00".split())
+    papers |= {"83.69", "51.14", "89.69", "83.6", "3.64", "0.67", "0.3", "1.1"}
+    others = {"0.48", "0.7", "2.9", "3.10", "3.1", "3.2", "3.3", "4.0", "4.1", "4.2", "4.3", "4.4", "0.4", "0.1", "0.2"}  # a standard error, noise of Table 4, GB, Python, sections, a licence, jitter
+    assert set(re.findall(r"(?<![\w./-])\d+\.\d+", text)) - papers - others == set()
+
+
+def test_a_full_scale_run_would_be_shown():
+    """Where the column of our numbers is empty there is no results.json of that command in results/."""
+    have = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
+    free = report.NOT_THE_SETTING - {"quick"}
+    rows = re.findall(r"^\|[^|]*\| `python (\w+)\.py ([^`]*)` \|.*\| *\|$", README, re.M)
+    assert len(rows) >= 24
+    for name, given in rows:
+        args = vars(parse_args(SCRIPTS[f"{name}.py"].Args, shlex.split(given)))
+        for result in have:
+            if result.get("script") == name:
+                assert any(result["args"].get(k) != v for k, v in args.items() if k not in free), (name, given)
 
 
 def test_paper_numbers_in_the_table():
@@ -142,20 +189,21 @@ def test_every_public_function_has_a_docstring():
 
 
 def test_the_snippets_run(tmp_path):
-    """The evaluation of a trained network, on digits and the CPU instead; the attack of one line within it."""
+    """The evaluation of a trained network by all attacks, on digits, the CPU and with less work; the attack of one line within it."""
     rotation_at.main(rotation_at.Args(**TINY | {"epochs": 1, "out": str(tmp_path)}))
     blocks = re.findall(r"^ *```python\n(.*?)^ *```", README, re.M | re.S)
     code = textwrap.dedent(next(b for b in blocks if "load_model" in b))
     changes = {
-        '"runs/rotation_at-linf-8_255-s0/best.pt"': repr(str(tmp_path / "best.pt")),
-        "cuda": "cpu", '"cifar10"': '"digits"', "steps=200": "steps=2",
+        '"runs/rotation_at-linf-8_255-s0/best.pt"': repr(str(tmp_path / "best.pt")), "print(": "left = (", "batches(test, 500": "batches(test.subset(torch.arange(40)), 500",
+        "cuda": "cpu", '"cifar10"': '"digits"', '"suite"': '"suite-fast"',
     }  # fmt: skip
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
     names = {}
     exec(code, names)
+    assert list(names["left"]) == ["none", "pgd-20", "apgd-ce", "apgd-dlr", "multi-targeted", "square"]
     one_line = next(b for b in blocks if b.startswith("x_adv = pgd("))
     x, y = next(names["batches"](names["test"], 8, torch.device("cpu")))
-    exec(one_line, names | {"x": x, "y": y}, names)
+    exec(one_line, names | {"x": x, "y": y, "pgd": pgd, "F": torch.nn.functional}, names)
     assert 0 < (names["x_adv"] - x).abs().max() <= 8 / 255 + 1e-6
