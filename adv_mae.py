@@ -455,7 +455,7 @@ def train(
     if (done := run.load(file)) is not None:
         return done  # before the run was resumed
     recipe, finetuning = recipe_of(kind, args), start is not None
-    classes, n, ranks = len(train_set.classes), len(train_set), world()[1]
+    classes, n_images, ranks = len(train_set.classes), len(train_set), world()[1]
     torch.manual_seed(args.seed)
     model = start_model(kind, args, recipe, start, classes)
     place_model(model, run.device, args.amp, args.compile)
@@ -465,7 +465,7 @@ def train(
     average = {k: v.to(run.device) for k, v in state.get("average", average).items()}
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(model)
-    steps = count_batches(n, recipe.batch_size)
+    steps = count_batches(n_images, recipe.batch_size)
     total = recipe.steps or recipe.epochs * steps
     epochs = math.ceil(total / steps)
     first_id = FIRST_ID["finetune" if finetuning else "pretrain" if eps else "plain"]
@@ -488,18 +488,18 @@ def train(
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         images = transformed(train_set, augmentation(recipe, args), seed=epoch_id)
         stream = batches(images, recipe.batch_size, run.device, shuffle=epoch_id, skip=skip, workers=args.workers)
-        positions = split_epoch(n, recipe.batch_size)
+        positions = split_epoch(n_images, recipe.batch_size)
         model.train()
-        with Epoch(epoch, n, min(steps, total - epoch * steps), run.device, skip, sums) as log:
+        with Epoch(epoch, n_images, min(steps, total - epoch * steps), run.device, skip, sums) as log:
             for x, y in log.watch(stream):  # (B, 3, S, S), (B,): this rank's share
-                k = epoch * steps + log.step
-                if k == total:  # --recipe sgd ends in mid-epoch
+                step = epoch * steps + log.step
+                if step == total:  # --recipe sgd ends in mid-epoch
                     break
                 seed_step(args.seed, first_id + epoch, log.step)
                 for group in opt.param_groups:
-                    group["lr"] = group["scale"] * learning_rate(recipe.lr, k, round(recipe.warmup * total), total, recipe.lowest)
+                    group["lr"] = group["scale"] * learning_rate(recipe.lr, step, round(recipe.warmup * total), total, recipe.lowest)
                 seeds = image_seeds(epoch_id, positions[log.step]).to(x.device)
-                batch_images = n // steps + (log.step < n % steps)  # over all ranks
+                batch_images = n_images // steps + (log.step < n_images % steps)  # over all ranks; the first ones have one more
                 opt.zero_grad(set_to_none=True)
                 if kind not in ("mae", "rotnet"):
                     x, y = mix(x, y, recipe, classes)  # y: from now on (B, classes)
@@ -519,7 +519,7 @@ def train(
                     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 opt.step()
                 if recipe.ema:
-                    decay = min(recipe.ema, (1 + k) / (10 + k))  # so that a short run's average is not its initial weights
+                    decay = min(recipe.ema, (1 + step) / (10 + step))  # so that a short run's average is not its initial weights
                     for key, v in model.state_dict().items():
                         average[key].lerp_(v, 1 - decay)
                 log.update(len(x), loss=loss_sum / len(x))

@@ -262,7 +262,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
         with Epoch(epoch, epoch_size, steps, run.device, skip, sums) as log:
             for x, _ in stream:  # (B, 3, S, S); the labels are not used
                 seed_step(args.seed, epoch_id, log.step)
-                k = epoch * steps + log.step
+                step = epoch * steps + log.step
                 v1, v2 = (simclr_augment(x, args.jitter_strength, args.blur, args.crop, args.flip) for _ in range(2))
                 with torch.no_grad():  # z' of the clean views, (B, n_out)
                     z1, z2 = target.project(v1), target.project(v2)
@@ -271,11 +271,11 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
                 p1, p2 = ddp(v1, v2)
                 loss = (distance(p1, z2) + distance(p2, z1)).mean()  # eq. 7, both directions
                 for group in opt.param_groups:
-                    group["lr"] = learning_rate(args.lr, k, args.warmup_epochs * steps, args.epochs * steps)
+                    group["lr"] = learning_rate(args.lr, step, args.warmup_epochs * steps, args.epochs * steps)
                 opt.zero_grad(set_to_none=True)
                 loss.backward()
                 opt.step()
-                tau = target_rate(args.tau, k, args.epochs * steps)
+                tau = target_rate(args.tau, step, args.epochs * steps)
                 with torch.no_grad():
                     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
                         xi.lerp_(theta, 1 - tau)  # xi <- tau xi + (1 - tau) theta
@@ -361,12 +361,12 @@ def train_classifier(
             for x, y in stream:  # (B, 3, S, S), (B,)
                 sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
-                k = epoch * steps + log.step
+                step = epoch * steps + log.step
                 for group in opt.param_groups:
                     if frozen:
                         group["lr"] = args.probe_lr * (0.1 if epoch >= epochs / 2 else 1.0)
                     else:
-                        group["lr"] = learning_rate(args.uat_lr, k, steps, epochs * steps)
+                        group["lr"] = learning_rate(args.uat_lr, step, steps, epochs * steps)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
                 x_adv = perturb(x, y) if robust else x
                 loss = F.cross_entropy(ddp(x_adv), y)

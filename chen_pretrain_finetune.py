@@ -430,9 +430,9 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
             for x, _ in stream:  # (B, 3, S, S); the labels are not used
                 sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
-                rate = learning_rate(high, epoch * steps + log.step, 0, epochs * steps, low)  # half a cosine
-                for group in opt.param_groups:
-                    group["lr"] = rate * warmup(epoch * steps + log.step, warmup_steps)
+                step = epoch * steps + log.step
+                for group in opt.param_groups:  # half a cosine
+                    group["lr"] = learning_rate(high, step, 0, epochs * steps, low) * warmup(step, warmup_steps)
                 selfie = task == "selfie"  # crops less and is not mirrored (code)
                 x = random_crop_flip(x, pad=args.image_size // (16 if selfie else 8), flip=args.flip and not selfie)
                 clean = {task: make_view(task, x, permutations, args.whole) for task in tasks}
@@ -545,8 +545,9 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
             for x, y in stream:  # (B, 3, S, S), (B,)
                 sync_buffers(model)
                 seed_step(args.seed, epoch_id, log.step)
+                step = epoch * steps + log.step
                 for group in opt.param_groups:
-                    group["lr"] = args.lr * 0.1**drops * warmup(epoch * steps + log.step, args.warmup_steps)
+                    group["lr"] = args.lr * 0.1**drops * warmup(step, args.warmup_steps)
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
                 x_adv = x
                 if robust:

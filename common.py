@@ -3030,8 +3030,7 @@ def evaluate(
 
     def attack_at(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
         generator.manual_seed(args.seed + world()[0])
-        keep_best = getattr(args, "keep_best", False)
-        attack = pgd_attack(norm, eps, args.eval_steps, keep_best=keep_best, generator=generator)
+        attack = pgd_attack(norm, eps, args.eval_steps, generator=generator)
         return lambda x, y: attack(lambda z: ce_per_image(model(z, "class"), y), x)
 
     if world()[0] == 0 and look_at:

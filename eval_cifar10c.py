@@ -542,8 +542,8 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
             generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
             norm, eps = trained["attack_norm"], trained["attack_eps"]
             if args.eval_attack == "pgd20":
-                name, keep_best = f"pgd-{args.eval_steps}", trained.get("keep_best", False)
-                attack = pgd_attack(norm, eps, args.eval_steps, keep_best=keep_best, generator=generator)
+                name = f"pgd-{args.eval_steps}"
+                attack = pgd_attack(norm, eps, args.eval_steps, generator=generator)
                 accuracy = robust_accuracy(model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x))
             else:
                 name, attacks = args.eval_attack, suite_attacks(args.eval_attack, norm, eps, args.seed)

@@ -39,7 +39,7 @@ Differs from the paper, which released no code, or is our choice where it is sil
 - eq. 7 (replace): the attack is not given; ours is on the class loss;
 - the library's defaults where the paper is silent: batch size 128, weight decay 5e-4, BatchNorm in eval mode under
   attack (--attack-bn). Not taken over: its colour jitter and rotation by 2 degrees (ours: crop and flip), and its
-  choice of the best iterate (--keep-best; Algorithm 1 returns the last);
+  choice of the best iterate (Algorithm 1 returns the last);
 - X and X_SS share one forward pass in the update, so BatchNorm sees both, and the images of all GPUs (--no-sync-bn:
   each GPU's own, as the library's DataParallel);
 - section 3.2 tried the SS loss alone in the attack ("much worse"): --ss-attack shared --lambda2 1e6 comes to the same;
@@ -101,7 +101,6 @@ class Args:
     attack_steps: int = 10  # PGD steps in training (paper: 10)
     step_size: float = 0.0  # length of a step in training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
-    keep_best: bool = False  # attacks return the iterate of highest loss (the library's default), not the last (Alg. 1)
     # method (section 3)
     variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which images are attacked by which loss, see above
     grid: int = 4  # tiles along each side, n
@@ -254,7 +253,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     ddp = distribute(model, args.sync_bn)  # for the update, where ranks average gradients; the attack uses the bare `model`
     steps = count_batches(len(train_set), args.batch_size)
     step_size = args.step_size if stage == "train" else 0.0
-    attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size, keep_best=args.keep_best)
+    attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size)
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {

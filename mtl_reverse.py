@@ -681,9 +681,9 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, n
             for x, y in stream:  # (B, 3, S, S), (B,)
                 sync_buffers(net)
                 seed_step(args.seed, epoch_id, log.step)
-                if name != "contrastive":
-                    for group in opt.param_groups:
-                        group["lr"] = learning_rate(lr, epoch * steps + log.step, 0, epochs * steps)
+                step = epoch * steps + log.step
+                for group in opt.param_groups if name != "contrastive" else []:
+                    group["lr"] = learning_rate(lr, step, 0, epochs * steps)
                 if name != "inpainting":
                     x = random_crop_flip(x, args.image_size // 8, args.flip, "reflect" if name == "contrastive" else "constant")
                 loss = loss_of(ddp, net, x, y).mean()

@@ -12,6 +12,7 @@ import byorl
 import chen_pretrain_finetune as chen
 import mtl_reverse
 import report
+import rotation_at
 from common import build_model, save_checkpoint
 from jigsaw_at import Args as JigsawArgs
 from rotation_at import PAPER, PAPER_EPS
@@ -619,3 +620,34 @@ def test_a_damaged_result_of_mtl_reverse_is_refused(one_sentence, tmp_path):
         damage(broken)
         (tmp_path / f"{i}.json").write_text(json.dumps(broken))
         assert "not a results.json" in one_sentence(report, tmp_path / f"{i}.json", "--out", tmp_path / "out")
+
+
+def test_blocks_of_a_readme_are_made_from_files(tmp_path, command, capsys):
+    """Numbers come from the files, whatever stood there; other text stays; twice is once. A file that is missing is one sentence."""
+    row = {"name": "T0", "attack": "none", "norm": "linf", "eps": 0, "examples": 50, "accuracy": 12.34, "paper": None, "epoch": 3}
+    args = vars(rotation_at.Args()) | {"data_dir": "x"}
+    run = {"script": "rotation_at", "args": args, "device": "d", "torch": "t", "seconds": 1.0, "rows": [row, row | {"eps": 8 / 255, "attack": "pgd-20", "accuracy": 5.67}]}
+    step = {"name": "ours", "images_per_s": 12.5, "ratio": 3.0, "peak_mb": 1234, "gflops_per_image": 2.5, "matmul_tflops_per_s": 0.9, "share_of_matmul_peak": 0.61}
+    for name, content in {"run": run, "speed": {"benchmark": "b.py", "device": "CPU", "torch": "2.14.1+cu130", "rows": [step, {"name": "other"}]},
+                          "table": {"table": [["a", "b"], ["1", "2"]]}}.items():  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text("one 99.99\n<!-- from run.json -->\n99.99\n<!-- end -->\ntwo\n<!-- from speed.json -->\n<!-- end -->\n<!-- from table.json -->\nold\n<!-- end -->\n")
+    code, _, _ = command(report, "--readme", page)
+    text = page.read_text()
+    assert code == 0 and text.startswith("one 99.99\n") and text.count("99.99") == 1
+    assert "T0        12.34   5.67" in text and "results.json" not in text
+    assert "| `b.py` | ours | CPU, torch 2.14.1 | 12.5 | 3.00 | 1,234 | 2.5 | 61% of 0.9 TFLOP/s |" in text and "| other |" not in text
+    assert "| a | b |\n|---|---|\n| 1 | 2 |" in text
+    command(report, "--readme", page)
+    assert page.read_text() == text
+    page.write_text("<!-- from nowhere.json -->\n<!-- end -->\n")
+    code, _, err = command(report, "--readme", page)
+    assert code == 1 and err.startswith("error: a block wants nowhere.json")
+
+
+def test_runs_of_other_scripts_are_left_out(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text(json.dumps({"script": "my_at", "args": {}, "rows": [{}]}))
+    with pytest.raises(report.UserError, match="no results"):
+        report.read((str(tmp_path / "mine.json"),))
+    assert "left out" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import eval_cifar10c
 import jigsaw_at
 import mtl_reverse
 import rotation_at
-from common import UserError, batchnorm_mode, build_model, eps_name, load_checkpoint, number, parse_args, save_checkpoint, start_run
+from common import UserError, batchnorm_mode, build_model, eps_name, load_checkpoint, number, overruled, parse_args, save_checkpoint, start_run
 from rotation_at import Args, main
 
 
@@ -173,6 +174,22 @@ def test_wrong_flags(one_sentence, tmp_path, monkeypatch, argv, match):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_asked_for_in_vain(one_sentence, tmp_path):
     assert "no usable CUDA" in one_sentence(rotation_at, "--device", "cuda", "--out", tmp_path / "r")
+
+
+def test_the_next_command_is_this_run_with_changes(tmp_path, monkeypatch):
+    """It parses back to the same arguments, --quick included, in a folder whose name has a space."""
+    monkeypatch.chdir(tmp_path)
+    for args in (byorl.Args(eps=8 / 255, norm="linf", plain=True, width=1 / 3), byorl.Args(**byorl.Args.QUICK | {"quick": True, "plain": False, "lr": 0.1})):
+        run = start_run(replace(args, out="my runs/a"))
+        words = shlex.split(run.next_command(stage="probe", init=run.folder / "byorl.pt"))
+        assert words[:2] == ["python", "byorl.py"] and "--out" not in words
+        assert parse_args(byorl.Args, words[2:]) == replace(args, stage="probe", init="my runs/a/byorl.pt")
+        assert run.next_command(stage="all").count("--stage") == 0  # the default
+
+
+def test_what_a_checkpoint_overrules():
+    args = byorl.Args(width=3.0, arch="resnet18", tau=0.9)
+    assert overruled(args, {"width": 4.0, "arch": "resnet18", "tau": 0.996, "stem": "imagenet"}) == ["--width 3.0", "--tau 0.9"]
 
 
 # ---- folders ----
