@@ -796,7 +796,7 @@ def show(results: dict, folder: Path) -> None:
         print(
             f"\n{args['dataset']}, {args['arch']} x{args['width']:g}; TA: clean accuracy (%), RA: under {attack.upper()} ({args['norm']} eps "
             f"{eps_name(args['eps'])}), on {picked[0]['examples']:,} test images; epoch: that of the best RA on held-out images.\n"
-            f"Checkpoints: best {'TA' if args['select'] == 'clean' else 'RA'} on held-out images. {results['seconds']:.0f} s of training.\n"
+            f"Checkpoints: best {'TA' if args['select'] == 'clean' else 'RA'} on held-out images. {results['seconds']:.0f} s of training and evaluation.\n"
         )
         show_cells(mine, args)
     show_compared(rows)
@@ -972,7 +972,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     began = time.perf_counter()
     if args.stage == "compare":
         return write_results(run, compare(run, args, states, test_set), began)
-    rows, models = run.rows("judged.json"), {}
+    rows, models, judging = run.rows("judged.json"), {}, 0.0  # judging: seconds
     for task, pair in cells(args):
         start = None if pair.startswith("P1") else given or pretrain(task, pair[:2], run, args, images, val_set)
         if args.stage == "pretrain":
@@ -982,6 +982,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         models[name] = picks[chosen(args)]
         if any(row["name"] == name for row in rows):
             continue
+        began = time.perf_counter()
         for pick, state in picks.items():
             if pick == "ra" and state["epoch"] == picks["ta"]["epoch"]:
                 judged = rows[-2:]  # the epoch of best RA is that of best TA: its two rows once more
@@ -992,11 +993,13 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
             cell = {"task": task, "pair": pair, "pick": pick, "best_epoch": picks["ra"]["epoch"], "images": start and start.get("images")}
             rows += [row | cell | {"paper": number} for row, number in zip(judged, known, strict=True)]
         run.keep("judged.json", rows)
+        judging += time.perf_counter() - began
     if args.stage == "pretrain":
-        for task, kind in dict.fromkeys((task, pair[:2]) for task, pair in cells(args)):
+        for task, kind in dict.fromkeys((task, pair[:2]) for task, pair in cells(args) if task):
             trunk = run.folder / f"pretrain-{kind}-{task}.pt"
             run.say(f"go on with: {run.next_command(stage='all', task=task, pretrain=kind, finetune='F4', table3=False, init=trunk)}")
         return {}
+    began = time.perf_counter() - judging  # last.pt has the time of training
     finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
     if len(finals) > 1 or args.unforeseen:
         rows = rows + compare(run, args, finals or models, test_set)
