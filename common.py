@@ -212,6 +212,7 @@ def cli(main: Callable, args_class: type) -> None:
             with contextlib.suppress(OSError):
                 _Signals.run.folder.rmdir()  # succeeds only if empty: a run that could not begin leaves no folder behind
         if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.barrier()  # a rank that leaves while another still works would be taken for dead
             dist.destroy_process_group()
 
 
@@ -302,7 +303,8 @@ def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
     if sync_bn:
         sync_batchnorm(model)
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{flag: False})  # its newer name, its older one
 
 
 def sync_batchnorm(model: nn.Module) -> None:
@@ -626,6 +628,10 @@ def load_checkpoint(path: str | Path) -> dict:
     state = _read_checkpoint(path)
     if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ("network", "model")):
         raise UserError(f"{path} is a checkpoint of some other program: it has no 'network' and 'model' entries.")
+    heads = state["network"].get("heads", {})
+    written = isinstance(state.get("args", {}), dict) and all(isinstance(v, Tensor) for v in state["model"].values())
+    if not written or not isinstance(heads, dict) or not all(type(n) is int and n > 0 for n in heads.values()):
+        raise UserError(f"{path} is damaged or of some other program: its weights, heads or arguments are not what these scripts write.")
     return state
 
 
@@ -652,6 +658,8 @@ def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
         what = "is not in it" if k not in weights else "is not in the network" if k not in own else (
             f"has shape {tuple(weights[k].shape)} where the network has {tuple(own[k].shape)}")  # fmt: skip
         raise UserError(f"{source} is of another architecture: {k} {what} ({len(wrong)} such; check --arch and --width).")
+    if not all(v.isfinite().all() for v in weights.values() if v.is_floating_point()):
+        raise UserError(f"{source} holds weights that are NaN or infinite; take another checkpoint.")
     module.load_state_dict(weights)
 
 

@@ -3,6 +3,7 @@ import ast
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -312,6 +313,13 @@ def test_bad_checkpoints(one_sentence, tmp_path, reference):
     assert "another architecture" in init(tmp_path / "headless.pt")
     assert not (tmp_path / "r").exists()  # a run that could not begin leaves no folder
     assert "another architecture" in init(folder / "best.pt", width=1 / 8)
+    weights, network = state["model"], state["network"]
+    for odd in ({"args": "x"}, {"network": network | {"heads": "class"}}, {"network": network | {"heads": {"class": "ten"}}}, {"model": weights | {"mean": [0.5]}}):
+        torch.save(state | odd, tmp_path / "odd.pt")
+        assert "not what these scripts write" in init(tmp_path / "odd.pt")
+    nan = {k: v * math.nan if k == "trunk.conv1.weight" else v for k, v in weights.items()}
+    torch.save(state | {"model": nan}, tmp_path / "nan.pt")
+    assert "weights that are NaN" in init(tmp_path / "nan.pt")
     # The run's own last.pt, damaged or from elsewhere
     run = tmp_path / "run"
     main(tiny(out=str(run), epochs=1))
