@@ -685,7 +685,7 @@ def train_and_evaluate(run: Run, args: Args, given: list[dict]) -> dict:
         retrieve(run, args, encoders, test_set)
         classifiers = train_heads(run, args, encoders, train_set, fractions) if args.stage != "pretrain" else []
     if args.stage in ("pretrain", "probe"):
-        stage, what = ("probe", run.folder / "byorl.pt") if args.stage == "pretrain" and args.method == "byorl" else ("evaluate", run.folder)
+        stage, what = ("probe", run.folder / f"{list(encoders)[-1]}.pt") if args.stage == "pretrain" and args.method == "byorl" else ("evaluate", run.folder)
         run.say(f"The checkpoints are in {run.folder}; go on with: {run.next_command(stage=stage, init=what)}")
         return {}
     began = time.perf_counter()

@@ -73,7 +73,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, check_batches,
+    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, check_batches, check_classifier,
     cli, count_batches, distribute, draw, eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw,
     jigsaw_permutations, join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights, numbers, patchify, pgd_attack, place_model,
     print_table, random_crop_flip, rebuild, robust_accuracy, rotate,
@@ -959,6 +959,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         images = draw(images, args.pretrain_images, seed=args.seed)
         check_batches(len(images), args.batch_size)
     for name, state in states.items():
+        check_classifier(state, name)
         if state["network"].get("heads", {}).get("class") != len(test_set.classes):
             raise UserError(f"{name} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
     if given:

@@ -9,7 +9,7 @@
 Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
 returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
 file defines things and does nothing else. To use the attack elsewhere, copy `pgd` with `l2_norm`, and
-`robust_accuracy` with `batchnorm_mode`: together they need nothing but torch.
+`robust_accuracy` with `batchnorm_mode`: together they need nothing but torch and some imports of the standard library.
 """
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ class UserError(Exception):
 def number(text: str) -> float:
     """Read `0.5`, `1e-4` or `8/255`. Raises ValueError for anything else."""
     try:
-        value = float(Fraction(text.replace(" ", "")))
+        value = float(Fraction(re.sub(r"\s*/\s*", "/", text.strip())))
     except (ZeroDivisionError, OverflowError):
         raise ValueError(text) from None
     return value
@@ -219,12 +219,13 @@ def cli(main: Callable, args_class: type) -> None:
 def command_line(script: str, flags: dict) -> str:
     """The command that starts a script on as many processes as this one, as one types it."""
     start = f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}" if world()[1] > 1 else "python"
+    file = sys.argv[0] if Path(sys.argv[0]).stem == script else f"{script}.py"
     given = []
     for k, v in flags.items():
         k = k.replace("_", "-")
         v = eps_name(v) if isinstance(v, float) and number(eps_name(v)) == v else v  # 8/255
         given += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
-    return f"{start} {shlex.join([f'{script}.py', *given])}"
+    return f"{start} {shlex.join([file, *given])}"
 
 
 class _Signals:
@@ -439,6 +440,13 @@ class Run:
             raise UserError(f"{path} cannot be resumed from: it has no '{min(missing)}' entry (is it another file renamed?).")
         return state
 
+    def require(self, name: str) -> dict:
+        """`load`, where the run has written the file before. Raises UserError if it is gone."""
+        state = self.load(name)
+        if state is None:
+            raise UserError(f"{self.folder / name}, which this run had written, is gone: start again with another --out.")
+        return state
+
     def resume(self, name: str, model: nn.Module, opt: torch.optim.Optimizer) -> dict:
         """From where to train `name`: last.pt, if it is of that training (then weights and optimiser are loaded), else the beginning:
         a dict with at least epoch, step, sums, history and seconds, the last two of all trainings of the run."""
@@ -547,7 +555,7 @@ def _run_folder(args: Any, script: str, name: str) -> str:
     if args.out:
         folder = Path(args.out)
         saved = _saved_args(folder, script)
-        if not saved and (folder / "results.json").exists():
+        if not saved and any((folder / name).exists() for name in ("results.json", "last.pt")):
             raise UserError(f"{folder} holds results but no config.json, so nothing can be continued there: choose another --out.")
         if (saved or (folder / "last.pt").exists()) and not args.resume:
             raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
@@ -585,8 +593,12 @@ def device_name(device: torch.device) -> str:
 def _commit() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         here = Path(__file__).resolve().parent
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        return git.stdout.strip()
+
+        def git(*words: str) -> str:
+            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+
+        if git("ls-files", "common.py"):  # else it was copied into another project
+            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return ""
 
 
@@ -657,7 +669,7 @@ def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
         k = min(wrong)
         what = "is not in it" if k not in weights else "is not in the network" if k not in own else (
             f"has shape {tuple(weights[k].shape)} where the network has {tuple(own[k].shape)}")  # fmt: skip
-        raise UserError(f"{source} is of another architecture: {k} {what} ({len(wrong)} such; check --arch and --width).")
+        raise UserError(f"{source} is of another architecture: {k} {what} ({len(wrong)} such; check --arch, --width and --stem).")
     if not all(v.isfinite().all() for v in weights.values() if v.is_floating_point()):
         raise UserError(f"{source} holds weights that are NaN or infinite; take another checkpoint.")
     module.load_state_dict(weights)
@@ -670,6 +682,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     Raises UserError for a file that is missing, damaged or foreign.
     """
     return rebuild(load_checkpoint(path), path).to(device).eval()
+
+
+def check_classifier(state: dict, source: str | Path) -> None:
+    """Raise UserError unless a checkpoint is a finished classifier: neither pre-training's, whose class head is untrained, nor a run's last state."""
+    if state.get("stage") == "pretrain" or "optimizer" in state or not state["network"].get("heads"):
+        raise UserError(f"{source} is no finished classifier (but pre-training, a task's network, or a run's last state): name a file such as best.pt or plain.pt.")
 
 
 def rebuild(state: dict, source: str | Path) -> "Network":
@@ -880,7 +898,7 @@ def _load_digits(device: torch.device, size: int) -> tuple[Images, Images]:
         with np.load(path, allow_pickle=False) as z:
             pixels, labels = torch.from_numpy(z["images"]), torch.from_numpy(z["labels"].astype(np.int64))
     except Exception:
-        raise UserError(f"the bundled data set {path} is missing or damaged; get it again from the repository.") from None
+        raise UserError(f"the bundled data set {path} is missing or damaged; put the repository's assets/ beside common.py.") from None
     grey = F.interpolate(pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear")  # (N, 1, 8, 8) -> size
     rgb = grey.round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
     classes = [str(i) for i in range(10)]
@@ -1036,7 +1054,7 @@ def split_train(
     kept = min(round(label_fraction * len(train)), len(train) - held)
     if kept < world()[1]:
         raise UserError(
-            f"{kept} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}): too few."
+            f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}), too few: hold out less or use more."
         )
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
@@ -1159,7 +1177,7 @@ def count_batches(n: int, batch_size: int) -> int:
 def check_batches(n: int, batch_size: int) -> None:
     """Raise UserError if a training step on n images would leave a process with one image."""
     if n // (count_batches(n, batch_size) * world()[1]) < 2:
-        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size.")
+        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size, or use more images.")
 
 
 def image_uniform(seeds: Tensor, n: int) -> Tensor:
@@ -2742,7 +2760,7 @@ def doubts(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: floa
     if (longer := under_pgd(eps, 60)) > by_pgd + noise:
         found.append(f"PGD with more steps leaves more accuracy ({longer:.0f}% after 60, {by_pgd:.0f}% after 20).")
     if (farther := under_pgd(2 * eps, 20)) > by_pgd + noise:
-        found.append(f"PGD with twice the radius leaves more accuracy ({farther:.0f}%, {by_pgd:.0f}% at {eps_name(eps)}).")
+        found.append(f"PGD with twice the radius leaves more accuracy ({farther:.0f}%, {by_pgd:.0f}% at {eps:g}).")
     by_square = accuracy(square(model, x, y, eps=eps, norm=norm, queries=200))
     if by_square < by_pgd - noise:
         found.append(f"Square, without gradients, leaves less accuracy than PGD ({by_square:.0f}%, {by_pgd:.0f}%): gradients mislead.")

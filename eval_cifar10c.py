@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Images, Run, UserError, batches, ce_per_image, check_args, cli, draw, eps_name, full_precision, load_checkpoint, load_data, load_model,
+    Images, Run, UserError, batches, ce_per_image, check_args, check_classifier, cli, draw, eps_name, full_precision, load_checkpoint, load_data, load_model,
     open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
     suite_attacks, with_progress, words, world, write_atomically, write_results,
 )  # fmt: skip
@@ -506,8 +506,7 @@ def load_networks(args: Args, classes: int, device: torch.device) -> dict[str, t
     networks = {}
     for name, path, state in zip(names, paths, states, strict=True):
         trained = state.get("args", {})
-        if state.get("stage") == "pretrain" or "stage_index" in state:
-            raise UserError(f"{path} is not a finished classifier (pre-training, or a run's last state): name a best.pt or plain.pt.")
+        check_classifier(state, path)
         has = next(iter(state["network"].get("heads", {"": 0}).values()))  # classes of the first head
         if has != classes:
             raise UserError(f"{path} knows {has} classes, the data have {classes}: is it the right --dataset?")
@@ -634,6 +633,8 @@ def main(args: Args) -> dict:
     check_args(args)
     if not args.checkpoints and not args.quick:
         raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
+    if not args.checkpoints and (args.dataset != "digits" or not Path(__file__).with_name("rotation_at.py").exists()):
+        raise UserError("--quick without a checkpoint trains two by rotation_at.py, which must lie beside this file, on digits; else name a checkpoint.")
     network = Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "digits"
     run = start_run(args, name=f"eval_cifar10c{'-quick' if args.quick else ''}-{network}")
     results = run.finished()

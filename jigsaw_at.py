@@ -374,7 +374,7 @@ def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, f
     wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm]}
     same = all(getattr(args, k) == v for k, v in wanted.items()) and args.lr_step in (0, 40)
     needed = {"T0": 1.0, "T3": args.lambda1 * args.lambda2}.get(args.variant, args.lambda1)
-    same = same and needed > 0  # else it is another variant: T0 (lambda1 = 0), T2 (lambda2 = 0), or T(X) as mere augmentation (replace)
+    same = same and needed > 0 and TASK == "jigsaw"  # else it is another variant: T0 (lambda1 = 0), T2 (lambda2 = 0), or T(X) as mere augmentation (replace)
     if pretrained != "none":
         wanted = PAPER_DATA_AND_MODEL | dict(quick=False, lr=0.1, attack_steps=10, pretrain_epochs=100, pretrain_eps=0.0)
         same = same and all(pretrain_args.get(k) == v for k, v in wanted.items())
@@ -419,9 +419,9 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
 
     models = {}
     if args.plain:
-        models["plain"] = run.load(train("plain", run, args, None, train_set, val_set))
+        models["plain"] = run.require(train("plain", run, args, None, train_set, val_set))
     if args.pretrain != "none":
-        start = run.load(train("pretrain", run, args, None, train_set, val_set))
+        start = run.require(train("pretrain", run, args, None, train_set, val_set))
     pretrained, its_args = "none", {}
     if start is not None:
         its_args = start.get("args", {})
@@ -430,7 +430,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         if any(its_args.get(k) != getattr(args, k) for k in ("dataset", "seed", "val_fraction", "label_fraction")):
             run.say("note: --init was trained on another split, so some validation images may have been seen in pre-training.")
     name = {"none": "", "l2": "P1 ", "linf": "P2 "}.get(pretrained, "init ") + args.variant
-    models[name] = run.load(train("train", run, args, start, train_set, val_set))
+    models[name] = run.require(train("train", run, args, start, train_set, val_set))
 
     began, rows = time.perf_counter(), []
     quarters = [args.eps * i / 4 for i in range(5)]

@@ -76,7 +76,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, cli,
+    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, check_classifier, cli,
     count_batches, distribute, draw, eps_name, full_precision, image_uniform, learning_rate, load_carmon, load_checkpoint,
     load_data, load_trunk, load_weights, map_images, numbers, pgd_attack, place_model, print_table, random_crop_flip,
     rebuild, save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world,
@@ -1026,8 +1026,10 @@ def main(args: Args) -> dict:
     """Train what is not given, evaluate, print the table; returns what results.json holds ({} after --stage train-branches)."""
     check(args)
     given = load_carmon(args.victim) if args.victim else None
-    if given and not given["network"].get("heads", {}).get("class"):
-        raise UserError(f"--victim {args.victim} is no classifier; take a file such as best.pt, or classifier.pt of this script.")
+    if given:
+        check_classifier(given, f"--victim {args.victim}")
+        if "class" not in given["network"]["heads"]:
+            raise UserError(f"--victim {args.victim} is no classifier; take a file such as best.pt, or classifier.pt of this script.")
     run = start_run(args)
     results = run.finished() or train_and_evaluate(run, args, given)
     if results and world()[0] == 0:

@@ -125,8 +125,8 @@ def test_networks_that_do_not_fit_the_data(tmp_path, cifar_c, checkpoint, one_se
     save_checkpoint(tmp_path / "pretrain.pt", state | {"stage": "pretrain"})
     more = ["--data-dir", cifar_c.parent, "--eval-attack", "none", "--corruptions", "fog"]
     assert "knows 100 classes, the data have 10" in one_sentence(script, tmp_path / "hundred.pt", *more, "--out", tmp_path / "a")
-    assert "not a finished classifier" in one_sentence(script, tmp_path / "pretrain.pt", *more, "--out", tmp_path / "a")
-    assert "not a finished classifier" in one_sentence(script, checkpoint.parent / "last.pt", *more, "--out", tmp_path / "a")
+    assert "no finished classifier" in one_sentence(script, tmp_path / "pretrain.pt", *more, "--out", tmp_path / "a")
+    assert "no finished classifier" in one_sentence(script, checkpoint.parent / "last.pt", *more, "--out", tmp_path / "a")
     assert "named twice" in one_sentence(script, checkpoint, checkpoint, *more, "--out", tmp_path / "a")
     labels = np.tile(np.array([0, -1, 2, 3]), 5)
     np.save(cifar_c / "labels.npy", labels)

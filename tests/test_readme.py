@@ -173,12 +173,31 @@ def test_the_vit_is_copied_with_what_the_readme_lists():
     parts = [node for node in source.body if getattr(node, "name", "") in names]
     assert {node.name for node in parts} == names
     alone = {}
-    exec("import functools, math, torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n" + "\n".join(map(ast.unparse, parts)), alone)
+    imports = next(b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "import contextlib" in b)  # those that the README lists
+    exec(imports + "\n".join(map(ast.unparse, parts)), alone)
     torch.manual_seed(0)
     copied, ours = alone["ViT"](4, 128, 2, 2), ViT(4, 128, 2, 2)
     copied.load_state_dict(ours.state_dict())
     x = torch.rand(2, 3, 16, 16)
     assert torch.equal(copied(x), ours(x))
+
+
+def test_the_attacks_are_copied_with_what_the_readme_lists():
+    """`pgd` and `robust_accuracy` with their two, and the section "stronger attacks", run with those imports and nothing else of common.py."""
+    source = (ROOT / "common.py").read_text()
+    imports = next(b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "import contextlib" in b)
+    names = {"pgd", "l2_norm", "batchnorm_mode", "robust_accuracy", "ce_per_image", "pgd_attack"}
+    parts = [ast.unparse(node) for node in ast.parse(source).body if getattr(node, "name", "") in names]
+    section = source[source.index("# ---- stronger attacks") : source.index("# ---- unforeseen attacks")]
+    alone = {}
+    exec(imports + "\n".join(parts) + "\n" + section, alone)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)).eval()
+    x, y = torch.rand(60, 3, 8, 8), torch.randint(0, 10, (60,))
+    y = torch.where(torch.arange(60) < 50, model(x).argmax(1), y)
+    left = alone["suite_accuracy"](model, [(x, y)], [a for a in alone["suite_attacks"]("suite-fast", "linf", 0.02) if a[0] != "square"])
+    assert left["none"] > left["multi-targeted"]
+    assert isinstance(alone["doubts"](lambda z: model(z).round(), x, y, eps=0.02), list)
 
 
 def test_every_public_function_has_a_docstring():

@@ -177,6 +177,22 @@ def test_cuda_asked_for_in_vain(one_sentence, tmp_path):
     assert "no usable CUDA" in one_sentence(rotation_at, "--device", "cuda", "--out", tmp_path / "r")
 
 
+def test_what_is_gone_or_foreign_is_told(one_sentence, reference, tmp_path):
+    folder, _ = reference
+    argv = flags(TINY | {"out": str(tmp_path / "run"), "epochs": 1})
+    main(tiny(out=str(tmp_path / "run"), epochs=1))
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "best.pt").unlink()
+    assert "best.pt, which this run had written, is gone" in one_sentence(rotation_at, *argv, "--resume")
+    (tmp_path / "run" / "config.json").unlink()  # whose last.pt is it?
+    assert "no config.json" in one_sentence(rotation_at, *argv, "--resume")
+    assert "--eval-eps '0 8/255' is not a list" in one_sentence(rotation_at, "--eval-eps", "0 8/255")
+    # A run's last state, and pre-training, are no classifiers.
+    for script, *given in ((mtl_reverse, "--victim"), (chen_pretrain_finetune, "--stage", "compare"), (eval_cifar10c, "--generate")):
+        assert "no finished classifier" in one_sentence(script, "--dataset", "digits", *given, folder / "last.pt", "--out", tmp_path / "other")
+    assert "must lie beside this file" in one_sentence(eval_cifar10c, "--quick", "--dataset", "folder", "--data-dir", tmp_path)
+
+
 def test_the_next_command_is_this_run_with_changes(tmp_path, monkeypatch):
     """It parses back to the same arguments, --quick included, in a folder whose name has a space."""
     monkeypatch.chdir(tmp_path)
