@@ -723,7 +723,7 @@ def meet_unforeseen(run: Run, args: Args, models: dict[str, Network], test_set: 
 
 def unforeseen_kinds(args: Args) -> list[str]:
     """The attacks named by --unforeseen. Raises UserError for one that there is not."""
-    kinds = list(UNFORESEEN) if args.unforeseen == "all" else words(args.unforeseen)
+    kinds = list(UNFORESEEN) if "all" in words(args.unforeseen) else words(args.unforeseen)
     if wrong := [kind for kind in kinds if kind not in UNFORESEEN]:
         raise UserError(f"--unforeseen {wrong[0]} is not known; there are {', '.join(UNFORESEEN)}, and `all`.")
     return kinds
