@@ -130,6 +130,9 @@ def read(paths: tuple[str, ...]) -> list[dict]:
     for file in files:
         try:
             result = json.loads(file.read_text())
+            if isinstance(result, dict) and {"benchmark", "table"} & result.keys():
+                print(f"left out: {file} is a benchmark's, for --readme.")
+                continue
             if result["script"] not in SCRIPTS:
                 print(f"left out: {file} is of {result['script']}.py, which report.py does not know.")
                 continue
