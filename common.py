@@ -686,7 +686,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 def check_classifier(state: dict, source: str | Path) -> None:
     """Raise UserError unless a checkpoint is a finished classifier: neither pre-training's, whose class head is untrained, nor a run's last state."""
-    if state.get("stage") == "pretrain" or "optimizer" in state or not state["network"].get("heads"):
+    if state.get("stage") == "pretrain" or "optimizer" in state or not state["network"].get("heads", {}).get("class"):
         raise UserError(f"{source} is no finished classifier (but pre-training, a task's network, or a run's last state): name a file such as best.pt or plain.pt.")
 
 

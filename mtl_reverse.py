@@ -1028,8 +1028,6 @@ def main(args: Args) -> dict:
     given = load_carmon(args.victim) if args.victim else None
     if given:
         check_classifier(given, f"--victim {args.victim}")
-        if "class" not in given["network"]["heads"]:
-            raise UserError(f"--victim {args.victim} is no classifier; take a file such as best.pt, or classifier.pt of this script.")
     run = start_run(args)
     results = run.finished() or train_and_evaluate(run, args, given)
     if results and world()[0] == 0:

@@ -890,7 +890,7 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
     no_classes = build_model("preact18", {"rotation": 4}, width=1 / 16)
     common.save_checkpoint(tmp_path / "none.pt", {"network": no_classes.spec, "model": no_classes.state_dict(), "epoch": 1, "args": {}})
     for file in (tmp_path / "none.pt", folder / "rotation.pt", folder / "last.pt"):
-        assert "is no classifier" in one_sentence(mtl_reverse, *flags(TINY), "--victim", file, "--out", tmp_path / "q")
+        assert "is no finished classifier" in one_sentence(mtl_reverse, *flags(TINY), "--victim", file, "--out", tmp_path / "q")
     state = load_checkpoint(folder / "classifier.pt")
     for i, network in enumerate((state["network"] | {"arch": "nothing"}, state["network"] | {"depth": 3}, state["network"] | {"width": 0.125})):
         common.save_checkpoint(tmp_path / f"{i}.pt", state | {"network": network})
