@@ -66,10 +66,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, check_args, cli, count_batches,
-    distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer, learning_rate, load_data, load_trunk, load_vit, load_weights,
-    map_images, numbers, open_folder, overruled, patchify, pgd, place_model, print_table, rebuild, robust_accuracy, rotate, save_image_grid, seed_step,
-    sincos_positions, split_epoch, start_run, transformed, unpatchify, with_progress, words, world, write_results,
+    STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, check_args,
+    cli, count_batches, distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer,
+    learning_rate, load_data, load_trunk, load_vit, load_weights, map_images, numbers, open_folder, overruled, patchify,
+    pgd, place_model, print_table, rebuild, robust_accuracy, rotate, save_image_grid, seed_step, sincos_positions,
+    split_epoch, start_run, transformed, unpatchify, with_progress, words, world, write_results,
 )  # fmt: skip
 
 
@@ -317,7 +318,8 @@ def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) ->
         noise = torch.erfinv(noise)  # Gaussian of variance 1/2; `pgd` gives it the length eps
     with batchnorm_mode(model, "eval"):  # for ViTs: without drop path
         return pgd(
-            lambda v: loss(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps, step_size=args.step_size or 5 / 8 * args.eps, noise=noise
+            lambda v: loss(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps,
+            step_size=args.step_size or 5 / 8 * args.eps, noise=noise,
         )
 
 
@@ -718,7 +720,8 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
             right = [k in labels for k, labels in zip(predicted, real, strict=True) if labels]
             scores["real"] = 100 * sum(right) / len(right), len(right)
         mine = [
-            {"name": name, "attack": "none", "norm": args.eval_norm, "eps": 0, "examples": n, "accuracy": round(accuracy, 2), "paper": None, "epoch": state["epoch"], "set": where}
+            {"name": name, "attack": "none", "norm": args.eval_norm, "eps": 0, "examples": n, "accuracy": round(accuracy, 2), "paper": None,
+             "epoch": state["epoch"], "set": where}
             for where, (accuracy, n) in scores.items()
         ]  # fmt: skip
         mine[0]["paper"] = paper_number(state, args)
@@ -727,7 +730,8 @@ def judge(run: Run, args: Args, classifiers: list[dict], test_set: Images, varia
         mine += [row | {"set": "test"} for row in attacked]
         rows += [row | about for row in mine]
         run.keep("judged.json", rows)
-        run.say(f"{name}: " + ", ".join(f"{row['norm'] + ' ' + eps_name(row['eps']) if row['eps'] else row['set']} {row['accuracy']:.2f}" for row in mine))
+        told = (f"{row['norm'] + ' ' + eps_name(row['eps']) if row['eps'] else row['set']} {row['accuracy']:.2f}" for row in mine)
+        run.say(f"{name}: {', '.join(told)}")
     return rows
 
 

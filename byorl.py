@@ -53,16 +53,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, cli, count_batches,
-    distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk, load_weights, map_images, overruled, pgd_attack,
-    place_model, print_table, numbers, random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
+    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_args,
+    check_batches, cli, count_batches, distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint,
+    load_data, load_extra, load_trunk, load_weights, map_images, numbers, overruled, pgd_attack, place_model,
+    print_table, random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
     start_run, sync_batchnorm, sync_buffers, world, write_results,
 )  # fmt: skip
 
@@ -561,7 +562,8 @@ linf 2 0      apgd-60 cifar10  byorl  robust 1     80.69 43.64
 """
 # Flags that make an encoder what it is.
 PRETRAINING = (
-    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "step_size", "apgd_checkpoints", "tau", "hidden", "projection", "jitter_strength", "blur", "crop",
+    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "step_size", "apgd_checkpoints", "tau", "hidden", "projection",
+    "jitter_strength", "blur", "crop",
 )  # fmt: skip
 
 
@@ -653,6 +655,8 @@ def read_init(args: Args) -> list[dict]:
     for file, state in zip(files, given, strict=True):
         if evaluating and not {"label_fraction", "head", "encoder", "encoder_args", "name"} <= state.keys():
             raise UserError(f"{file} is no head of byorl.py; to train some on an encoder, use --stage probe --init {file}.")
+        if (arch := state["network"].get("arch")) not in get_args(Arch):
+            raise UserError(f"{file} is a network '{arch}', which byorl.py does not take; it takes {', '.join(get_args(Arch))}.")
         if not any(k.startswith("trunk.") for k in state["model"]):
             raise UserError(f"{file} holds no encoder; take a file such as byorl.pt or best.pt.")
     return given
@@ -685,7 +689,9 @@ def train_and_evaluate(run: Run, args: Args, given: list[dict]) -> dict:
         retrieve(run, args, encoders, test_set)
         classifiers = train_heads(run, args, encoders, train_set, fractions) if args.stage != "pretrain" else []
     if args.stage in ("pretrain", "probe"):
-        stage, what = ("probe", run.folder / f"{list(encoders)[-1]}.pt") if args.stage == "pretrain" and args.method == "byorl" else ("evaluate", run.folder)
+        stage, what = "evaluate", run.folder
+        if args.stage == "pretrain" and args.method == "byorl":
+            stage, what = "probe", run.folder / f"{list(encoders)[-1]}.pt"
         run.say(f"The checkpoints are in {run.folder}; go on with: {run.next_command(stage=stage, init=what)}")
         return {}
     began = time.perf_counter()

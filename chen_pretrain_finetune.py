@@ -73,11 +73,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, check_batches, check_classifier,
-    cli, count_batches, distribute, draw, eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw,
-    jigsaw_permutations, join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights, numbers, patchify, pgd_attack, place_model,
-    print_table, random_crop_flip, rebuild, robust_accuracy, rotate,
-    seed_step, start_run, sync_buffers, unforeseen, with_progress, words, world, write_results,
+    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model,
+    build_trunk, ce_per_image, check_args, check_batches, check_classifier, cli, count_batches, distribute, draw,
+    eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw, jigsaw_permutations,
+    join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights, numbers, patchify, pgd_attack,
+    place_model, print_table, random_crop_flip, rebuild, robust_accuracy, rotate, seed_step, start_run, sync_buffers,
+    unforeseen, with_progress, words, world, write_results,
 )  # fmt: skip
 
 TASKS = ("selfie", "rotation", "jigsaw")
@@ -154,7 +155,8 @@ class Args:
 
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all", finetune="all", epochs=7, batch_size=128,
-        lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, eval_steps=10, eval_examples=240,
+        lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, eval_steps=10,
+        eval_examples=240,
         unforeseen_steps=20,
     )  # fmt: skip
 
@@ -796,7 +798,8 @@ def show(results: dict, folder: Path) -> None:
         print(
             f"\n{args['dataset']}, {args['arch']} x{args['width']:g}; TA: clean accuracy (%), RA: under {attack.upper()} ({args['norm']} eps "
             f"{eps_name(args['eps'])}), on {picked[0]['examples']:,} test images; epoch: that of the best RA on held-out images.\n"
-            f"Checkpoints: best {'TA' if args['select'] == 'clean' else 'RA'} on held-out images. {results['seconds']:.0f} s of training and evaluation.\n"
+            f"Checkpoints: best {'TA' if args['select'] == 'clean' else 'RA'} on held-out images. "
+            f"{results['seconds']:.0f} s of training and evaluation.\n"
         )
         show_cells(mine, args)
     show_compared(rows)
@@ -854,7 +857,8 @@ def show_compared(rows: list[dict]) -> None:
         print_table(["", *names], table)
     for row in kinds["venn"]:
         made_for, a, b, both = row["source"], row["target"], row["other"], 100 - row["accuracy"]
-        print(f"Figure 5, made for {made_for}: fools {a} and {b} {both:.2f}%, {a} only {rate[made_for, a] - both:.2f}%, {b} only {rate[made_for, b] - both:.2f}%")
+        only_a, only_b = rate[made_for, a] - both, rate[made_for, b] - both
+        print(f"Figure 5, made for {made_for}: fools {a} and {b} {both:.2f}%, {a} only {only_a:.2f}%, {b} only {only_b:.2f}%")
     if kinds["average"]:
         table = []
         for clean, robust in zip(kinds["average"][::2], kinds["average"][1::2], strict=True):
@@ -937,7 +941,10 @@ def check(args: Args) -> None:
     # On single pixels a 3x3 convolution with stride 2 sometimes has NaN in its bf16 weight gradient (PyTorch 2.14 and 2.15, CPU).
     stride = 16 if args.stem == "imagenet" else 4  # of the trunk without its last stage
     if selfie and args.image_size < stride * args.grid:
-        raise UserError(f"--image-size {args.image_size}: Selfie's patches would be smaller than {stride} pixels, the trunk's stride; take {stride * args.grid} or more.")
+        raise UserError(
+            f"--image-size {args.image_size}: Selfie's patches would be smaller than {stride} pixels, the trunk's stride; "
+            f"take {stride * args.grid} or more."
+        )
     if args.image_size <= stride:
         raise UserError(f"--image-size {args.image_size}: one pixel would be left for the last stage; take more than {stride}.")
 
@@ -946,7 +953,8 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     """All cells asked for, each pre-training once; a resumed run goes on in the cell, or the evaluation, that was interrupted."""
     given = load_checkpoint(args.init) if args.init else None
     same = len({Path(file).stem for file in args.models}) < len(args.models)  # then the folders tell them apart
-    states = {f"{Path(file).parent.name}/{Path(file).stem}" if same else Path(file).stem: load_checkpoint(file) for file in args.models}
+    files = {f"{Path(file).parent.name}/{Path(file).stem}" if same else Path(file).stem: file for file in args.models}
+    states = {name: load_checkpoint(file) for name, file in files.items()}
     if len(states) < len(args.models):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
     train_set, val_set, test_set = load_splits(args, run.device)
@@ -959,9 +967,9 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         images = draw(images, args.pretrain_images, seed=args.seed)
         check_batches(len(images), args.batch_size)
     for name, state in states.items():
-        check_classifier(state, name)
+        check_classifier(state, files[name])
         if state["network"].get("heads", {}).get("class") != len(test_set.classes):
-            raise UserError(f"{name} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
+            raise UserError(f"{files[name]} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
     if given:
         ((task, pair),) = cells(args)
         if (found := (given.get("task", task), given.get("kind", pair[:2]))) != (task, pair[:2]):

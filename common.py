@@ -144,7 +144,9 @@ _RANGES = {
     "eval_crop": (0.1, 1), "crop": (0, 1), "mask_ratio": (0, 1), "whole": (0, 1), "blur": (0, 1), "erase": (0, 1), "tau": (0, 1),
     "smoothing": (0, 0.99), "drop_path": (0, 0.99), "ema": (0, 0.999999), "jitter_strength": (0, 1.25), "temperature": (1e-3, math.inf),
     "seed": (0, 2**31), "workers": (0, 1024), "grid": (2, 4096), "num_permutations": (1, 10_000), "decoder_width": (4, math.inf),
-} | dict.fromkeys(("batch_size", "pretrain_batch_size", "branch_batch_size", "head_batch_size", "eval_batch_size", "views"), (2, math.inf)) | dict.fromkeys(
+} | dict.fromkeys(
+    ("batch_size", "pretrain_batch_size", "branch_batch_size", "head_batch_size", "eval_batch_size", "views"), (2, math.inf)
+) | dict.fromkeys(
     ("epochs", "probe_epochs", "uat_epochs", "branch_epochs", "steps", "eval_steps", "adaptive_steps", "unforeseen_steps", "accumulate",
      "hidden", "projection", "decoder_depth", "decoder_heads", "val_images", "bank", "eot"), (1, math.inf)
 )  # fmt: skip
@@ -304,8 +306,9 @@ def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
     if sync_bn:
         sync_batchnorm(model)
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters else "broadcast_buffers"
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{flag: False})  # its newer name, its older one
+    names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its newer name, its older one
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{flag: False})
 
 
 def sync_batchnorm(model: nn.Module) -> None:
@@ -395,7 +398,7 @@ def _saved_args(folder: Path, script: str) -> dict:
 
 def _contradictions(args: Any, saved: dict) -> list[str]:
     return [
-        f"--{k.replace('_', '-')} {v} (the run has {saved[k]})"
+        f"--{k.replace('_', '-')} {v} (the run has {'none' if saved[k] in ('', ()) else saved[k]})"
         for k, v in asdict(args).items()
         if k in saved and k not in _FREE_ON_RESUME and v != saved[k]
     ]
@@ -426,7 +429,9 @@ class Run:
         """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last good one."""
         if world()[0] == 0:
             if not all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point()):
-                raise UserError(f"the weights became NaN or infinite; {name} was not written: take a smaller learning rate (--lr or the like), or --amp off.")
+                raise UserError(
+                    f"the weights became NaN or infinite; {name} was not written: take a smaller learning rate (--lr or the like), or --amp off."
+                )
             save_checkpoint(self.folder / name, state)
 
     def load(self, name: str, *needed: str) -> dict | None:
@@ -492,8 +497,8 @@ class Run:
     def next_command(self, **changes: Any) -> str:
         """The command that goes on from what this run has made: its flags that are not the usual ones, and `changes`."""
         usual = usual_args(self.args) | {"quick": False}
-        wanted = vars(self.args) | changes
-        return command_line(self.script, {k: v for k, v in wanted.items() if v != usual[k] and k not in ("out", "resume") and not isinstance(v, tuple)})
+        wanted = {k: v for k, v in (vars(self.args) | changes).items() if k not in ("out", "resume") and not isinstance(v, tuple)}
+        return command_line(self.script, {k: v for k, v in wanted.items() if v != usual[k]})
 
     def rows(self, name: str) -> list[dict]:
         """What `keep` has written to the file `name` before the run was resumed; [] if nothing."""
@@ -654,7 +659,9 @@ def _read_checkpoint(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}.") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the checkpoint in it, e.g. {Path(path) / 'best.pt'}.") from None
+        there = [str(file) for file in sorted(Path(path).glob("*.pt")) if file.name != "last.pt"]
+        advice = f"name a checkpoint in it: {', '.join(there)}." if there else "name a checkpoint, such as best.pt."
+        raise UserError(f"{path} is a folder; {advice}") from None
     except Exception as e:  # torch.load raises a dozen kinds for damaged files
         if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM):
             raise UserError(f"no permission to read {path}.") from None
@@ -687,7 +694,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 def check_classifier(state: dict, source: str | Path) -> None:
     """Raise UserError unless a checkpoint is a finished classifier: neither pre-training's, whose class head is untrained, nor a run's last state."""
     if state.get("stage") == "pretrain" or "optimizer" in state or not state["network"].get("heads", {}).get("class"):
-        raise UserError(f"{source} is no finished classifier (but pre-training, a task's network, or a run's last state): name a file such as best.pt or plain.pt.")
+        raise UserError(
+            f"{source} is no finished classifier (but pre-training, a task's network, or a run's last state): "
+            "name a file such as best.pt or plain.pt."
+        )
 
 
 def rebuild(state: dict, source: str | Path) -> "Network":
@@ -1054,7 +1064,8 @@ def split_train(
     kept = min(round(label_fraction * len(train)), len(train) - held)
     if kept < world()[1]:
         raise UserError(
-            f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}), too few: hold out less or use more."
+            f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}), too few: "
+            "hold out less or use more."
         )
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
@@ -2936,7 +2947,8 @@ def _from_jpeg(coefficients: Tensor, h: int, w: int) -> Tensor:
     luminance, chrominance, dct, _, to_rgb = _jpeg_tables(coefficients.device)
     rows, cols = -(-h // 16), -(-w // 16)
     planes = []
-    for part, table, k in zip(coefficients.split([256 * rows * cols, *[64 * rows * cols] * 2], 1), (luminance, chrominance, chrominance), (2, 1, 1), strict=True):
+    parts = coefficients.split([256 * rows * cols, *[64 * rows * cols] * 2], 1)
+    for part, table, k in zip(parts, (luminance, chrominance, chrominance), (2, 1, 1), strict=True):
         blocks = dct.T @ (part.view(-1, k * rows, k * cols, 8, 8) * table) @ dct
         plane = blocks.permute(0, 1, 3, 2, 4).reshape(-1, 8 * k * rows, 8 * k * cols)
         planes.append(plane if k == 2 else plane.repeat_interleave(2, 1).repeat_interleave(2, 2))

@@ -48,9 +48,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Images, Run, UserError, batches, ce_per_image, check_args, check_classifier, cli, draw, eps_name, full_precision, load_checkpoint, load_data, load_model,
-    open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, robust_accuracy, start_run, suite_accuracy,
-    suite_attacks, with_progress, words, world, write_atomically, write_results,
+    Images, Run, UserError, batches, ce_per_image, check_args, check_classifier, cli, draw, eps_name, full_precision,
+    load_checkpoint, load_data, load_model, open_folder, pgd_attack, place_model, plasma, print_table, progress_bar,
+    robust_accuracy, start_run, suite_accuracy, suite_attacks, with_progress, words, world, write_atomically,
+    write_results,
 )  # fmt: skip
 
 

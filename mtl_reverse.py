@@ -76,11 +76,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args, check_batches, check_classifier, cli,
-    count_batches, distribute, draw, eps_name, full_precision, image_uniform, learning_rate, load_carmon, load_checkpoint,
-    load_data, load_trunk, load_weights, map_images, numbers, pgd_attack, place_model, print_table, random_crop_flip,
-    rebuild, save_image_grid, seed_step, simclr_augment, split_train, start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world,
-    write_results,
+    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args,
+    check_batches, check_classifier, cli, count_batches, distribute, draw, eps_name, full_precision, image_uniform,
+    learning_rate, load_carmon, load_checkpoint, load_data, load_trunk, load_weights, map_images, numbers, pgd_attack,
+    place_model, print_table, random_crop_flip, rebuild, save_image_grid, seed_step, simclr_augment, split_train,
+    start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world, write_results,
 )  # fmt: skip
 
 
@@ -156,7 +156,8 @@ class Args:
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=8, flip=False, arch="preact18", width=0.125, epochs=10, batch_size=64, lr=0.05, eps=0.1, attack_steps=7,
         branch_epochs=15, branch_batch_size=64, branch_lr=0.05, head_batch_size=256, head_lr=1e-2, branch_width=0.25, inpaint_size=32, crop=0.5,
-        reverse_steps=10, reverse_step_size=0.04, reverse_eps=0.15, weights="1,10,50", bank=64, attacks="pgd,aware,bpda,unrolled,suite-fast", lambdas="0.1,1",
+        reverse_steps=10, reverse_step_size=0.04, reverse_eps=0.15, weights="1,10,50", bank=64, attacks="pgd,aware,bpda,unrolled,suite-fast",
+        lambdas="0.1,1",
         adaptive_steps=4, eot=1, eval_examples=150, eval_batch_size=256,
     )  # fmt: skip
 
@@ -755,7 +756,9 @@ def get_branches(run: Run, args: Args, victim: Network, tasks: list[str], train_
         if name == "inpainting":
             network["inpaint_size"] = args.inpaint_size
         if args.branches:
-            path = f"{args.branches}/{name}.pt"
+            path = Path(args.branches) / f"{name}.pt"
+            if not path.exists():
+                raise UserError(f"--branches {args.branches} holds no {path.name}: name a run with the same --backbone that trained it (--tasks).")
             state = load_checkpoint(path)
             if state["network"] != network:
                 k = next((k for k in network if state["network"].get(k) != network[k]), "more")
@@ -923,7 +926,8 @@ def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
             if name != "as published" or column in ("clean", "pgd"):
                 key = min(mine, key=lambda k: mine[k].mean().item())
                 chosen[column, name] = mine[key]
-                rows.append({"kind": "column", "name": name, "column": column, "strongest": key[1], "lambda": key[2], "examples": len(mine[key])} | accuracy(mine[key]))
+                about = {"kind": "column", "name": name, "column": column, "strongest": key[1], "lambda": key[2], "examples": len(mine[key])}
+                rows.append(about | accuracy(mine[key]))
     for a, b in [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]:
         for column in COLUMNS:
             if (column, a) in chosen and (column, b) in chosen:
@@ -945,7 +949,8 @@ def loss_rows(judge: Judge, defence: Defence, images: int = 500) -> list[dict]:
 
     values = judge.each(losses, images)
     return [
-        {"kind": "losses", "name": defence.name, "task": task, "images": kind, "mean": round(v.mean().item(), 4), "values": [float(f"{x:.4g}") for x in v.tolist()]}
+        {"kind": "losses", "name": defence.name, "task": task, "images": kind, "mean": round(v.mean().item(), 4),
+         "values": [float(f"{x:.4g}") for x in v.tolist()]}
         for c, kind in enumerate(kinds) for task, v in zip(defence.branches, values[:, c].T, strict=True)
     ]  # fmt: skip
 
@@ -1041,7 +1046,7 @@ def check(args: Args) -> None:
     tasks, attacks = words(args.tasks), words(args.attacks)
     kinds = ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")
     if not tasks or not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
-        raise UserError(f"--tasks {args.tasks}: give some of {','.join(TASKS)}.")
+        raise UserError(f"--tasks {args.tasks!r}: give one or more of {','.join(TASKS)}, each once.")
     if not set(attacks) <= set(kinds):
         raise UserError(f"--attacks {args.attacks}: give some of {','.join(kinds)}.")
     if len(weights := numbers(args.weights, "weights")) != 3 or not all(weights):

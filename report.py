@@ -67,8 +67,8 @@ import jigsaw_at
 import mtl_reverse
 import rotation_at
 from common import (
-    VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model, margin, print_results,
-    write_atomically,
+    VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model,
+    margin, print_results, write_atomically,
 )  # fmt: skip
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
 from chen_pretrain_finetune import PAPER as CHEN_PAPER
@@ -120,13 +120,13 @@ LAWHON_ROWS = {
 
 
 def read(paths: tuple[str, ...]) -> list[dict]:
-    """The results of all runs named. Raises UserError for a file that is none."""
+    """The results of all runs named. Raises UserError if none of them can be read."""
     files = []
     for path in map(Path, paths):
         files += [path / "results.json"] if path.is_dir() and (path / "results.json").exists() else [path] if path.is_file() else []
         if not path.exists():
             raise UserError(f"there is no {path}; name results.json files or folders of runs.")
-    results = []
+    results, damaged = [], []
     for file in files:
         try:
             result = json.loads(file.read_text())
@@ -158,8 +158,13 @@ def read(paths: tuple[str, ...]) -> list[dict]:
             if not result["rows"] or not args <= result["args"].keys() or not all(needed <= row.keys() for row in result["rows"]):
                 raise ValueError
         except (OSError, ValueError, AttributeError, TypeError, KeyError):
-            raise UserError(f"{file} is not a results.json of these scripts.") from None
+            damaged.append(f"{file} is not a results.json of these scripts.")
+            continue
         results.append(result)
+    if damaged and not results:
+        raise UserError(damaged[0])
+    for told in damaged:
+        print(f"left out: {told}")
     if not results:
         raise UserError("no results.json found; name the files or the folders of finished runs, such as runs/*.")
     return results

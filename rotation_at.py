@@ -56,9 +56,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, cli, count_batches,
-    distribute, evaluate, load_checkpoint, load_splits, load_trunk, load_weights, pgd_attack, place_model, print_results,
-    numbers, random_crop_flip, robust_accuracy, rotate, seed_step, start_run, sync_buffers, world, write_results,
+    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args,
+    cli, count_batches, distribute, evaluate, load_checkpoint, load_splits, load_trunk, load_weights, numbers,
+    pgd_attack, place_model, print_results, random_crop_flip, robust_accuracy, rotate, seed_step, start_run,
+    sync_buffers, world, write_results,
 )  # fmt: skip
 
 
@@ -365,7 +366,8 @@ PAPER_DATA_AND_MODEL = dict(
     dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15,
 )  # fmt: skip
 PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
-    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20, eval_examples=0, eval_amp=False,
+    quick=False, epochs=100, lr=0.1, attack_steps=10, step_size=0.0, select="clean", eval_attack="pgd20", eval_steps=20,
+    eval_examples=0, eval_amp=False,
 )  # fmt: skip
 
 

@@ -416,7 +416,9 @@ def test_wrong_checkpoints(one_sentence, encoder, tmp_path):
     torch.save(state | {"model": {k: v for k, v in state["model"].items() if not k.startswith("trunk.")}}, tmp_path / "none.pt")
     torch.save(state | {"model": {k: v for k, v in state["model"].items() if "layer1" not in k}}, tmp_path / "part.pt")
     (tmp_path / "empty").mkdir()
+    torch.save(state | {"network": state["network"] | {"arch": "wrn28_10"}}, tmp_path / "wide.pt")
     for changes, match in (
+        ({"stage": "probe", "init": tmp_path / "wide.pt"}, "'wrn28_10', which byorl.py does not take"),
         ({"stage": "probe", "init": tmp_path / "none.pt"}, "holds no encoder"),
         ({"stage": "probe", "init": tmp_path / "part.pt"}, "is not in it"),
         ({"stage": "evaluate", "init": encoder}, "is no head of byorl.py"),

@@ -886,7 +886,7 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
     assert "branch_width" in one_sentence(mtl_reverse, *flags(TINY | {"branch_width": 0.125}), *same)
     assert "temperature" in one_sentence(mtl_reverse, *flags(TINY | {"temperature": 0.5}), *same)
     same[-1] = tmp_path / "r"
-    assert "no checkpoint" in one_sentence(mtl_reverse, *flags(TINY | {"backbone": "shared"}), *same)
+    assert "holds no shared.pt" in one_sentence(mtl_reverse, *flags(TINY | {"backbone": "shared"}), *same)
     no_classes = build_model("preact18", {"rotation": 4}, width=1 / 16)
     common.save_checkpoint(tmp_path / "none.pt", {"network": no_classes.spec, "model": no_classes.state_dict(), "epoch": 1, "args": {}})
     for file in (tmp_path / "none.pt", folder / "rotation.pt", folder / "last.pt"):

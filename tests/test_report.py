@@ -151,11 +151,13 @@ def test_networks_of_one_name_stay_apart(tmp_path, monkeypatch):
     assert bars[1][1] == [77, 77] and bars[3][1] == [38.5, 38.5]
 
 
-def test_mistakes_are_one_sentence(tmp_path, one_sentence):
+def test_mistakes_are_one_sentence(tmp_path, one_sentence, capsys):
     assert "there is no" in one_sentence(report, tmp_path / "nowhere")
     assert "no results.json found" in one_sentence(report)
     (tmp_path / "bad.json").write_text("[1]")
     assert "is not a results.json" in one_sentence(report, tmp_path / "bad.json")
+    assert len(report.read((str(tmp_path / "bad.json"), str(ROOT / "results" / "quick-byorl.json")))) == 1  # one damaged file does not hold up the others
+    assert "bad.json is not a results.json" in capsys.readouterr().out
     assert "unrecognized" in one_sentence(report, *flags({"epochs": 1}))
 
 
