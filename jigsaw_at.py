@@ -59,10 +59,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args,
-    cli, count_batches, distribute, evaluate, jigsaw, jigsaw_permutations, load_checkpoint, load_splits, load_trunk,
-    load_weights, numbers, pgd_attack, place_model, print_results, random_crop_flip, robust_accuracy, seed_step,
-    start_run, sync_buffers, world, write_results,
+    STATS, Epoch, Images, Run, UserError, batches, batchnorm_mode, build_model, build_trunk, ce_per_image, check_args, cli,
+    count_batches, distribute, evaluate, load_checkpoint, load_splits, load_trunk, numbers, pgd_attack, place_model,
+    print_results, random_crop_flip, robust_accuracy, seed_step, start_run, sync_buffers, world, write_results,
+    jigsaw, jigsaw_permutations,
 )  # fmt: skip
 
 
@@ -215,10 +215,10 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
     'plain' trains without attack. The trunk of the checkpoint `start`, if given, is where training starts from.
     """
-    stage_index = ["plain", "pretrain", "train"].index(stage)
+    stages = {"plain": 0, "pretrain": 1, "train": 2}
     checkpoint = "best.pt" if stage == "train" else f"{stage}.pt"
-    state = run.load("last.pt", "optimizer", "stage_index", "history")
-    if state is not None and state["stage_index"] > stage_index:
+    state = run.load("last.pt", "name")
+    if state is not None and stages.get(state["name"], -1) > stages[stage]:
         return checkpoint  # done before the run was resumed
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
     norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
@@ -243,12 +243,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
         model.heads[TASK].requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    if state is None or state["stage_index"] < stage_index:  # the stage begins
-        before = state or {"history": [], "seconds": 0.0}
-        state = {"epoch": 0, "step": 0, "sums": {}, "best": -1.0} | {k: before[k] for k in ("history", "seconds")}
-    else:
-        load_weights(model, state["model"], run.folder / "last.pt")
-        opt.load_state_dict(state["optimizer"])
+    state = {"best": -1.0} | run.resume(stage, model, opt)
     history, best, began = state["history"], state["best"], time.perf_counter() - state["seconds"]
     ddp = distribute(model, args.sync_bn)  # for the update, where ranks average gradients; the attack uses the bare `model`
     steps = count_batches(len(train_set), args.batch_size)
@@ -258,14 +253,14 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
             "network": model.spec, "model": model.state_dict(), "optimizer": opt.state_dict(), "args": vars(args),
-            "stage_index": stage_index, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
+            "name": stage, "epoch": epoch, "step": step, "sums": sums or {}, "best": best, "history": history,
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
 
     for epoch in range(state["epoch"], epochs):
         for group in opt.param_groups:
             group["lr"] = args.lr * 0.1 ** (epoch // lr_step)
-        epoch_id = stage_index * 100_000 + epoch  # for seeds: no two epochs of a run draw the same random numbers
+        epoch_id = stages[stage] * 100_000 + epoch  # for seeds: no two epochs of a run draw the same random numbers
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         stream = batches(
             train_set, args.batch_size, run.device, shuffle=args.seed * 1_000_003 + epoch_id, skip=skip, workers=args.workers
