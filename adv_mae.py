@@ -35,7 +35,7 @@ Differs from the paper, which released no code and refers to He et al., or is ou
   ones go on being trained);
 - layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0
   (frozen) and 1 (full);
-- "learning rate 0.0005, batch 512" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label
+- "batch size 512, using AdamW with learning rate 0.0005" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label
   smoothing, drop path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of
   its two operations with probability 1/2; torchvision's operations lack Invert and SolarizeAdd, have Identity, and a
   milder Posterize;
@@ -45,8 +45,8 @@ Differs from the paper, which released no code and refers to He et al., or is ou
 - label smoothing is part of the attacked loss; the attack of the supervised method is on the mixed labels; rotations
   are drawn once per image, after the augmentation;
 - Table 1's augmentation is "random horizontal flipping", so there is no mixup, cutmix, RandAugment or erasing there;
-  its AdamW keeps label smoothing and drop path and runs for 100 epochs;
-- Figure 5's attack is not given: PGD-20 at 0.25 to 2 on 1,000 images. ImageNet-A and -R are scored among their 200
+  its AdamW keeps label smoothing and drop path, and which gamma counts is not said;
+- Figure 5's steps and radii are not given: PGD-20 at 0.25 to 2 on 1,000 images. ImageNet-A and -R are scored among their 200
   classes, ImageNet-C is the mean of 15 types and 5 severities, the central crop 87.5%;
 - the last epoch is reported; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its
   authors' code.
@@ -85,7 +85,7 @@ class Args:
     compile: bool = False  # torch.compile the network
     workers: int = 8  # processes per GPU that read and augment images
     out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
-    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in under two minutes on two CPU cores
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "folder"  # folder: --data-dir holds train/ and test/ or val/, as ImageNet does
@@ -486,10 +486,11 @@ def train(
         })  # fmt: skip
 
     for epoch in range(state["epoch"], epochs):
-        epoch_id = args.seed * 1_000_003 + first_id + epoch
+        epoch_id = first_id + epoch
+        shuffle = args.seed * 1_000_003 + epoch_id
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
-        images = transformed(train_set, augmentation(recipe, args), seed=epoch_id)
-        stream = batches(images, recipe.batch_size, run.device, shuffle=epoch_id, skip=skip, workers=args.workers)
+        images = transformed(train_set, augmentation(recipe, args), seed=shuffle)
+        stream = batches(images, recipe.batch_size, run.device, shuffle=shuffle, skip=skip, workers=args.workers)
         positions = split_epoch(n_images, recipe.batch_size)
         model.train()
         with Epoch(epoch, n_images, min(steps, total - epoch * steps), run.device, skip, sums) as log:
@@ -497,10 +498,10 @@ def train(
                 step = epoch * steps + log.step
                 if step == total:  # --recipe sgd ends in mid-epoch
                     break
-                seed_step(args.seed, first_id + epoch, log.step)
+                seed_step(args.seed, epoch_id, log.step)
                 for group in opt.param_groups:
                     group["lr"] = group["scale"] * learning_rate(recipe.lr, step, round(recipe.warmup * total), total, recipe.lowest)
-                seeds = image_seeds(epoch_id, positions[log.step]).to(x.device)
+                seeds = image_seeds(shuffle, positions[log.step]).to(x.device)
                 batch_images = n_images // steps + (log.step < n_images % steps)  # over all ranks; the first ones have one more
                 opt.zero_grad(set_to_none=True)
                 if kind not in ("mae", "rotnet"):
@@ -552,10 +553,10 @@ def split_weights(kind: str, weights: dict) -> dict:
     return {"model": encoder, "decoder": {k: v for k, v in weights.items() if not k.startswith("trunk.encoder.")}}
 
 
-def image_seeds(epoch_id: int, positions: Tensor) -> Tensor:
-    """A seed for each image of an epoch, by its position in it, on whatever rank it is: int64 (B,)."""
+def image_seeds(seed: int, positions: Tensor) -> Tensor:
+    """A seed for each image of an epoch that has this `seed`, by its position in it, on whatever rank it is: int64 (B,)."""
     # Room for 2^24 images in an epoch; times a large odd number, as `image_uniform` asks for.
-    return (epoch_id * 2**24 % 2**62 + positions) * 0x2545F4914F6CDD1D
+    return (seed * 2**24 % 2**62 + positions) * 0x2545F4914F6CDD1D
 
 
 def about_pretraining(eps: float, args: Args, classes: int) -> dict:
@@ -842,7 +843,7 @@ def main(args: Args) -> dict:
 
 def gammas_of(args: Args) -> list[float]:
     """The layer-wise decays to fine-tune with; SGD has none."""
-    return numbers(args.layer_decay, "layer-decay") if args.recipe != "sgd" else [1.0]
+    return numbers(args.layer_decay, "layer-decay", "0.65,0.75") if args.recipe != "sgd" else [1.0]
 
 
 def check(args: Args) -> None:
@@ -872,7 +873,7 @@ def read_init(args: Args) -> list[dict]:
     files = sorted(file for file in path.glob("*.pt") if file.name != "last.pt") if evaluating and path.is_dir() else [path]
     given = [(file, load_vit(file)) for file in files]
     if evaluating and path.is_dir():
-        given = [(file, state) for file, state in given if state["network"]["heads"].get("class")]
+        given = [(file, state) for file, state in given if state["network"].get("heads", {}).get("class")]
         if not given:
             raise UserError(f"{path} holds no classifiers (files such as a-mae-0.75.pt).")
     for file, state in given:
@@ -880,7 +881,7 @@ def read_init(args: Args) -> list[dict]:
             raise UserError(f"{file} is the state of a run, to resume it; take a finished network such as a-mae.pt or a-mae-0.75.pt.")
         if state["network"].get("arch") not in VITS or not any(k.startswith("trunk.") for k in state["model"]):
             raise UserError(f"{file} holds no Vision Transformer; take a file such as a-mae.pt, or byorl.pt of an encoder --arch vit_b16.")
-        if evaluating and "class" not in state["network"]["heads"]:
+        if evaluating and "class" not in state["network"].get("heads", {}):
             raise UserError(f"{file} is no classifier; to make it one, use --stage finetune.")
         state["name"], state["file"] = file.stem if evaluating else state.get("name", file.stem), str(file)
         its = state.get("args", {})

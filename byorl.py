@@ -14,9 +14,9 @@ on clean ones (plain head). The paper's surprise: on BYORL's representation the 
 
     python byorl.py --quick --eps 0.5 --norm l2     # digits: BYOL and BYORL, about a minute on two CPU cores
     python byorl.py --eps 0.5 --norm l2             # CIFAR-10, 1000 epochs, PreAct-ResNet-34 x2, heads for 1% to 100% of the labels
-    python byorl.py                                 # the same at 128/255, the paper's radius: prints its numbers beside ours
+    python byorl.py                                 # the same at 128/255 = 0.502, as the paper writes it
     python byorl.py --norm linf --eps 8/255         # Table 3, row x2
-    python byorl.py --method uat-ft                 # the baseline
+    python byorl.py --method uat-ft                 # the baseline: unsupervised adversarial training with fixed targets
     python byorl.py --init runs/X/byorl.pt --dataset stl10 --label-fractions 0.01,0.1,1   # transfer (Table 1)
     torchrun --nproc-per-node=8 byorl.py --eps 0.5 --norm l2
 
@@ -27,8 +27,8 @@ Differs from the paper, whose code is not public, or is our choice where it is s
 - eq. 6 prints ascent on the cosine; eqs. 5 and 7 and the text need descent;
 - the attack sees batch statistics in BatchNorm and leaves the running ones alone; the target network uses those of its
   own batch;
-- an epoch is as many images as the labelled set has, also with --extra-data (else 1,000 epochs would take eleven times
-  as long);
+- an epoch is as many images as the data set's training part has (CIFAR-10: 50,000), whatever --label-fractions, also
+  with --extra-data (else 1,000 epochs would take eleven times as long);
 - the attack through the target network, and through the online one for the clean view too (section 3.3), are not
   implemented: the paper gives no numbers;
 - AutoPGD halves its step where its paper, not its code, says so (--apgd-checkpoints), and starts on the ball's surface;
@@ -38,7 +38,8 @@ Differs from the paper, whose code is not public, or is our choice where it is s
 - PGD's steps are 2/255 (linf), or 2 eps / steps where that is more, and in l2;
 - the target network starts as a copy of the online one (in BYOL's code from weights of its own, which made no
   difference);
-- features have 512 * width dimensions (basic blocks); the "2048" of the text fits x4 only;
+- features have 512 * width dimensions (basic blocks); the "2048" of the text fits x4 only; the first convolution is 3 x 3
+  with stride 1; images are normalised inside the network; views are enlarged by bicubic interpolation;
 - --eps 0 is BYOL, its heads trained and judged at l2 128/255 or linf 8/255;
 - heads are trained with pre-training's batch size, crop and flip, robust ones with PGD-10; the best epoch is chosen on
   1,024 held-out images, by robust accuracy (robust heads) or clean accuracy (plain heads), so "100%" are the 48,976
@@ -74,7 +75,7 @@ Arch = Literal["preact18", "preact34", "resnet18", "resnet34", "resnet50", "vit_
 @dataclass
 class Args:
     # run
-    stage: Literal["all", "pretrain", "probe", "evaluate"] = "all"  # pretrain: encoders (or UAT-FT) only; probe: heads only; evaluate: --init only
+    stage: Literal["all", "pretrain", "probe", "evaluate"] = "all"  # all: encoders, heads, evaluation; pretrain: stop after the encoders (or UAT-FT); probe: train heads on --init and stop; evaluate: judge the heads that --init names
     init: str = ""  # the encoder to put heads on, e.g. runs/X/byorl.pt; network and pre-training flags are then the checkpoint's, --method is not used. With --stage evaluate: a head, or a folder of heads
     seed: int = 0  # seed of the split, the weights, the order of images and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -83,7 +84,7 @@ class Args:
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
-    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
@@ -96,20 +97,20 @@ class Args:
     width: float = 2.0  # multiplies the number of channels (paper: 2 on CIFAR-10, 4 with extra data and on ImageNet)
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer. cifar: 3x3; imagenet: 7x7 with stride 2 and max-pooling, for large images
     # optimiser (LARS)
-    epochs: int = 1000  # epochs of pre-training; an epoch is as many images as the labelled set has, also with --extra-data
+    epochs: int = 1000  # epochs of pre-training; an epoch is as many images as the training set has, also with --extra-data
     warmup_epochs: int = 10  # epochs in which the learning rate rises from 0; then half a cosine back to 0
     batch_size: int = 512  # images per step over all GPUs, also for heads and UAT-FT
     lr: float = 2.0  # highest learning rate (ImageNet: 1.2)
     weight_decay: float = 5e-4  # weight decay of LARS, not on biases and BatchNorm; of UAT-FT's SGD, on all weights
-    # attack in pre-training
+    # attack (--norm and --eps: in pre-training, in training heads, and in the evaluation)
     norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
-    eps: float = 128 / 255  # radius of that ball, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL
+    eps: float = 128 / 255  # radius of that ball, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL, with heads and evaluation at the paper's radius
     attack: Literal["apgd", "pgd"] = "apgd"  # AutoPGD, or PGD (Table 4)
     attack_steps: int = 40  # steps in pre-training (paper: 40; Table 4: 5 to 60)
     step_size: float = 0.0  # length of a step of PGD in pre-training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
     apgd_checkpoints: Literal["paper", "code"] = "paper"  # where AutoPGD may halve its step, see common.apgd_checkpoints
     # method
-    method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, adversarial training with pseudo-labels, a network per share of labels
+    method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, adversarial training with fixed targets (a teacher's labels), a network per share of labels
     tau: float = 0.996  # tau: share of the old target network that a step keeps, at the start; rises to 1 (ImageNet: 0.999)
     hidden: int = 4096  # hidden units of projector and predictor
     projection: int = 256  # outputs of projector and predictor
@@ -175,12 +176,12 @@ def distance(prediction: Tensor, target: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(prediction, target, dim=1)
 
 
-def attack_view(online: Online, v: Tensor, target: Tensor, args: Args) -> Tensor:
-    """eq. 5: the view v + delta whose prediction is farthest from `target`, the other view's projection."""
+def attack_view(online: Online, v: Tensor, z_other: Tensor, args: Args) -> Tensor:
+    """eq. 5: the view v + delta whose prediction is farthest from z', the target network's projection of the other view."""
     generator = torch.Generator(v.device).manual_seed(torch.randint(2**31, ()).item())  # else it starts from the same point each time
 
-    def loss(z: Tensor) -> Tensor:
-        return distance(online.predict(z), target)
+    def loss(u: Tensor) -> Tensor:
+        return distance(online.predict(u), z_other)
 
     with batchnorm_mode(online, "train"):  # the batch's statistics, as in the update; the running ones stay as they are
         if args.attack == "pgd":
@@ -388,8 +389,8 @@ def train_classifier(
             best = {"accuracy": accuracy, "epoch": epoch + 1, "model": {k: v.clone() for k, v in trained.state_dict().items()}}
         if not frozen:  # heads are many and short: no line per epoch
             run.log(
-                history, name, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(), val=accuracy,
-                seconds=round(time.perf_counter() - began, 1),
+                history, name, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
+                **{"val_robust" if robust else "val_clean": accuracy}, seconds=round(time.perf_counter() - began, 1),
             )  # fmt: skip
         save(epoch + 1)
     trained.load_state_dict(best["model"])
@@ -431,16 +432,16 @@ def uat_ft(run: Run, args: Args, images: Images, train_set: Images, fractions: l
         unlabelled = torch.ones(len(images), dtype=torch.bool)  # train_set comes first in images: its rows are the same there
         unlabelled[labelled.index] = unlabelled[val_set.index] = False
         labelled, unlabelled = replace(images, index=labelled.index), images.subset(unlabelled.nonzero().squeeze(1))
-        common = dict(encoder=None, epoch_size=len(train_set), val_set=val_set)
+        same = dict(encoder=None, epoch_size=len(train_set), val_set=val_set)
         both = labelled
         if len(unlabelled) and run.load(f"{name.replace(' ', '-')}.pt") is None:  # a finished student needs no teacher any more
-            teacher = train_classifier(f"{name} teacher", run, args, images=labelled, robust=False, about={}, **common)
+            teacher = train_classifier(f"{name} teacher", run, args, images=labelled, robust=False, about={}, **same)
             both = pseudo_label(run, args, teacher, labelled, unlabelled)
         about = {
             "encoder": "uat-ft", "head": "", "label_fraction": fraction, "encoder_args": vars(args), "encoder_fraction": fraction,
             "extra_images": len(images) - len(train_set),
         }  # fmt: skip
-        checkpoints.append(train_classifier(name, run, args, images=both, robust=True, about=about, **common))
+        checkpoints.append(train_classifier(name, run, args, images=both, robust=True, about=about, **same))
     return checkpoints
 
 
@@ -560,7 +561,7 @@ linf 2 0      apgd-10 cifar10  byorl  robust 1     80.49 40.59
 linf 2 0      apgd-20 cifar10  byorl  robust 1     80.53 43.27
 linf 2 0      apgd-60 cifar10  byorl  robust 1     80.69 43.64
 """
-# Flags that make an encoder what it is.
+# Flags of pre-training alone, which are those of --init's checkpoint where there is one.
 PRETRAINING = (
     "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "step_size", "apgd_checkpoints", "tau", "hidden", "projection",
     "jitter_strength", "blur", "crop",
@@ -574,10 +575,10 @@ def paper_numbers(state: dict, args: Args) -> tuple[float | None, float | None]:
     training |= {"uat_epochs", "uat_lr", "probe_steps"} if state["encoder"] == "uat-ft" else {*PRETRAINING} - {"attack", "attack_steps"}
     heads = {"image_size", "flip", "batch_size", "val_images", "probe_epochs", "probe_lr", "probe_steps"}
     judging = ("eval_attack", "eval_examples", "eval_amp")
-    radius = PAPER_EPS[args.norm]
+    radius, radii = PAPER_EPS[args.norm], {its_args.get("eps") or PAPER_EPS[args.norm], state["args"]["eps"], head_eps(args)}
     same_training = all(its_args.get(k) == usual[k] for k in training) and (state["encoder"] != "uat-ft" or state["encoder_fraction"] == 1)
     same_judging = all(state["args"].get(k) == usual[k] for k in heads) and all(getattr(args, k) == usual[k] for k in judging)
-    same_ball = its_args.get("norm") == args.norm and {its_args.get("eps") or radius, state["args"]["eps"], head_eps(args)} == {radius}
+    same_ball = its_args.get("norm") == args.norm and all(abs(eps / radius - 1) < 0.01 for eps in radii)  # 0.5 is how one writes 128/255
     if same_training and same_judging and same_ball:
         attack = f"{its_args['attack']}-{its_args['attack_steps']}" if state["encoder"] == "byorl" else "-"
         key = (args.norm, its_args["width"], state["extra_images"], attack, args.dataset, state["encoder"], state["head"], state["label_fraction"])
@@ -597,12 +598,13 @@ def show(results: dict, folder: Path) -> None:
         f"\n{args['dataset']}, {args['arch']} x{args['width']:g}; accuracy (%) on {rows[0]['examples']:,} test images, clean "
         f"and under {attack.upper()} ({args['norm']} eps {eps_name(eps)}). {results['seconds']:.0f} s in all.\n"
     )
-    table = []
+    table, radius = [], eps_name(PAPER_EPS[args["norm"]])
+    paper = "  the paper" + (f" (eps {radius})" if eps_name(eps) != radius else "")
     for name in dict.fromkeys(row["name"] for row in rows):
         clean, robust = [row for row in rows if row["name"] == name]
         table.append([name, f"{clean['accuracy']:.2f}", f"{robust['accuracy']:.2f}"])
         if robust["paper"] is not None:
-            table.append(["  the paper", "" if clean["paper"] is None else f"{clean['paper']:.2f}", f"{robust['paper']:.2f}"])
+            table.append([paper, "" if clean["paper"] is None else f"{clean['paper']:.2f}", f"{robust['paper']:.2f}"])
     print_table(["encoder, head, share of labels", "clean", "robust"], table)
     print(f"\nresults.json and the checkpoints are in {folder}", flush=True)
 
@@ -631,7 +633,7 @@ def main(args: Args) -> dict:
 def check(args: Args) -> None:
     """Raise UserError for flags that are wrong or do not go together."""
     check_args(args)
-    fractions = numbers(args.label_fractions, "label-fractions")
+    fractions = numbers(args.label_fractions, "label-fractions", "0.01,0.1,1")
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise UserError(f"--label-fractions {args.label_fractions}: give shares such as 0.01,0.1,1.")
     if args.crop < 0.001:

@@ -49,7 +49,8 @@ Differs from the paper, or from its published code where that says more, or is o
 - from the code: ImageNet's mean and deviation for CIFAR, 30 random orders of jigsaw and an image whole with probability
   0.1 besides, as many of each turn in a batch, Selfie with a smaller crop and no flip;
 - averaged models (Table 6): the mean of their probabilities, attacked through its logarithm;
-- Table 7's task is not named (ours: --task), nor are Figure 3's twelve attacks (Kang et al., whom it cites, have ten);
+- Table 7's images are from 80 Million Tiny Images, which has been withdrawn (ours: CIFAR-10's own and --extra-data), and
+  its task is not named (ours: --task), nor are Figure 3's twelve attacks (Kang et al., whom it cites, have ten);
 - RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither);
 - rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001,
   cosine: so the published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for
@@ -99,7 +100,7 @@ class Args:
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
-    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
     quick: bool = False  # a miniature on the bundled digits: Table 3 for one task in two minutes on two CPU cores
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
@@ -116,7 +117,6 @@ class Args:
     # optimiser: SGD with momentum 0.9
     epochs: int = 100  # epochs of fine-tuning
     batch_size: int = 256  # images per step over all GPUs (paper: 256; restricted ImageNet 64)
-    low_memory: bool = False  # the ensemble's tasks one after the other: the same gradients with a third of the memory in 1.5 times as long
     lr: float = 0.1  # initial learning rate of fine-tuning
     lr_steps: str = "30,50"  # epochs at which the rate of fine-tuning is divided by 10 (code: 60,80)
     weight_decay: float = 3e-4  # weight decay, on all weights (code); a third of it in pre-training with Selfie and the ensemble
@@ -141,6 +141,7 @@ class Args:
     double_softmax: bool = True  # Selfie's loss takes a softmax of the scores for scores, as in the code
     dpe_lambda: float = 0.1  # lambda of eq. 3: weight of the diversity of gradients; 0: AP+SE
     frames: Literal["own", "aligned"] = "own"  # compare the ensemble's gradients as the tasks see the image (own), or turned and unshuffled to the upright image (aligned)
+    low_memory: bool = False  # the ensemble's tasks one after the other: the same gradients with a third of the memory in 1.5 times as long
     sigma: float = 0.25  # sigma: standard deviation of the noise of RS (the paper gives no value)
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the model (section 4.1)
@@ -171,7 +172,7 @@ class Selfie(nn.Module):
         super().__init__()
         self.grid, self.masked = grid, grid * grid // 4  # a quarter
         self.first = nn.Parameter(torch.zeros(1, 1, dim))  # its output stands for all visible patches
-        heads = max(h for h in range(1, dim // 64 + 2) if dim % h == 0 and h <= max(1, dim // 64))  # of 64 channels at full width
+        heads = max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)  # of 64 channels at full width
         layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, activation=F.gelu, batch_first=True)  # dropout 0.1
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.row, self.col = nn.Parameter(torch.randn(grid, dim)), nn.Parameter(torch.zeros(grid, dim))  # (code)
@@ -506,7 +507,7 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
     files = {pick: f"{name}.{pick}.pt" for pick in ("ta", "ra")}
     done = run.load(f"{name}.done.pt")
     if done is not None:  # before the run was resumed
-        return {pick: run.load(file) for pick, file in files.items()}
+        return {pick: run.require(file) for pick, file in files.items()}
     frozen, robust = pair[2:] in ("F1", "F2"), pair[2:] in ("F2", "F4")
     torch.manual_seed(args.seed)
     mean, std = IMAGENET_STATS  # for CIFAR too (code)
@@ -570,7 +571,7 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
         seed_step(args.seed, epoch_id, log.step)
         scores = validate(model, val_set, run, args, val_attack)
         run.log(
-            history, name, epoch + 1, args.epochs, lr=opt.param_groups[0]["lr"], **log.means(), val_ta=scores["ta"], val_ra=scores["ra"],
+            history, name, epoch + 1, args.epochs, lr=opt.param_groups[0]["lr"], **log.means(), val_clean=scores["ta"], val_robust=scores["ra"],
             seconds=round(time.perf_counter() - began, 1),
         )  # fmt: skip
         for pick, score in scores.items():
@@ -578,11 +579,11 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
                 best[pick] = score
                 run.save(files[pick], {
                     "network": model.spec, "model": model.state_dict(), "args": vars(args), "name": name, "epoch": epoch + 1,
-                    "stage": "train" if robust else "plain",
+                    "stage": "train" if robust else "plain", "pick": pick,
                 })  # fmt: skip
         save(epoch + 1)
     run.save(f"{name}.done.pt", {"network": {}, "model": {}})
-    return {pick: run.load(file) for pick, file in files.items()}
+    return {pick: run.require(file) for pick, file in files.items()}
 
 
 def validate(model: Network, val_set: Images, run: Run, args: Args, attack: Callable) -> dict[str, float]:
@@ -646,7 +647,7 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
     generator = torch.Generator(run.device)
     attack = pgd_attack(args.norm, args.eps, args.eval_steps, generator=generator)
     about = {"attack": f"pgd-{args.eval_steps}", "norm": args.norm, "eps": args.eps, "examples": len(test_set)}
-    usual = as_usual(vars(args), EVALUATION) and all(as_usual(state.get("args", {}), TRAINING) for state in states.values())
+    usual = as_usual(vars(args), EVALUATION) and all(as_usual(state.get("args", {}), TRAINING) and state.get("pick") == "ta" for state in states.values())
     tasks = {name: str(state.get("name")).removesuffix("-P3F4") if usual else "" for name, state in states.items()}
     usual = usual and len(set(tasks.values())) == len(tasks)  # not two networks of one task
 
@@ -783,7 +784,7 @@ def paper_key(task: str, dpe_lambda: float) -> str:
 def paper_numbers(task: str, pair: str, args: Args) -> tuple[float | None, float | None]:
     """The paper's (TA, RA) of a cell, if the run has its settings."""
     lambdas = (0.0, Args.dpe_lambda) if task == "ensemble" else (args.dpe_lambda,)
-    if not as_usual(vars(args), TRAINING + EVALUATION) or args.dpe_lambda not in lambdas:
+    if not as_usual(vars(args), (*TRAINING, *EVALUATION, "select")) or args.dpe_lambda not in lambdas:
         return None, None
     return PAPER.get((paper_key(task, args.dpe_lambda), pair), (None, None))[:2]
 
@@ -918,10 +919,14 @@ def check(args: Args) -> None:
         raise UserError(f"{args.models[0]}: checkpoints are for --stage compare (--init takes a pre-trained trunk).")
     unforeseen_kinds(args)  # raises if there is no such attack
     if args.stage == "compare":
+        if args.init:
+            raise UserError("--init is for fine-tuning; --stage compare takes the checkpoints themselves.")
+        if args.eval_attack != "pgd20":
+            raise UserError("--stage compare attacks by PGD (--eval-steps) and by --unforeseen: leave out --eval-attack.")
         return
     tasks = {task for task, _ in cells(args)} - {""}
     selfie, puzzle = bool(tasks & {"selfie", "ensemble"}), bool(tasks & {"jigsaw", "ensemble"})
-    numbers(args.lr_steps, "lr-steps")  # raises if it is none
+    numbers(args.lr_steps, "lr-steps", "30,50")  # raises if it is none
     if args.norm == "l2" and "ensemble" in tasks:
         raise UserError("--task ensemble has three images in one attack, so --norm l2 would be a ball around all three; use linf.")
     if not args.val_fraction:
@@ -968,7 +973,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         check_batches(len(images), args.batch_size)
     for name, state in states.items():
         check_classifier(state, files[name])
-        if state["network"].get("heads", {}).get("class") != len(test_set.classes):
+        if state["network"]["heads"]["class"] != len(test_set.classes):
             raise UserError(f"{files[name]} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
     if given:
         ((task, pair),) = cells(args)

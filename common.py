@@ -65,13 +65,13 @@ def number(text: str) -> float:
     return value
 
 
-def numbers(text: str, flag: str) -> list[float]:
-    """Read a comma-separated list of numbers (none negative) such as `0,4/255,8/255`. Raises UserError, naming `flag`, if it is none."""
+def numbers(text: str, flag: str, such_as: str = "0,4/255,8/255") -> list[float]:
+    """Read a comma-separated list of numbers (none negative). Raises UserError, naming `flag` and an example, if it is none."""
     with contextlib.suppress(ValueError):
         values = [number(word) for word in words(text)]
         if all(v >= 0 for v in values):
             return values
-    raise UserError(f"--{flag} {text!r} is not a list of numbers such as 0,4/255,8/255.")
+    raise UserError(f"--{flag} {text!r} is not a list of numbers such as {such_as}.")
 
 
 def words(text: str) -> list[str]:
@@ -551,7 +551,7 @@ def start_run(args: Any, name: str = "") -> Run:
     _Signals.run = run
     run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < getattr(args, "eps", 0):
-        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot cross a ball of radius {args.eps:g}.")
+        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot reach the surface of a ball of radius {args.eps:g} from its centre.")
     return run
 
 
@@ -683,12 +683,14 @@ def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """Rebuild the network of any script's checkpoint, in eval mode and full precision.
+    """Rebuild the network of any script's classifier, in eval mode and full precision.
 
     Returns a module that maps images in [0, 1], (B, 3, H, W), to class logits, (B, classes).
-    Raises UserError for a file that is missing, damaged or foreign.
+    Raises UserError for a file that is missing, damaged, foreign or no finished classifier.
     """
-    return rebuild(load_checkpoint(path), path).to(device).eval()
+    state = load_checkpoint(path)
+    check_classifier(state, path)
+    return rebuild(state, path).to(device).eval()
 
 
 def check_classifier(state: dict, source: str | Path) -> None:
@@ -1646,7 +1648,7 @@ class ResNetV2(nn.Module):
         self.shared_dim, self.dim = c_in // 2, c_in
 
     def shared(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> feature map (B, dim / 2, H / 4, W / 4)."""
+        """(B, 3, H, W) -> feature map (B, dim / 2, H / 4, W / 4); with the imagenet stem H / 16, W / 16."""
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
         return self.layer3(self.layer2(self.layer1(x)))
 
@@ -1854,7 +1856,7 @@ def init_transformer(module: nn.Module) -> None:
     """MAE's initial weights: Xavier for linear layers and the patches' convolution, biases of linear layers 0."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(m.weight.flatten(1))
+            nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
         if isinstance(m, nn.Linear):
             nn.init.zeros_(m.bias)
 
@@ -1863,12 +1865,15 @@ class ViT(nn.Module):
     """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the final patch tokens, then LayerNorm. The class token takes
     part in the attention and is left out of the mean (as in MAE's fine-tuning; Rebuffi et al., appendix C).
 
-    H and W are multiples of `patch`. The positions are fixed (`sincos_positions`), so one network takes images of any size; or, with
-    `learned` > 0, parameters for that many patches, which start from those (published checkpoints that have been fine-tuned).
+    dim is a multiple of 4 and of `heads`, H and W of `patch`. The positions are fixed (`sincos_positions`), so one network takes images of any size; or, with
+    `learned` > 0, parameters for that many patches, a square number, which start from those (published checkpoints that have been
+    fine-tuned). Raises ValueError if dim or `learned` is none of these.
     """
 
     def __init__(self, patch: int, dim: int, depth: int, heads: int, learned: int = 0):
         super().__init__()
+        if dim % 4 or dim % heads or math.isqrt(learned) ** 2 != learned:
+            raise ValueError(f"dim {dim} must be a multiple of 4 and of the {heads} heads, learned {learned} a square number")
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
@@ -1962,7 +1967,8 @@ class Network(nn.Module):
             p.register_hook(lambda g: g / self.FP16_SCALE if self.amp == torch.float16 else g)
 
     def features(self, x: Tensor, *more: Any) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, dim) float32: the trunk's output for the normalised images, and `more` if it takes more."""
+        """(B, 3, H, W) in [0, 1] -> the trunk's output for the normalised images, (B, dim) of a classifier, in float32. `more` is for trunks
+        with further arguments (MAE's: the order of patches; Chen et al.'s in pre-training: task and target)."""
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.amp is None:
             return self.trunk(x, *more)
@@ -2161,11 +2167,12 @@ def pgd(
         x_adv = pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=8 / 255, step_size=2 / 255)
 
     loss: maps images (B, C, H, W) to one loss per image (B,); it is maximised. Put the network into the mode you
-        want to attack first (`batchnorm_mode`); its buffers, parameters and their .grad are not touched here.
+        want to attack first (`batchnorm_mode`): left in train mode it moves its BatchNorm statistics in every step.
+        Parameters and their .grad are not touched.
     x: (B, C, H, W) in [0, 1], not normalised: normalisation belongs inside the network.
     eps: radius in pixel units. norm 'linf': |delta_i| <= eps for each value; 'l2': ||delta||_2 <= eps for each image.
     step_size: 'linf' moves every value by it along sign(gradient), 'l2' each image by it along gradient / ||gradient||_2;
-        None is 2 * eps / steps (Salman et al. 2020, App. A.1, whom Kucer et al. cite for it in section 4.2).
+        None is 2 * eps / steps (Salman et al. 2020, App. A.1). The lengths that the papers here use are those of `pgd_attack`.
     random_start: 'linf' uniform in the ball (Kucer et al., Alg. 1 line 4); 'l2' a Gaussian direction of length exactly
         eps (the robustness library); clamped to [0, 1].
     keep_best: return, per image, the iterate of highest loss instead of the last one (costs one more forward pass).
@@ -2180,7 +2187,7 @@ def pgd(
     if eps < 0 or steps < 0:
         raise ValueError(f"eps and steps must not be negative, got {eps} and {steps}")
     x = x.detach()
-    if len(x) and (x.amin() < 0 or x.amax() > 1):  # waits for the GPU, once per attack
+    if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # waits for the GPU, once per attack
         raise ValueError("images must be in [0, 1]; normalise inside the network")
     if eps == 0:
         return x.clone()
@@ -2304,7 +2311,9 @@ def robust_accuracy(
                 counts[1] += len(y)
                 if attack is not None and right.any():
                     x, y = x[right], y[right]
-                    right = logits_of(attack(x, y)).argmax(1) == y
+                    with torch.enable_grad():
+                        x_adv = attack(x, y)
+                    right = logits_of(x_adv).argmax(1) == y
                 counts[0] += right.sum()
     finally:
         torch.backends.cudnn.benchmark = tuning
@@ -2321,10 +2330,11 @@ def ce_per_image(logits: Tensor, y: Tensor) -> Tensor:
 def pgd_attack(
     norm: str, eps: float, steps: int, *, step_size: float = 0.0, keep_best: bool = False, generator: torch.Generator | None = None
 ) -> Callable[..., Tensor]:
-    """attack(loss, x, noise=None, start=None) -> x_adv: `pgd` with a step of `step_size` or, if 0, that of Kucer et al., section 4.2:
+    """attack(loss, x, noise=None, start=None) -> x_adv: `pgd` with a step of `step_size` or, if 0, the papers':
 
-    linf 2/255 at every radius (so too Chen et al.); l2 2 eps / steps (they print eps^2 / steps; see rotation_at.py). Where steps of
-    2/255 could not cross the ball (a radius of 8/255 in 5 steps), 2 eps / steps too.
+    linf 2/255 at every radius (Kucer et al., section 4.2; Chen et al.); l2 2 eps / steps (Salman et al., whom Kucer et al. cite; they
+    print eps^2 / steps, see rotation_at.py). Where steps of 2/255 could not cross the ball from side to side (a radius of 8/255 in
+    5 steps), 2 eps / steps too.
     """
     step_size = step_size or max(2 / 255 if norm == "linf" else 0.0, 2 * eps / max(steps, 1))
 
@@ -2339,6 +2349,15 @@ def pgd_attack(
 # ---- stronger attacks ----------------------------------------------------------------------------------------------
 # Their loss(x) gives (B,), as for `pgd`, or a pair ((B,), fooled (B,) bool): then an image for which `fooled` was once true
 # comes back as it was when it was last true, else as it was when its loss was highest.
+
+
+def _check_ball(x: Tensor, eps: float, norm: str) -> None:
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if len(x) and not (x.amin() >= 0 and x.amax() <= 1):
+        raise ValueError("images must be in [0, 1]; normalise inside the network")
 
 
 class _Best:
@@ -2438,13 +2457,13 @@ def apgd(
         x_adv = apgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=8 / 255)
 
     loss, x, eps, norm: as for `pgd`; loss may give (values, fooled) instead, see above. restarts: number of random starts.
-    generator: source of the random starts; None draws from a generator of its own with seed 0, never from torch's global one.
+    generator: source of the random starts; None draws from a generator of its own with seed 0, never from torch's global one: the same
+    start in each call. In training pass one.
     Returns, detached, the images of highest loss, or that fooled the network. Needs steps + 1 passes per start.
     """
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
-    if len(x) and (x.amin() < 0 or x.amax() > 1):
-        raise ValueError("images must be in [0, 1]; normalise inside the network")
+    _check_ball(x, eps, norm)
+    if restarts < 1:
+        raise ValueError(f"restarts must be 1 or more, got {restarts}")
     x = x.detach()
     if eps == 0 or not len(x):
         return x.clone()
@@ -2497,6 +2516,7 @@ def adam_attack(
     l2: steps of 5 * rate * eps along the normalised gradient instead. Adam makes a vector of nearly equal sizes of it, which is
     no direction for this ball (on the test suite's l2 network, 20 starts of 200 steps left 88.6%, 9 of 50 of these 70.8%).
     """
+    _check_ball(x, eps, norm)
     x = x.detach()
     if eps == 0 or not len(x):
         return x.clone()
@@ -2567,6 +2587,7 @@ def square(
     fooled are queried. Positions and signs are the same for all images, so that none depends on the others of its batch.
     Other arguments as for `apgd`.
     """
+    _check_ball(x, eps, norm)
     x = x.detach()
     if eps == 0 or not len(x):
         return x.clone()
@@ -2650,8 +2671,10 @@ def suite_attacks(kind: str, norm: str, eps: float, seed: int = 0) -> list[tuple
 
     'suite': that of Gowal et al. 2021: AutoPGD on the cross-entropy 5 x 100, AutoPGD on the DLR loss 5 x 100, MultiTargeted 20 x 200
     (20 starts in all, the targets in turn), Square 5000; after PGD-20, which costs little and leaves less for them to do.
-    'suite-fast': the same with 1 x 50, 1 x 50, 9 x 50 and 500.
+    'suite-fast': the same with 1 x 50, 1 x 50, 9 x 50 and 500. Raises ValueError for another kind.
     """
+    if kind not in ("suite", "suite-fast"):
+        raise ValueError(f"kind must be 'suite' or 'suite-fast', not {kind!r}")
     short = kind == "suite-fast"
 
     def random(start: int, x: Tensor) -> torch.Generator:
@@ -2703,6 +2726,8 @@ def suite_accuracy(
         return logits
 
     def add(x: Tensor, y: Tensor) -> None:
+        if not len(y):
+            return
         standing = torch.arange(len(y), device=device)
 
         def keep(x_adv_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -2716,7 +2741,7 @@ def suite_accuracy(
         counts[1] += len(standing)
         for i, (_, starts, attack) in enumerate(attacks):
             for start in range(starts):
-                standing = keep(lambda rows: attack(logits_of, x[rows], y[rows], start))
+                standing = keep(torch.enable_grad()(lambda rows: attack(logits_of, x[rows], y[rows], start)))
             counts[2 + i] += len(standing)
 
     tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # batches are of many sizes
@@ -2754,9 +2779,9 @@ def doubts(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: floa
     if len(x) < 20 or eps == 0:
         return found
 
-    def accuracy(attack: Callable) -> float:
+    def accuracy(images: Tensor) -> float:
         with torch.no_grad():
-            return 100 * (model(attack).argmax(1) == y).float().mean().item()
+            return 100 * (model(images).argmax(1) == y).float().mean().item()
 
     def under_pgd(eps: float, steps: int) -> float:
         attack = pgd_attack(norm, eps, steps, generator=torch.Generator(x.device).manual_seed(0))
@@ -2808,7 +2833,7 @@ def unforeseen(
     """One of Kang et al.'s attacks: images like x that raise `loss`, within the attack's own ball of radius `eps`.
 
     loss, x: as for `pgd`. kind, eps: a key of UNFORESEEN and a radius in its unit. generator: source of the random start.
-    Steps are eps / sqrt(steps) long, of fog, gabor and snow, whose parameters lie in [0, 1] or [-1, 1], sqrt(0.001 / steps).
+    Steps are eps / sqrt(steps) long, of l1 and jpeg-l1 those of Frank and Wolfe, 1 / i of the way, of fog, gabor and snow, whose parameters lie in [0, 1] or [-1, 1], sqrt(0.001 / steps).
     Returns images in [0, 1]. Raises ValueError for an unknown kind.
     """
     if kind not in UNFORESEEN:

@@ -16,7 +16,7 @@ The paper, mean over corruptions (ResNet-18): l2 eps 1.0, TA T0 78.36, T1 80.23,
 38.33; linf 8/255, RA T0 32.20, T3 36.22.
 
 Differs from the paper, which released no code, or is our choice where it is silent:
-- the radius and steps of this attack are not given: each checkpoint's own radius, PGD-20;
+- the radius of this attack is not given: each checkpoint's own, PGD-20 as in section 4.2;
 - nor which severities and types count: all 5; we print the means over the 15 types of the benchmark and over all 19;
 - --generate makes all corruptions but frost (which needs photographs), snow and spatter, after the definitions and with
   the constants of the official make_cifar_c.py. Other random numbers and libraries make other pixels: every row says
@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from common import (
     Images, Run, UserError, batches, ce_per_image, check_args, check_classifier, cli, draw, eps_name, full_precision,
-    load_checkpoint, load_data, load_model, open_folder, pgd_attack, place_model, plasma, print_table, progress_bar,
+    load_checkpoint, load_data, open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, rebuild,
     robust_accuracy, start_run, suite_accuracy, suite_attacks, with_progress, words, world, write_atomically,
     write_results,
 )  # fmt: skip
@@ -59,7 +59,7 @@ from common import (
 class Args:
     checkpoints: tuple[str, ...] = ()  # best.pt, plain.pt, ... of any runs; columns are named after their folders, or variants if the folder is the same
     # run
-    seed: int = 0  # seed of the attacks, of the images they are tried on and of --generate
+    seed: int = 0  # seed of the attacks and of --generate
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: runs/eval_cifar10c[-quick]-<network>
@@ -185,6 +185,8 @@ def open_folders(root: Path, size: int) -> Corrupted:
         return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
     all_classes = max((classes_of(p) for name in names for p in root.glob(f"{name}/[1-5]")), key=len)
+    if not all_classes:
+        raise UserError(f"{root}: its <corruption>/<severity>/ hold no class folders; expected <corruption>/<severity>/<class>/*.jpg|png.")
 
     def probe(corruption: str, severity: int) -> str:
         # ImageFolder numbers the classes it finds: one that is missing would shift the labels of all after it.
@@ -508,16 +510,18 @@ def load_networks(args: Args, classes: int, device: torch.device) -> dict[str, t
     for name, path, state in zip(names, paths, states, strict=True):
         trained = state.get("args", {})
         check_classifier(state, path)
-        has = next(iter(state["network"].get("heads", {"": 0}).values()))  # classes of the first head
+        has = state["network"]["heads"]["class"]
         if has != classes:
             raise UserError(f"{path} knows {has} classes, the data have {classes}: is it the right --dataset?")
+        if args.dataset == "folder" and trained.get("image_size", 0) > args.image_size:  # files would be shrunk first, then enlarged
+            raise UserError(f"{path} was trained on images of {trained['image_size']} pixels: give --image-size {trained['image_size']}.")
         norm = trained.get("norm") if args.norm == "own" else args.norm
         eps = args.eps or trained.get("eps")
         if args.eval_attack != "none" and (norm not in ("linf", "l2") or not isinstance(eps, float | int) or not 0 <= eps < math.inf):
             raise UserError(f"{path} does not say with which norm and radius it was trained; give --norm and --eps, or --eval-attack none.")
         if args.eval_attack != "none" and args.norm not in ("own", trained.get("norm")) and not args.eps:
             raise UserError(f"{path} was trained in another norm than --norm {args.norm}: give --eps, too.")
-        model = place_model(load_model(path), device, "auto" if args.eval_amp else "off").eval()
+        model = place_model(rebuild(state, path), device, "auto" if args.eval_amp else "off").eval()
         task = "rotation" if "rotation" in state["network"]["heads"] else ""
         networks[name] = model, trained | {"attack_norm": norm, "attack_eps": eps, "stage": state.get("stage"), "task": task}
     return networks
@@ -538,7 +542,7 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
         rows[0]["accuracy"] = round(robust_accuracy(model, stream(images)), 2)
         if args.eval_attack != "none":
             if 0 < args.eval_examples < len(images):
-                images = draw(images, args.eval_examples, args.seed)
+                images = draw(images, args.eval_examples, seed=0)
             generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
             norm, eps = trained["attack_norm"], trained["attack_eps"]
             if args.eval_attack == "pgd20":
@@ -569,7 +573,8 @@ def summarise(rows: list[dict], networks: dict, as_paper: bool) -> list[dict]:
                     continue
                 of = " of 15" if which == "benchmark" and len(types) < 15 else ""
                 is_paper = as_paper and len(types) in (15, 19) and all(trained.get(k) == v for k, v in PAPER_RUN.items())
-                is_paper = is_paper and (trained["variant"] == "T0" or trained["lambda1"] * trained["lambda2"] > 0)
+                is_paper = is_paper and trained["lr_step"] in (0, 40) and (trained["variant"] == "T0" or trained["lambda1"] > 0)
+                is_paper = is_paper and (trained["variant"] != "T3" or trained["lambda2"] > 0)  # as rotation_at.paper_row
                 own = trained["attack_eps"] == trained.get("eps") and trained["attack_norm"] == trained.get("norm")
                 known = PAPER.get((trained.get("norm"), trained.get("eps"), trained.get("variant")), (None, None))
                 means.append({

@@ -7,10 +7,10 @@ networks stay as they are.
 
     x' = x + noise;  K times:
         L = L_s + L_r + L_i                                              contrastive, rotation and inpainting loss of x'
-        x' <- x' - eta (L_s / L) grad L_s  - eta (L_r / L) grad L_r      in even iterations
-        x' <- x' - eta (L_s / L) grad L_s  - eta (L_i / L) grad L_i      in odd ones
+        x' <- x' - eta (L_s / L) d(L_s)  - eta (L_r / L) d(L_r)          in even iterations
+        x' <- x' - eta (L_s / L) d(L_s)  - eta (L_i / L) d(L_i)          in odd ones
         x' <- the nearest image within eps_v of x
-    predict F(x')
+    predict F(x');  d: the gradient with respect to x', divided by its largest entry
 
     python mtl_reverse.py --quick                            # digits, about a minute and a half on two CPU cores
     python mtl_reverse.py --victim carmon2019.pt             # Table 1: CIFAR-10 and the published WideResNet-28-10 of Carmon et al.
@@ -19,8 +19,7 @@ networks stay as they are.
     python mtl_reverse.py --victim carmon2019.pt --as-published   # a row more: what the authors' code computes
     torchrun --nproc-per-node=8 mtl_reverse.py --victim carmon2019.pt
 
-The paper, attacked by PGD at linf 8/255 / clean: no reversal 63.9 / 89.7, SSL (Mao et al.) 65.3 / 86.6, MTL 65.6 /
-87.7.
+The paper, clean / PGD at linf 8/255: no reversal 89.7 / 63.9, SSL (Mao et al.) 86.6 / 65.3, MTL 87.7 / 65.6.
 
 The attackers (--attacks). pgd knows F only; it is the paper's. aware maximises CE(F(x)) - lambda L(x), so that little
 is left to reverse. bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates
@@ -38,8 +37,8 @@ are silent:
   are their code's: a head 256-16, NiN, a context encoder;
 - the ball's centre is the image as it came (line 11 of Algorithm 1 would move it), and the result is clipped to [0, 1];
 - the losses are those of x', also in the first iteration (Algorithm 1 prints x, without the noise);
-- a gradient is divided by its largest entry, per image, as in that commit (855d32d: per pixel; without that x' would
-  hardly move); SSL takes its signs (Mao);
+- a gradient is divided by its largest entry, per image, as in that commit (855d32d: per pixel; Algorithm 1 has it as it is:
+  x' would hardly move); SSL takes its signs (Mao); the noise at the start is uniform in the ball;
 - K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are their code's. eps_v is 16/255: the paper's "8",
   doubled there;
 - weights are 1:1:1, as in the paper (their code: 1:50:10). L_i is the mean over the hole where the paper prints the
@@ -53,8 +52,10 @@ are silent:
 - inpainting's images are in [-1, 1], which tanh can reach, and enlarged by repeating pixels in training too (theirs, as
   far as is known: normalised by CIFAR's mean and deviation, and bilinear); the contrastive head's Adam has the rate
   1e-4 (Mao et al.; theirs 3e-4);
-- a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch of lowest loss on
-  held-out images.
+- how branches are trained is not in the paper: 200 epochs of SGD with Nesterov momentum, rate 0.1, weight decay 5e-4,
+  batch 128 (the contrastive head: Adam, 1024), from related code;
+- PGD's steps are 2/255; a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch
+  of lowest loss on held-out images.
 """
 import contextlib
 import copy
@@ -97,7 +98,7 @@ class Args:
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
-    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in a minute and a half on two CPU cores
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
@@ -134,15 +135,15 @@ class Args:
     reverse_steps: int = 40  # K, number of iterations
     reverse_step_size: float = 2 / 255  # eta, step size
     reverse_eps: float = 16 / 255  # eps_v, radius of the ball around x
-    weights: str = "1,1,1"  # of the contrastive, rotation and inpainting loss (their code: 1,50,10)
+    weights: str = "1,1,1"  # weights of the contrastive, rotation and inpainting loss (their code: 1,50,10)
     views: int = 4  # views of each image in the contrastive loss
-    negatives: Literal["bank", "batch"] = "bank"  # of the contrastive loss: views of training images, or of the other images of the batch
-    bank: int = 512  # with --negatives bank: number of training images whose views they are
+    negatives: Literal["bank", "batch"] = "bank"  # negatives of the contrastive loss: views of training images (bank), or of the batch's other images (batch)
+    bank: int = 512  # number of training images in the bank
     as_published: bool = False  # also evaluate what the authors' code computes, with its own weights and negatives
-    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # of the authors' code. b8f5ea7: the last, which increases the losses; 855d32d: an earlier one that decreases them. Which one made Table 1 is not known
+    commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # which commit of the authors' code --as-published follows. b8f5ea7: the last, which increases the losses; 855d32d: an earlier one that decreases them. Which one made Table 1 is not known
     # attackers
-    attacks: str = "pgd,aware,bpda,unrolled"  # besides pgd, any of aware, bpda, unrolled, suite, suite-fast
-    lambdas: str = "0,0.5,1,2,5,10"  # lambda of the attack aware: comma-separated, one attack for each
+    attacks: str = "pgd,aware,bpda,unrolled"  # attacks besides pgd: aware (keeps L low), bpda and unrolled (go through the reversal), suite and suite-fast (on F alone)
+    lambdas: str = "0.5,1,2,5,10"  # lambda of the attack aware: comma-separated, one attack for each (0 is pgd)
     adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended; the point of highest loss counts
     eot: int = 4  # draws of the defence over which bpda and unrolled average their loss and its gradient
     # evaluation
@@ -630,11 +631,11 @@ def suite(kind: str, x: Tensor, x_adv: Tensor, y: Tensor, classify: Callable, ar
 FIRST_ID = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "inpainting": 300_000, "shared": 400_000}
 
 
-def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, network: dict, train_set: Images, val_set: Images) -> dict:
+def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, about: dict, train_set: Images, val_set: Images) -> dict:
     """Train `trained`, a part of `net` or all of it, and return its checkpoint: the epoch of lowest loss on held-out images.
 
     name: 'classifier' (net: images to logits; adversarial training), a task or 'shared' (net: images to losses, which are minimised).
-    network: what the checkpoint says of it.
+    about: what the checkpoint says of it, as its `network`.
     """
     if (done := run.load(f"{name}.pt")) is not None:
         load_weights(trained, done["model"], run.folder / f"{name}.pt")
@@ -666,7 +667,7 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, n
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
         run.save("last.pt", {
-            "network": network, "model": trained.state_dict(), "optimizer": opt.state_dict(), "args": vars(args), "name": name,
+            "network": about, "model": trained.state_dict(), "optimizer": opt.state_dict(), "args": vars(args), "name": name,
             "epoch": epoch, "step": step, "sums": sums or {}, "history": history, "best": best, "seconds": time.perf_counter() - began,
         })  # fmt: skip
 
@@ -712,7 +713,7 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, n
     if not best["model"]:
         raise UserError(f"the loss of {name} on held-out images was never a number: take a smaller --lr, --branch-lr or --head-lr.")
     run.save(f"{name}.pt", {
-        "network": network, "model": best["model"], "args": vars(args), "name": name, "stage": "train", "epoch": best["epoch"],
+        "network": about, "model": best["model"], "args": vars(args), "name": name, "stage": "train", "epoch": best["epoch"],
         "val_loss": best["loss"],
     })  # fmt: skip
     trained.load_state_dict(best["model"])
@@ -1049,10 +1050,10 @@ def check(args: Args) -> None:
         raise UserError(f"--tasks {args.tasks!r}: give one or more of {','.join(TASKS)}, each once.")
     if not set(attacks) <= set(kinds):
         raise UserError(f"--attacks {args.attacks}: give some of {','.join(kinds)}.")
-    if len(weights := numbers(args.weights, "weights")) != 3 or not all(weights):
+    if len(weights := numbers(args.weights, "weights", "1,1,1")) != 3 or not all(weights):
         raise UserError(f"--weights {args.weights}: give three numbers above 0, for L_s, L_r and L_i.")
     if not numbers(args.lambdas, "lambdas") and "aware" in attacks:
-        raise UserError("--attacks aware needs --lambdas, such as 0,1,5.")
+        raise UserError("--attacks aware needs --lambdas, such as 0.5,1,5.")
     for flag, size, low in ("image-size", args.image_size, 8), ("inpaint-size", args.inpaint_size, 32):
         if size < low or size & (size - 1):
             raise UserError(f"--{flag} {size} must be a power of 2, {low} or more.")

@@ -73,7 +73,7 @@ from common import (
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
 from chen_pretrain_finetune import PAPER as CHEN_PAPER
 from jigsaw_at import PAPER as JIGSAW_PAPER
-from rotation_at import PAPER, PAPER_EPS
+from rotation_at import PAPER, TABLE_EPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -300,7 +300,7 @@ def tables(found: list[Curve]) -> str:
     """Tables 1-4 in Markdown: the paper's row, then ours, one per setting."""
     text = ["# Kucer et al. 2021, Tables 1-4\n", "Accuracy in percent over the radius of the attack; ± is the standard deviation over seeds."]
     for table, (norm, caption, rows) in TABLES.items():
-        eps, radius = PAPER_EPS[norm], TRAINED_AT[norm]
+        eps, radius = TABLE_EPS[norm], TRAINED_AT[norm]
         lines = []
         for label, scripts, name, paper in rows:
             lines.append([label, "the paper", *("" if v is None else f"{v:.2f}" for v in paper)])
@@ -427,7 +427,7 @@ def curve_figures(found: list[Curve], out: Path) -> list[Path]:
             of_its_size = curve.args["arch"] == "resnet18" and curve.args["width"] == 1 and (dataset + " ").startswith("cifar10 ")
             usual = zero or (curve.args["lambda1"], curve.args["lambda2"]) == (0.5, 0.5)
             if kind == "variants" and paper and of_its_size and usual:  # beside a miniature the paper's lines would only flatten ours
-                lines[f"{label}, the paper"] = (PAPER_EPS[norm], paper, "--")
+                lines[f"{label}, the paper"] = (TABLE_EPS[norm], paper, "--")
         if sum(style == "-" for _, _, style in lines.values()) < 2:
             continue  # nothing to compare with
         setting = ", ".join(part for part in group[0].setting.split(", ") if not part.startswith(VARIED))

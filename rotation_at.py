@@ -26,10 +26,10 @@ X and X_SS are perturbed separately; --ss-attack has two other readings of T2 an
 The paper: ResNet-18, clean / PGD-20 at 8/255: T0 85.46 / 44.69, T1 86.59 / 44.51, T2 86.24 / 45.77, T3 84.61 / 48.11.
 
 Differs from the paper, which released no code, or is our choice where it is silent:
-- the l2 step is 2 eps / steps: section 4.2 prints eps^2 / steps, but the work it cites uses 2 eps / steps, and steps
-  that add up to eps^2 cannot cross a ball of radius below 1;
+- the l2 step is 2 eps / steps: section 4.2 prints eps^2 / steps, but Salman et al. (2020), whom it cites, use 2 eps /
+  steps, and steps that add up to eps^2 cannot cross a ball of radius below 1;
 - Algorithm 1 prints the update after its loop and one uniform start for both norms; the update belongs inside, and an
-  l2 start is a direction of length eps, as in the robustness library on which the paper builds;
+  l2 start is a direction of length eps, as in MadryLab's `robustness`, the library on which the paper builds;
 - lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). How X and X_SS share the attack is not given:
   --ss-attack. T2 attacks X_SS through the class head with the label y: with perturbations of their own, the only
   reading that changes X_SS. The attack sums losses over images where eq. 10 averages: the steps are the same;
@@ -39,7 +39,8 @@ Differs from the paper, which released no code, or is our choice where it is sil
   choice of the best iterate (Algorithm 1 returns the last);
 - X and X_SS share one forward pass in the update, so BatchNorm sees both, and the images of all GPUs (--no-sync-bn:
   each GPU's own, as the library's DataParallel);
-- section 3.2 tried the SS loss alone in the attack ("much worse"): --ss-attack shared --lambda2 1e6 comes to the same;
+- section 3.2 tried the SS loss alone in the attack ("much worse"): --ss-attack shared --lambda2 1e6 --amp off
+  comes to the same;
 - the reported attack has one random start;
 - pre-training (the paper does not say): the same task, radius 0.5 (l2) or 8/255 (linf), the schedule of training, last
   epoch; only the trunk is kept;
@@ -74,19 +75,19 @@ class Args:
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
-    resume: bool = False  # go on with the run in --out (or the newest such run), or start it
+    resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
     data_dir: str = "data"  # where the data are, or are downloaded to
     data_mirror: str = ""  # URL of a folder that holds the official archive, in place of the slow official host
     image_size: int = 32  # side in pixels; other images are resized
-    label_fraction: float = 1.0  # share of the training images that is used, at most those not held out for validation
+    label_fraction: float = 1.0  # share of the training images that is used, in pre-training too, at most those not held out for validation
     flip: bool = True  # mirror images at random in training
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # trunk (paper: resnet18, resnet34; Chen et al. 2020: resnet50v2)
     width: float = 1.0  # multiplies the number of channels
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer. cifar: 3x3; imagenet: 7x7 with stride 2 and max-pooling, for large images
-    # optimiser (section 4.2; batch size and weight decay: the robustness library)
+    # optimiser (section 4.2; batch size and weight decay: MadryLab's robustness)
     epochs: int = 100  # epochs of training
     batch_size: int = 128  # images per step over all GPUs, not counting X_SS
     lr: float = 0.1  # initial learning rate of SGD with momentum 0.9
@@ -96,13 +97,13 @@ class Args:
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
     eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, and 0.1 and 1.0 in figures)
     attack_steps: int = 10  # PGD steps in training (paper: 10)
-    step_size: float = 0.0  # length of a step in training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
-    attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: the library's)
+    step_size: float = 0.0  # length of a step in training (not in pre-training); 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    attack_bn: Literal["eval", "train"] = "eval"  # BatchNorm mode under attack in training (eval: as in MadryLab's robustness)
     # method (section 3)
     variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which images are attacked by which loss, see above
     ss_attack: Literal["separate", "shared", "both"] = "separate"  # T2, T3: X_SS gets a perturbation of its own (separate), that of X before T (shared), or its own against both losses (both)
     lambda1: float = 0.5  # lambda1: weight of the SS loss in training (the paper gives no value)
-    lambda2: float = 0.5  # lambda2: weight of the SS loss in the attack of T3 (the paper gives no value)
+    lambda2: float = 0.5  # lambda2: weight of the SS loss in the attack of T3 (the paper gives no value); with --ss-attack separate all values above 0 are the same; 0 is T2
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: none P0, l2 P1, linf P2
     pretrain_eps: float = 0.0  # radius of the pre-training attack; 0: l2 0.5, linf 8/255
     pretrain_epochs: int = 100  # epochs of pre-training
@@ -116,7 +117,7 @@ class Args:
     eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
-    # Digits are few and coarse: a wider ball, a smaller rate, and a stem that looks at 8x8 pixels, as many as they have.
+    # Digits are few and coarse: a wider ball, a smaller rate, and a stem that takes the enlarged images back to 8x8 pixels, their own size.
     QUICK: ClassVar[dict] = dict(
         dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1, attack_steps=5,
         plain=True, pretrain_epochs=4,
@@ -203,16 +204,19 @@ def uses_ss(args: Args) -> bool:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+# Added to an epoch's number, so that no two stages, which come in this order, draw the same random numbers.
+FIRST_ID = {"plain": 0, "pretrain": 100_000, "train": 200_000}
+
+
 def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Images, val_set: Images) -> str:
     """Train one network and return the name of its checkpoint in the run's folder.
 
     stage 'train' is the method; 'pretrain' is P1 / P2, adversarial training on (X_SS, y_SS) alone (section 3.3);
     'plain' trains without attack. The trunk of the checkpoint `start`, if given, is where training starts from.
     """
-    stages = {"plain": 0, "pretrain": 1, "train": 2}
     checkpoint = "best.pt" if stage == "train" else f"{stage}.pt"
     state = run.load("last.pt", "name")
-    if state is not None and stages.get(state["name"], -1) > stages[stage]:
+    if state is not None and FIRST_ID.get(state["name"], -1) > FIRST_ID[stage]:
         return checkpoint  # done before the run was resumed
     epochs = args.pretrain_epochs if stage == "pretrain" else args.epochs
     norm, eps = (args.pretrain, pretrain_eps(args)) if stage == "pretrain" else (args.norm, args.eps)
@@ -236,7 +240,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     history, best, began = state["history"], state["best"], time.perf_counter() - state["seconds"]
     ddp = distribute(model, args.sync_bn)  # for the update, where ranks average gradients; the attack uses the bare `model`
     steps = count_batches(len(train_set), args.batch_size)
-    step_size = args.step_size if stage == "train" else 0.0
+    step_size = 0.0 if stage == "pretrain" else args.step_size  # pre-training has a ball of its own
     attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size)
 
     def save(epoch: int, step: int = 0, sums: dict | None = None) -> None:
@@ -249,7 +253,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
     for epoch in range(state["epoch"], epochs):
         for group in opt.param_groups:
             group["lr"] = args.lr * 0.1 ** (epoch // lr_step)
-        epoch_id = stages[stage] * 100_000 + epoch  # for seeds: no two epochs of a run draw the same random numbers
+        epoch_id = FIRST_ID[stage] + epoch
         skip, sums = (state["step"], state["sums"]) if epoch == state["epoch"] else (0, {})
         stream = batches(
             train_set, args.batch_size, run.device, shuffle=args.seed * 1_000_003 + epoch_id, skip=skip, workers=args.workers
@@ -284,7 +288,7 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
         if log.interrupted():
             raise KeyboardInterrupt(f"saved epoch {epoch + 1}, step {log.step}")
         seed_step(args.seed, epoch_id, log.step)
-        clean, robust = validate(stage, model, val_set, run, attack, T, ss_classes)
+        clean, robust = validate(stage, run, args, model, val_set, attack, T, ss_classes)
         run.log(
             history, stage, epoch + 1, epochs, lr=opt.param_groups[0]["lr"], **log.means(),
             val_clean=clean, val_robust=robust, seconds=round(time.perf_counter() - began, 1),
@@ -303,17 +307,16 @@ def train(stage: str, run: Run, args: Args, start: dict | None, train_set: Image
 
 def pretrain_eps(args: Args) -> float:
     """Radius of pre-training in pixel units (the paper does not say)."""
-    return args.pretrain_eps or {"l2": 0.5, "linf": 8 / 255, "none": 0.0}[args.pretrain]
+    return args.pretrain_eps or PAPER_EPS.get(args.pretrain, 0.0)
 
 
 def validate(
-    stage: str, model: nn.Module, val_set: Images, run: Run, attack: Callable, T: Callable, ss_classes: int
+    stage: str, run: Run, args: Args, model: nn.Module, val_set: Images, attack: Callable, T: Callable, ss_classes: int
 ) -> tuple[float, float]:
     """(clean, robust) validation accuracy in percent, of the SS head in pre-training; robust under the training attack.
 
     Robust accuracy is measured on 500 images, enough for the log, unless it selects the model.
     """
-    args = run.args
     if not len(val_set):
         return 0.0, 0.0
     head = TASK if stage == "pretrain" else "class"
@@ -337,7 +340,8 @@ def validate(
 
 # The paper's radii and accuracies (ResNet-18, CIFAR-10): Tables 1, 2 and 4. Table 4 repeats P0 T0 of Table 2 with another
 # run: 85.29 71.90 66.63 60.96 55.42 49.52 44.01 39.28 34.41. Differences of that size are noise.
-PAPER_EPS = {
+PAPER_EPS = {"linf": 8 / 255, "l2": 0.5}  # of training
+TABLE_EPS = {  # of evaluation
     "l2": [0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0],
     "linf": [0, 3 / 255, 4 / 255, 5 / 255, 6 / 255, 7 / 255, 8 / 255, 9 / 255, 10 / 255],
 }
@@ -368,15 +372,16 @@ PAPER_RUN = PAPER_DATA_AND_MODEL | dict(
 
 def paper_row(args: Args, pretrained: str, pretrain_args: dict) -> dict[float, float]:
     """{radius: the paper's accuracy} if this run, and the pre-training it starts from, is one of the paper's; else {}."""
-    wanted = PAPER_RUN | {"eps": {"linf": 8 / 255, "l2": 0.5}[args.norm]}
+    wanted = PAPER_RUN | {"eps": PAPER_EPS[args.norm]}
     same = all(getattr(args, k) == v for k, v in wanted.items()) and args.lr_step in (0, 40)
-    needed = {"T0": 1.0, "T3": args.lambda1 * args.lambda2}.get(args.variant, args.lambda1)
-    same = same and needed > 0 and TASK == "rotation"  # else it is another variant: T0 (lambda1 = 0), T2 (lambda2 = 0), or T(X) as mere augmentation (replace)
+    # lambda1 = 0 makes T1 to T3 the baseline and `replace` mere augmentation, lambda2 = 0 makes T3 T2: rows of other names
+    same = same and (args.variant == "T0" or args.lambda1 > 0) and (args.variant != "T3" or args.lambda2 > 0)
+    same = same and TASK == "rotation"  # another task, in a copy of this file, has other numbers
     if pretrained != "none":
         wanted = PAPER_DATA_AND_MODEL | dict(quick=False, lr=0.1, attack_steps=10, pretrain_epochs=100, pretrain_eps=0.0)
         same = same and all(pretrain_args.get(k) == v for k, v in wanted.items())
     row = PAPER.get((args.norm, pretrained, args.variant)) if same else None
-    return dict(zip(PAPER_EPS[args.norm], row, strict=True)) if row else {}
+    return dict(zip(TABLE_EPS[args.norm], row, strict=True)) if row else {}
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -428,7 +433,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
 
     began, rows = time.perf_counter(), []
     quarters = [args.eps * i / 4 for i in range(5)]
-    eval_eps = numbers(args.eval_eps, "eval-eps") or (quarters if args.quick else PAPER_EPS[args.norm])
+    eval_eps = numbers(args.eval_eps, "eval-eps") or (quarters if args.quick else TABLE_EPS[args.norm])
     for name, state in models.items():
         paper = paper_row(args, pretrained, its_args) if state["stage"] == "train" else {}
         rows += evaluate(run, name, state, test_set, eval_eps, paper=paper, look_at=args.eps if state["stage"] == "train" else 0.0)

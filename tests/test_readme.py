@@ -112,7 +112,7 @@ def test_paper_numbers_in_the_table():
             assert byorl.paper_numbers(head_of(args), args) == (float(clean), float(robust))
             continue
         pretrained = {"runs/p1/pretrain.pt": "l2", "runs/p2/pretrain.pt": "linf"}.get(args.init, args.pretrain)
-        paper = dict(zip(script.PAPER_EPS[args.norm], script.PAPER[args.norm, pretrained, args.variant], strict=True))
+        paper = dict(zip(script.TABLE_EPS[args.norm], script.PAPER[args.norm, pretrained, args.variant], strict=True))
         assert (paper[0], paper[args.eps]) == (float(clean), float(robust))
 
 

@@ -15,13 +15,13 @@ import report
 import rotation_at
 from common import build_model, save_checkpoint
 from jigsaw_at import Args as JigsawArgs
-from rotation_at import PAPER, PAPER_EPS
+from rotation_at import PAPER, TABLE_EPS
 from rotation_at import Args as RotationArgs
 
 
 def result(script="rotation_at", name=None, accuracy=None, **changes) -> dict:
     args = vars((RotationArgs if script == "rotation_at" else JigsawArgs)(**changes))
-    eps = PAPER_EPS[args["norm"]]
+    eps = TABLE_EPS[args["norm"]]
     accuracy = accuracy or [80.0 - 5 * i for i in range(len(eps))]
     rows = [{"name": name or args["variant"], "attack": "pgd-20" if e else "none", "norm": args["norm"], "eps": e, "examples": 10_000,
              "accuracy": a, "paper": None, "epoch": 1} for e, a in zip(eps, accuracy, strict=True)]  # fmt: skip

@@ -10,7 +10,7 @@ from conftest import TINY, same_state
 import common
 import rotation_at
 from common import UserError, build_model, l2_norm, load_checkpoint, load_model, pgd, pgd_attack, rotate, save_checkpoint
-from rotation_at import PAPER, PAPER_EPS, TASK, Args, adversaries, main, paper_row, training_loss
+from rotation_at import PAPER, TABLE_EPS, TASK, Args, adversaries, main, paper_row, training_loss
 
 torch.set_default_dtype(torch.float32)
 
@@ -244,9 +244,9 @@ def test_the_reported_accuracy_is_that_of_the_checkpoint(tmp_path):
 
 
 def test_the_paper_stands_beside_its_own_setting_only():
-    assert len(PAPER_EPS["l2"]) == 12 and len(PAPER_EPS["linf"]) == 9
+    assert len(TABLE_EPS["l2"]) == 12 and len(TABLE_EPS["linf"]) == 9
     for (norm, _, _), row in PAPER.items():
-        assert len(row) == len(PAPER_EPS[norm])
+        assert len(row) == len(TABLE_EPS[norm])
         known = [a for a in row if a is not None]
         assert known == sorted(known, reverse=True)
     assert paper_row(Args(variant="T3"), "none", {})[8 / 255] == 48.11
