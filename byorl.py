@@ -12,7 +12,7 @@ predicts what a slowly moving copy of itself (e, g; weights xi) makes of another
 Then e is frozen and a linear classifier is trained on it with few or many labels: on attacked images (robust head) or
 on clean ones (plain head). The paper's surprise: on BYORL's representation the plain head is nearly as robust.
 
-    python byorl.py --quick --eps 0.5 --norm l2     # digits: BYOL and BYORL, about a minute on two CPU cores
+    python byorl.py --quick --eps 0.5 --norm l2     # digits: BYOL and BYORL, under two minutes on two CPU cores
     python byorl.py --eps 0.5 --norm l2             # CIFAR-10, 1000 epochs, PreAct-ResNet-34 x2, heads for 1% to 100% of the labels
     python byorl.py                                 # the same at 128/255 = 0.502, as the paper writes it
     python byorl.py --norm linf --eps 8/255         # Table 3, row x2
@@ -85,7 +85,7 @@ class Args:
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
-    quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
+    quick: bool = False  # a miniature on the bundled digits: every stage in under two minutes on two CPU cores
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # folder: --data-dir holds train/ and test/ or val/
     data_dir: str = "data"  # where the data are, or are downloaded to
@@ -135,8 +135,8 @@ class Args:
 
     # Digits at their own 8 x 8 pixels, on which an l2 ball of radius 0.5 is large (at 32 x 32 it would be small); hence mild views.
     QUICK: ClassVar[dict] = dict(
-        dataset="digits", image_size=8, flip=False, arch="preact18", width=0.25, epochs=14, warmup_epochs=2, batch_size=64, lr=1.0,
-        attack_steps=4, tau=0.97, hidden=256, projection=64, jitter_strength=0.2, crop=0.7, plain=True, label_fractions="0.1,1", heads="both",
+        dataset="digits", image_size=8, flip=False, arch="preact18", width=0.25, epochs=20, warmup_epochs=2, batch_size=64, lr=1.0,
+        attack_steps=3, tau=0.97, hidden=256, projection=64, jitter_strength=0.2, crop=0.7, plain=True, label_fractions="0.1,1", heads="both",
         probe_epochs=6, probe_lr=0.05, probe_steps=4, val_images=200, eval_attack="pgd20",
     )  # fmt: skip
 

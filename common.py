@@ -516,7 +516,8 @@ class Run:
 def start_run(args: Any, name: str = "") -> Run:
     """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
 
-    The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is <script>-<norm>-<eps>-s<seed>.
+    The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is
+    <script>[-<variant>][-quick]-<norm>-<eps>-s<seed>.
     An existing run is continued with --resume and refused without. With --resume and no --out it is the newest
     run of the default name with the same arguments; if there is none, a new one starts.
     Raises UserError for all that can be wrong.
@@ -532,8 +533,8 @@ def start_run(args: Any, name: str = "") -> Run:
     answer: list = [None, None]  # folder, error: decided on rank 0, told to all
     if world()[0] == 0:
         try:
-            quick = "-quick" if args.quick else ""
-            answer[0] = _run_folder(args, script, name or f"{script}{quick}-{args.norm}-{eps_name(args.eps).replace('/', '_')}-s{args.seed}")
+            parts = [script, getattr(args, "variant", ""), "quick" if args.quick else "", args.norm, eps_name(args.eps).replace("/", "_"), f"s{args.seed}"]
+            answer[0] = _run_folder(args, script, name or "-".join(filter(None, parts)))
         except UserError as e:
             answer[1] = str(e)
         except OSError as e:

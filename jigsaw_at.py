@@ -77,7 +77,7 @@ class Args:
     compile: bool = False  # torch.compile the trunk
     sync_bn: bool = True  # BatchNorm over the images of all GPUs; off: over each GPU's own, as DataParallel has it
     workers: int = 2  # processes per GPU that read images (--dataset folder)
-    out: str = ""  # folder of the run; empty: runs/<script>[-quick]-<norm>-<eps>-s<seed>
+    out: str = ""  # folder of the run; empty: runs/<script>-<variant>[-quick]-<norm>-<eps>-s<seed>
     resume: bool = False  # go on with the run in --out (or the newest in runs/ with the same arguments), or start it
     quick: bool = False  # a miniature on the bundled digits: every stage in about a minute on two CPU cores
     # data and model

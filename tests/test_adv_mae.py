@@ -880,8 +880,10 @@ def test_wrong_checkpoints(one_sentence, pretrained, tmp_path):
     shutil.copy(pretrained / "a-mae.pt", tmp_path / "a-mae.pt")
     resnet = build_model("resnet18", {"class": 10}, width=1 / 16)
     torch.save({"network": resnet.spec, "model": resnet.state_dict()}, tmp_path / "resnet.pt")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir(), (tmp_path / "others").mkdir()
+    torch.save({"network": {}, "model": {}}, tmp_path / "others" / "P1F4.done.pt")  # as in a run of chen_pretrain_finetune.py
     for changes, match in (
+        ({"stage": "evaluate", "init": tmp_path / "others"}, "holds no classifiers"),
         ({"stage": "finetune", "init": tmp_path / "resnet.pt"}, "no Vision Transformer"),
         ({"stage": "evaluate", "init": tmp_path / "a-mae.pt"}, "no classifier"),
         ({"stage": "evaluate", "init": tmp_path / "empty"}, "holds no classifiers"),

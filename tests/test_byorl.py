@@ -391,7 +391,8 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
     assert ask("uat-ft", width=4.0, extra=500_000, judged=to, encoder_fraction=0.01) == nothing
     assert ask("uat-ft", width=4.0, extra=500_000, judged=to) == (None, 53.23)
     assert ask(probe_steps=0, **linf) == nothing
-    assert ask(eps=0.5) == ask(lr=1.0) == ask(width=1.0) == ask(epochs=10, **linf) == ask(extra=1000, **linf) == nothing
+    assert ask(eps=0.5, fraction=0.01) == (None, 65.43)  # 0.5 is 128/255, rounded
+    assert ask(eps=0.49, fraction=0.01) == ask(norm="linf", eps=7 / 255) == ask(lr=1.0) == ask(width=1.0) == ask(epochs=10, **linf) == ask(extra=1000, **linf) == nothing
     assert ask(judged={"eval_attack": "pgd20"}, **linf) == ask(judged={"eval_examples": 100}, **linf) == ask(judged={"probe_epochs": 5}, **linf) == nothing
     assert len(byorl.PAPER.strip().splitlines()) == 16 + 20 + 10
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import eval_cifar10c as script
 import rotation_at
-from common import Images, UserError, build_model, load_checkpoint, save_checkpoint
+from common import Images, UserError, build_model, load_checkpoint, load_model, save_checkpoint
 from eval_cifar10c import BENCHMARK, EXTRA, GENERATORS, Args, corrupt, main, open_arrays
 
 CPU = torch.device("cpu")
@@ -148,9 +148,15 @@ def test_imagenet_c_folders(tmp_path, checkpoint):
     more = dict(checkpoints=(str(checkpoint),), data_dir=str(tmp_path), eval_attack="none", workers=0)
     a = main(Args(**more, dataset="folder", out=str(tmp_path / "a")))
     b = main(Args(**more, corruptions="fog,snow", out=str(tmp_path / "b")))
+    with pytest.raises(UserError, match="was trained on images of 32 pixels: give --image-size 32"):  # else shrunk, then enlarged
+        main(Args(**more, dataset="folder", image_size=16, out=str(tmp_path / "d")))
+    (tmp_path / "flat" / "fog" / "1").mkdir(parents=True)
+    Image.fromarray(pixels[0]).save(tmp_path / "flat" / "fog" / "1" / "0.png")
     (tmp_path / "fog" / "2" / "class3").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="fog/2 has 9 class folders, others 10 .such as 'class3'."):
         main(Args(**more, dataset="folder", out=str(tmp_path / "c")))
+    with pytest.raises(UserError, match="no class folders"):
+        main(Args(**more | {"data_dir": str(tmp_path / "flat")}, dataset="folder", out=str(tmp_path / "e")))
     key = lambda r: (r["corruption"], r["severity"])  # noqa: E731
     assert {key(r): r["accuracy"] for r in a["rows"]} == {key(r): r["accuracy"] for r in b["rows"]}
     assert len(a["rows"]) == 11
@@ -364,7 +370,7 @@ def test_accuracies_and_means_equal_an_independent_computation(tmp_path, checkpo
     cells = [r for r in rows if r["severity"] != "all"]
     assert len(cells) == 3 * 2 * 2 and all(r["generated"] for r in rows)
     # clean accuracy, by hand
-    model = script.load_model(checkpoint)
+    model = load_model(checkpoint)
     _, test = script.load_data("digits", "", CPU)
     for r in [r for r in cells if r["attack"] == "none"]:
         with torch.no_grad():
@@ -490,7 +496,7 @@ def test_larger_networks_see_larger_images(tmp_path, checkpoint):
     """A network trained at 64 pixels gets corrupted images of 32 enlarged to 64."""
     state = load_checkpoint(checkpoint)
     sizes = []
-    model = script.load_model(checkpoint)
+    model = load_model(checkpoint)
     model.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[-1]))
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["0"], torch.arange(4))
     run = script.start_run(Args(out=str(tmp_path)))

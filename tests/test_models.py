@@ -10,7 +10,7 @@ import torchvision
 from conftest import same_state
 
 from common import (
-    PreActBlock, UserError, build_model, build_trunk, fast_second_derivatives, full_precision, input_gradients_only, load_model,
+    PreActBlock, UserError, ViT, build_model, build_trunk, fast_second_derivatives, full_precision, input_gradients_only, load_model,
     place_model, save_checkpoint,
 )  # fmt: skip
 
@@ -121,6 +121,15 @@ def test_load_model_rebuilds_the_network(tmp_path):
     save_checkpoint(tmp_path / "bad.pt", bad)
     with pytest.raises(UserError, match="cannot build"):
         load_model(tmp_path / "bad.pt")
+    save_checkpoint(tmp_path / "pretrain.pt", {"network": model.spec, "model": model.state_dict(), "stage": "pretrain"})
+    with pytest.raises(UserError, match="no finished classifier"):  # its class head is untrained
+        load_model(tmp_path / "pretrain.pt")
+
+
+def test_vits_that_cannot_be_are_told():
+    for wrong in dict(dim=6, heads=1), dict(dim=16, heads=3), dict(dim=16, heads=2, learned=6):
+        with pytest.raises(ValueError, match="must be a multiple of 4"):
+            ViT(patch=4, depth=1, **wrong)
 
 
 def test_compiled_and_plain_network_agree():

@@ -237,13 +237,13 @@ def test_names_are_never_reused(tmp_path, monkeypatch, reference):
     monkeypatch.chdir(tmp_path)
     for _ in range(3):
         main(tiny(epochs=1))
-    names = ["rotation_at-linf-0.1-s0", "rotation_at-linf-0.1-s0-2", "rotation_at-linf-0.1-s0-3"]
+    names = ["rotation_at-T3-linf-0.1-s0", "rotation_at-T3-linf-0.1-s0-2", "rotation_at-T3-linf-0.1-s0-3"]
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == names
     # --resume without --out: the newest run with the same arguments, or a new one
     main(tiny(epochs=1, resume=True))
     assert len(list((tmp_path / "runs").iterdir())) == 3
     main(tiny(epochs=1, resume=True, variant="T1"))
-    assert (tmp_path / "runs" / (names[0] + "-4")).exists()
+    assert (tmp_path / "runs" / "rotation_at-T1-linf-0.1-s0").exists()
 
 
 def test_a_run_is_not_overwritten(one_sentence, command, reference):

@@ -249,6 +249,43 @@ def test_ball_box_and_no_side_effects(name, norm):
     assert torch.equal(x_adv, attacks[name]())  # and the attacks' own are the same each time
 
 
+def test_wrong_use_is_told(reference):
+    networks, x, y = reference
+    attacks = {
+        "apgd": lambda x, **kw: apgd(lambda z: ce_per_image(networks["linf"](z), y[:4]), x, steps=2, **kw),
+        "multi-targeted": lambda x, **kw: multi_targeted(networks["linf"], x, y[:4], steps=2, **kw),
+        "square": lambda x, **kw: square(networks["linf"], x, y[:4], queries=2, **kw),
+    }
+    for attack in attacks.values():
+        with pytest.raises(ValueError, match="norm must be"):
+            attack(x[:4], eps=0.1, norm="Linf")
+        with pytest.raises(ValueError, match="negative"):
+            attack(x[:4], eps=-0.1)
+        for bad in (2 * x[:4] - 1, x[:4] * float("nan")):
+            with pytest.raises(ValueError, match=r"\[0, 1\]"):
+                attack(bad, eps=0.1)
+    with pytest.raises(ValueError, match="restarts"):
+        attacks["apgd"](x[:4], eps=0.1, restarts=0)
+    with pytest.raises(ValueError, match="kind"):
+        suite_attacks("fast", "linf", 0.1)
+
+
+def test_empty_batches_and_attacks_that_do_not_enable_gradients(reference):
+    networks, x, y = reference
+    net, some = networks["linf"], [(x[:0], y[:0]), (x[:50], y[:50])]
+
+    def fgsm(x, y):
+        z = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(net(z), y), z)
+        return (x + 0.2 * grad.sign()).clamp(0, 1)
+
+    clean, fooled = robust_accuracy(net, some), robust_accuracy(net, some, fgsm)
+    assert fooled < clean - 20
+    left = suite_accuracy(net, [some[0]] * 9 + some[1:], [("fgsm", 1, lambda model, x, y, start: fgsm(x, y))], batch_size=20)
+    assert left == {"none": pytest.approx(clean), "fgsm": pytest.approx(fooled)}
+    assert suite_accuracy(net, some[:1], suite_attacks("suite-fast", "linf", 0.1))["none"] == 0
+
+
 def test_square_does_not_depend_on_the_batch(reference):
     networks, x, y = reference
     for norm in ("linf", "l2"):
