@@ -32,7 +32,7 @@ The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Sel
 
 Differs from the paper, or from its published code where that says more, or is our choice where both are silent:
 - eq. 1 prints an l2 ball; the numbers are of linf 8/255, steps of 2/255, PGD-10 in training and PGD-20 in evaluation
-  (code; like the rates below from memory, as our copy lacks that section);
+  (the code's; the paper's section 4.2, which our copy lacks, says the same, from memory);
 - an adversarial pre-training step averages the loss over tasks and over clean and attacked images (code; eq. 1 has the
   attacked ones only), and adds lambda log det undivided; the attack sums the tasks' losses (eq. 3);
 - pre-training hands on its last epoch (the code keeps the best on held-out images, for jigsaw on the test set); "TA"
@@ -975,6 +975,9 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         check_classifier(state, files[name])
         if state["network"]["heads"]["class"] != len(test_set.classes):
             raise UserError(f"{files[name]} is no classifier of the {len(test_set.classes)} classes of {args.dataset}.")
+        its = {k: state.get("args", {}).get(k, getattr(args, k)) for k in ("dataset", "image_size")}
+        if any(v != getattr(args, k) for k, v in its.items()):
+            run.say(f"note: {files[name]} was trained on {its['dataset']} at {its['image_size']} pixels.")
     if given:
         ((task, pair),) = cells(args)
         if (found := (given.get("task", task), given.get("kind", pair[:2]))) != (task, pair[:2]):

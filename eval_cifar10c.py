@@ -636,21 +636,31 @@ def train_digits(run: Run) -> tuple[str, str]:
 
 def main(args: Args) -> dict:
     """Evaluate the checkpoints on every cell, print the table; returns what results.json holds."""
-    check_args(args)
-    if not args.checkpoints and not args.quick:
-        raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
-    if not args.checkpoints and (args.dataset != "digits" or not Path(__file__).with_name("rotation_at.py").exists()):
-        raise UserError("--quick without a checkpoint trains two by rotation_at.py, which must lie beside this file, on digits; else name a checkpoint.")
+    check(args)
     network = Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "digits"
     run = start_run(args, name=f"eval_cifar10c{'-quick' if args.quick else ''}-{network}")
     results = run.finished()
     if results:
         same_checkpoints(run, args)
-    results = results or evaluate(run, args)
+    results = results or evaluate_all(run, args)
     if world()[0] == 0:
         show(results, run.folder)
         picture(results, run)
     return results
+
+
+def check(args: Args) -> None:
+    """Raise UserError for flags that are wrong or do not go together."""
+    check_args(args)
+    if not args.checkpoints and not args.quick:
+        raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
+    if not args.checkpoints and (args.dataset != "digits" or not Path(__file__).with_name("rotation_at.py").exists()):
+        raise UserError(
+            "--quick without a checkpoint trains two by rotation_at.py, which must lie beside this file, on digits; "
+            "else name a checkpoint."
+        )
+    if not words(args.severities) or not set(words(args.severities)) <= set("12345"):
+        raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.")
 
 
 def md5(path: str) -> str:
@@ -667,13 +677,9 @@ def same_checkpoints(run: Run, args: Args) -> None:
                 raise UserError(f"--resume: {path} has changed since {run.folder} was finished: choose another --out.")
 
 
-def evaluate(run: Run, args: Args) -> dict:
+def evaluate_all(run: Run, args: Args) -> dict:
     """Every cell for every network, written down as it is done."""
-    began = time.perf_counter()
-    severities = list(dict.fromkeys(words(args.severities)))
-    if not severities or not set(severities) <= set("12345"):
-        raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.")
-    severities = [int(s) for s in severities]
+    began, severities = time.perf_counter(), [int(s) for s in dict.fromkeys(words(args.severities))]
     data = open_data(args, run.device)
     chosen = list(dict.fromkeys(words(args.corruptions))) or data.types
     if not args.corruptions and not args.generate and args.dataset != "folder":
