@@ -1504,6 +1504,18 @@ def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
     return nn.Sequential(Subsample(stride), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
 
 
+def _stages(block: type, c_in: int, c: int, depths: list[int]) -> tuple[list[nn.Sequential], int]:
+    """Stages of `depths` blocks with c, 2 c, 4 c, ... channels, each but the first begun with stride 2; and how many channels come out."""
+    stages = []
+    for i, depth in enumerate(depths):
+        blocks = []
+        for j in range(depth):
+            blocks.append(block(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
+            c_in = c * 2**i * block.expansion
+        stages.append(nn.Sequential(*blocks))
+    return stages, c_in
+
+
 class ResNet(nn.Module):
     """Post-activation ResNet trunk: (B, 3, H, W) -> pooled features (B, dim). Weights initialised as PyTorch does.
 
@@ -1518,15 +1530,7 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(c)
         self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        c_in, stages = c, []
-        for i, depth in enumerate(depths):
-            blocks = []
-            for j in range(depth):
-                blocks.append(block(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                c_in = c * 2**i * block.expansion
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.dim = c_in
+        (self.layer1, self.layer2, self.layer3, self.layer4), self.dim = _stages(block, c, c, depths)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
@@ -1564,16 +1568,8 @@ class PreActResNet(nn.Module):
         c = max(1, round(64 * width))
         self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
         self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        c_in, stages = c, []
-        for i, depth in enumerate(depths):
-            blocks = []
-            for j in range(depth):
-                blocks.append(PreActBlock(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                c_in = c * 2**i
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.bn = nn.BatchNorm2d(c_in)
-        self.dim = c_in
+        (self.layer1, self.layer2, self.layer3, self.layer4), self.dim = _stages(PreActBlock, c, c, depths)
+        self.bn = nn.BatchNorm2d(self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.conv1(x))
@@ -1589,16 +1585,8 @@ class WideResNet(nn.Module):
         super().__init__()
         c = max(1, round(160 * width))
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        c_in, stages = 16, []
-        for i in range(3):
-            blocks = []
-            for j in range(depth):
-                blocks.append(PreActBlock(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                c_in = c * 2**i
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3 = stages
-        self.bn = nn.BatchNorm2d(c_in)
-        self.dim = c_in
+        (self.layer1, self.layer2, self.layer3), self.dim = _stages(PreActBlock, 16, c, 3 * [depth])
+        self.bn = nn.BatchNorm2d(self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))  # (B, dim, h, w)
@@ -1638,15 +1626,8 @@ class ResNetV2(nn.Module):
         self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(c)
         self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        c_in, stages = c, []
-        for i, depth in enumerate(depths):
-            blocks = []
-            for j in range(depth):
-                blocks.append(PreActBottleneck(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
-                c_in = c * 2**i * 4
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.shared_dim, self.dim = c_in // 2, c_in
+        (self.layer1, self.layer2, self.layer3, self.layer4), self.dim = _stages(PreActBottleneck, c, c, depths)
+        self.shared_dim = self.dim // 2
 
     def shared(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> feature map (B, dim / 2, H / 4, W / 4); with the imagenet stem H / 16, W / 16."""
