@@ -35,8 +35,8 @@ Differs from the paper, which released no code and refers to He et al., or is ou
   ones go on being trained);
 - layer k from the top gets the rate times gamma^k; the paper prints gamma^-k, which contradicts its own gamma = 0
   (frozen) and 1 (full);
-- "batch size 512, using AdamW with learning rate 0.0005" is taken literally (He et al. would have scaled it to 0.001); mixup, cutmix, label
-  smoothing, drop path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of
+- "batch size 512, using AdamW with learning rate 0.0005" is taken literally (He et al. would have scaled it to 0.001);
+  mixup, cutmix, label smoothing, drop path, RandAugment and random erasing have the values of their code, whose RandAugment applies each of
   its two operations with probability 1/2; torchvision's operations lack Invert and SolarizeAdd, have Identity, and a
   milder Posterize;
 - warm-up is the same share of any number of epochs (40 of 800, 20 of 300, 5 of 100); the moving average of weights is
@@ -46,8 +46,8 @@ Differs from the paper, which released no code and refers to He et al., or is ou
   are drawn once per image, after the augmentation;
 - Table 1's augmentation is "random horizontal flipping", so there is no mixup, cutmix, RandAugment or erasing there;
   its AdamW keeps label smoothing and drop path, and which gamma counts is not said;
-- Figure 5's steps and radii are not given: PGD-20 at 0.25 to 2 on 1,000 images. ImageNet-A and -R are scored among their 200
-  classes, ImageNet-C is the mean of 15 types and 5 severities, the central crop 87.5%;
+- Figure 5's steps and radii are not given: PGD-20 at 0.25 to 2 on 1,000 images. ImageNet-A and -R are scored among
+  their 200 classes, ImageNet-C is the mean of 15 types and 5 severities, the central crop 87.5%;
 - the last epoch is reported; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its
   authors' code.
 """

@@ -38,8 +38,8 @@ Differs from the paper, whose code is not public, or is our choice where it is s
 - PGD's steps are 2/255 (linf), or 2 eps / steps where that is more, and in l2;
 - the target network starts as a copy of the online one (in BYOL's code from weights of its own, which made no
   difference);
-- features have 512 * width dimensions (basic blocks); the "2048" of the text fits x4 only; the first convolution is 3 x 3
-  with stride 1; images are normalised inside the network; views are enlarged by bicubic interpolation;
+- features have 512 * width dimensions (basic blocks); the "2048" of the text fits x4 only; the first convolution is
+  3 x 3 with stride 1; images are normalised inside the network; views are enlarged by bicubic interpolation;
 - --eps 0 is BYOL, its heads trained and judged at l2 128/255 or linf 8/255;
 - heads are trained with pre-training's batch size, crop and flip, robust ones with PGD-10; the best epoch is chosen on
   1,024 held-out images, by robust accuracy (robust heads) or clean accuracy (plain heads), so "100%" are the 48,976
@@ -575,7 +575,8 @@ def paper_numbers(state: dict, args: Args) -> tuple[float | None, float | None]:
     training |= {"uat_epochs", "uat_lr", "probe_steps"} if state["encoder"] == "uat-ft" else {*PRETRAINING} - {"attack", "attack_steps"}
     heads = {"image_size", "flip", "batch_size", "val_images", "probe_epochs", "probe_lr", "probe_steps"}
     judging = ("eval_attack", "eval_examples", "eval_amp")
-    radius, radii = PAPER_EPS[args.norm], {its_args.get("eps") or PAPER_EPS[args.norm], state["args"]["eps"], head_eps(args)}
+    radius = PAPER_EPS[args.norm]
+    radii = its_args.get("eps") or radius, state["args"]["eps"], head_eps(args)
     same_training = all(its_args.get(k) == usual[k] for k in training) and (state["encoder"] != "uat-ft" or state["encoder_fraction"] == 1)
     same_judging = all(state["args"].get(k) == usual[k] for k in heads) and all(getattr(args, k) == usual[k] for k in judging)
     same_ball = its_args.get("norm") == args.norm and all(abs(eps / radius - 1) < 0.01 for eps in radii)  # 0.5 is how one writes 128/255

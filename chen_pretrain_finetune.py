@@ -49,8 +49,8 @@ Differs from the paper, or from its published code where that says more, or is o
 - from the code: ImageNet's mean and deviation for CIFAR, 30 random orders of jigsaw and an image whole with probability
   0.1 besides, as many of each turn in a batch, Selfie with a smaller crop and no flip;
 - averaged models (Table 6): the mean of their probabilities, attacked through its logarithm;
-- Table 7's images are from 80 Million Tiny Images, which has been withdrawn (ours: CIFAR-10's own and --extra-data), and
-  its task is not named (ours: --task), nor are Figure 3's twelve attacks (Kang et al., whom it cites, have ten);
+- Table 7's images are from 80 Million Tiny Images, which has been withdrawn (ours: CIFAR-10's own and --extra-data),
+  and its task is not named (ours: --task), nor are Figure 3's twelve attacks (Kang et al., whom it cites, have ten);
 - RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither);
 - rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001,
   cosine: so the published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for

@@ -37,8 +37,8 @@ are silent:
   are their code's: a head 256-16, NiN, a context encoder;
 - the ball's centre is the image as it came (line 11 of Algorithm 1 would move it), and the result is clipped to [0, 1];
 - the losses are those of x', also in the first iteration (Algorithm 1 prints x, without the noise);
-- a gradient is divided by its largest entry, per image, as in that commit (855d32d: per pixel; Algorithm 1 has it as it is:
-  x' would hardly move); SSL takes its signs (Mao); the noise at the start is uniform in the ball;
+- a gradient is divided by its largest entry, per image, as in that commit (855d32d: per pixel; Algorithm 1 has it as it
+  is: x' would hardly move); SSL takes its signs (Mao); the noise at the start is uniform in the ball;
 - K 40, eta 2/255, temperature 0.2, 4 views and the ten steps of PGD are their code's. eps_v is 16/255: the paper's "8",
   doubled there;
 - weights are 1:1:1, as in the paper (their code: 1:50:10). L_i is the mean over the hole where the paper prints the
@@ -54,8 +54,8 @@ are silent:
   1e-4 (Mao et al.; theirs 3e-4);
 - how branches are trained is not in the paper: 200 epochs of SGD with Nesterov momentum, rate 0.1, weight decay 5e-4,
   batch 128 (the contrastive head: Adam, 1024), from related code;
-- PGD's steps are 2/255; a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the epoch
-  of lowest loss on held-out images.
+- PGD's steps are 2/255; a classifier of our own is trained by PGD-10, with a cosine; all networks are those of the
+  epoch of lowest loss on held-out images.
 """
 import contextlib
 import copy

@@ -67,8 +67,8 @@ import jigsaw_at
 import mtl_reverse
 import rotation_at
 from common import (
-    VITS, UserError, apgd, batches, ce_per_image, cli, eps_name, l2_norm, load_checkpoint, load_data, load_model,
-    margin, print_results, write_atomically,
+    VITS, UserError, apgd, batches, ce_per_image, check_classifier, cli, eps_name, l2_norm, load_checkpoint, load_data,
+    margin, print_results, rebuild, write_atomically,
 )  # fmt: skip
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
 from chen_pretrain_finetune import PAPER as CHEN_PAPER
@@ -631,9 +631,10 @@ def landscape_figure(checkpoint: str, out: Path, taken: list[Path], images: int 
     plt = pyplot()
     state = load_checkpoint(checkpoint)
     args = state.get("args", {})
-    if not {"dataset", "data_dir", "image_size", "norm", "eps"} <= args.keys() or not state["network"].get("heads", {}).get("class"):
-        raise UserError(f"{checkpoint} is no trained classifier of these scripts; take a file such as best.pt or byorl-robust-100%.pt.")
-    model, norm, eps = load_model(checkpoint), args["norm"], args["eps"]
+    check_classifier(state, checkpoint)
+    if not {"dataset", "data_dir", "image_size", "norm", "eps"} <= args.keys():
+        raise UserError(f"{checkpoint} does not say on which data and in which ball it was trained.")
+    model, norm, eps = rebuild(state, checkpoint).eval(), args["norm"], args["eps"]
     _, test = load_data(args["dataset"], args["data_dir"], torch.device("cpu"), image_size=args["image_size"])
     some = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:images])
     x, y = next(batches(some, images, torch.device("cpu"), workers=0))

@@ -532,6 +532,13 @@ def test_compared_networks_stand_beside_the_papers_where_they_are_its_own(tmp_pa
     assert chen.paper_numbers("rotation", "P3F4", Args()) == (85.66, 50.40) and chen.paper_numbers("rotation", "P3F4", Args(select="robust")) == (None, None)
 
 
+def test_a_finished_cell_whose_file_is_gone_is_told(tmp_path):
+    run = start_run(Args(device="cpu", out=str(tmp_path / "r")))
+    run.save("P1F4.done.pt", {"network": {}, "model": {}})
+    with pytest.raises(UserError, match=r"P1F4.ta.pt, which this run had written, is gone"):
+        chen.finetune("P1F4", "P1F4", run, run.args, None, None, None)
+
+
 def test_the_papers_tables_4_to_7_agree_with_each_other():
     """Table 4's diagonal is 100 - RA of Tables 3 and 5; headline gains of the abstract."""
     for task in chen.TASKS:

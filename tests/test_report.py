@@ -245,7 +245,9 @@ def test_landscape_picture_of_a_checkpoint(tmp_path, one_sentence):
     (path,) = report.main(report.Args(results=(str(tmp_path / "best.pt"),), out=str(tmp_path / "report")))
     assert path.name.startswith("landscape-") and path.stat().st_size > 20_000
     save_checkpoint(tmp_path / "none.pt", {"network": model.spec, "model": model.state_dict()})
-    assert "no trained classifier" in one_sentence(report, str(tmp_path / "none.pt"), "--out", str(tmp_path / "r"))
+    assert "does not say on which data" in one_sentence(report, str(tmp_path / "none.pt"), "--out", str(tmp_path / "r"))
+    save_checkpoint(tmp_path / "pretrain.pt", {"network": model.spec, "model": model.state_dict(), "args": args, "stage": "pretrain"})
+    assert "no finished classifier" in one_sentence(report, str(tmp_path / "pretrain.pt"), "--out", str(tmp_path / "r"))
 
 
 def test_the_results_of_this_repository_can_be_reported(tmp_path):
