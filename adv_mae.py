@@ -51,7 +51,9 @@ Differs from the paper, which released no code and refers to He et al., or is ou
 - the last epoch is reported; the 16 classes of Conflict Stimuli get the mean of their classes' probabilities, as in its
   authors' code.
 """
+import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -66,11 +68,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, VITS, Block, Epoch, Images, Network, Run, UserError, ViT, batches, batchnorm_mode, build_model, check_args,
-    cli, count_batches, distribute, draw, eps_name, evaluate, full_precision, image_uniform, init_transformer,
-    learning_rate, load_data, load_trunk, load_vit, load_weights, map_images, numbers, open_folder, overruled, patchify,
-    pgd, place_model, print_table, rebuild, robust_accuracy, rotate, save_image_grid, seed_step, sincos_positions,
-    split_epoch, start_run, transformed, unpatchify, with_progress, words, world, write_results,
+    IMAGENET_STATS, STATS, VITS, Block, Epoch, Folder, Images, Network, OldRun as Run, UserError, ViT,
+    batches, batchnorm_mode, build_model, build_trunk, check_args, old_cli as cli, count_batches,
+    distribute, draw, eps_name, old_evaluate as evaluate, full_precision, image_uniform, init_transformer,
+    learning_rate, load_checkpoint, load_data, load_trunk, load_weights, map_images, old_numbers as
+    numbers, open_folder, overruled, patchify, pgd, place_model, print_table, reading, rebuild,
+    robust_accuracy, rotate, save_image_grid, seed_step, sincos_positions, split_epoch, old_start_run as
+    start_run, unpatchify, progress as with_progress, words, world, write_results,
 )  # fmt: skip
 
 
@@ -78,7 +82,7 @@ from common import (
 class Args:
     # run
     stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"  # pretrain: without fine-tuning; finetune: the encoder that --init names; evaluate: only score the classifier(s) that --init names
-    init: str = ""  # encoder to fine-tune: of this script, of byorl.py, or a published ViT (see common.load_vit). With --stage evaluate: a classifier, or a folder of them
+    init: str = ""  # encoder to fine-tune: of this script, of byorl.py, or a published ViT (see load_vit). With --stage evaluate: a classifier, or a folder of them
     seed: int = 0  # seed of the weights, the order of images, masks, augmentation and attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
@@ -815,6 +819,82 @@ def show(results: dict, folder: Path) -> None:
     )
     print_table(header, table)
     print(f"\nresults.json, the pictures and the checkpoints are in {folder}", flush=True)
+
+
+def load_vit(path: str | Path) -> dict:
+    """A checkpoint for `build_model` and `load_weights`, from one of ours or from a published one of MAE, DeiT or timm, to which ViT maps one to one:
+
+        theirs                                          ours
+        cls_token, blocks.*                             trunk.cls_token, trunk.blocks.*
+        patch_embed.proj.{weight, bias}                 trunk.patch_embed.{weight, bias}
+        pos_embed (1, 1 + N, dim)                       nothing, if it is the fixed table; else trunk.pos_embed
+        fc_norm.{weight, bias}                          trunk.fc_norm.*; without it LayerNorm's own start
+        head.{weight, bias}                             heads.class.*, if there is a fc_norm (else the head reads the class token)
+        norm.*, mask_token, decoder_*                   nothing: pre-training's last norm and decoder, which fine-tuning drops
+
+    Images are normalised by ImageNet's mean and deviation, as MAE and DeiT have it (some of timm's were trained with 0.5 for all).
+    The weights may be the file itself, or its entry `model` or `state_dict`. Raises UserError, naming the key, for anything else in it
+    (relative positions, layer scale, a distillation token, ...) and if the sizes are none of VITS.
+    """
+    with reading(path), torch.serialization.safe_globals([argparse.Namespace]):  # which MAE puts beside the weights: data only
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict) and isinstance(state.get("network"), dict):
+        return load_checkpoint(path)
+    for entry in ("model", "state_dict"):
+        state = state[entry] if isinstance(state, dict) and isinstance(state.get(entry), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), Tensor) for k in ("cls_token", "pos_embed", "patch_embed.proj.weight")):
+        raise UserError(f"{path} is no Vision Transformer: it lacks cls_token, pos_embed or patch_embed.proj.weight.")
+    dim, _, patch = state["patch_embed.proj.weight"].shape[:3]
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    arch = next((name for name, sizes in VITS.items() if (patch, depth, dim) == (sizes[0], sizes[1], 64 * sizes[2])), None)
+    if arch is None:
+        raise UserError(f"{path} has patches of {patch}, {depth} blocks of width {dim}: none of {', '.join(VITS)}.")
+    n = state["pos_embed"].shape[1] - 1
+    side = math.isqrt(n)
+    table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, side, side)]) if side * side == n else None
+    fixed = table is not None and torch.allclose(state["pos_embed"][0].float(), table, atol=1e-5)
+    classes = len(state["head.weight"]) if {"head.weight", "fc_norm.weight"} <= state.keys() else 0
+    network = {"arch": arch, "heads": {"class": classes} if classes else {}, "width": 1.0, "stem": "cifar"}
+    network |= {"mean": list(IMAGENET_STATS[0]), "std": list(IMAGENET_STATS[1])} | ({} if fixed else {"positions": n})
+    weights = {"trunk." + k: v for k, v in build_trunk(arch, 1.0, "cifar").fc_norm.state_dict(prefix="fc_norm.").items()}
+    weights |= {k: torch.tensor(network[k]).view(1, 3, 1, 1) for k in ("mean", "std")}
+    for k, v in state.items():
+        if k.startswith(("norm.", "decoder_")) or k == "mask_token" or (k.startswith("head.") and not classes) or (k == "pos_embed" and fixed):
+            continue
+        name = "heads.class" + k[4:] if k.startswith("head.") else "trunk." + k.replace("patch_embed.proj.", "patch_embed.")
+        weights[name] = v.float()
+    load_weights(build_model(**network), weights, path)  # every key and shape as they should be?
+    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train" if classes else "pretrain", "epoch": 0}
+
+
+class _Transformed(torch.utils.data.Dataset):
+    """The images of a `Folder` or a tensor, each changed by `transform` with random numbers of its own; gives what `Folder` gives."""
+
+    def __init__(self, source: Any, transform: Callable, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        from torchvision.transforms.functional import to_pil_image
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((self.seed * 16_777_259 + i) % 2**63)  # a prime beyond the number of images
+            if not isinstance(self.source, Folder):
+                return self.transform(to_pil_image(self.source[i])), -1, ""
+            folder = copy.copy(self.source)
+            folder.transform = self.transform
+            return folder[i]
+
+
+def transformed(data: Images, transform: Callable, seed: int = 0) -> Images:
+    """The same images, each changed by `transform` (a Pillow image, as large as it is stored, to a uint8 tensor) in the processes that read them.
+
+    What is drawn from torch's generator in it depends on `seed` and the image alone: not on the number of processes or ranks, nor on the order.
+    """
+    pixels = data.pixels.cpu() if isinstance(data.pixels, Tensor) else data.pixels
+    return replace(data, pixels=_Transformed(pixels, transform, seed))
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------

@@ -61,11 +61,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, apgd, batches, batchnorm_mode, build_model, ce_per_image, check_args,
-    check_batches, cli, count_batches, distribute, draw, eps_name, evaluate, join, learning_rate, load_checkpoint,
-    load_data, load_extra, load_trunk, load_weights, map_images, numbers, overruled, pgd_attack, place_model,
-    print_table, random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
-    start_run, sync_batchnorm, sync_buffers, world, write_results,
+    STATS, Epoch, Images, Network, OldRun as Run, UserError, apgd, batches, batchnorm_mode, build_model,
+    ce_per_image, check_args, check_batches, old_cli as cli, count_batches, distribute, draw, eps_name,
+    old_evaluate as evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk,
+    load_weights, map_images, old_numbers as numbers, overruled, pgd_attack, place_model, print_table,
+    random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
+    old_start_run as start_run, sync_batchnorm, sync_buffers, world, write_results,
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -74,12 +74,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model,
-    build_trunk, ce_per_image, check_args, check_batches, check_classifier, cli, count_batches, distribute, draw,
-    eps_name, evaluate, fast_second_derivatives, full_precision, input_gradients_only, jigsaw, jigsaw_permutations,
-    join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights, numbers, patchify, pgd_attack,
-    place_model, print_table, random_crop_flip, rebuild, robust_accuracy, rotate, seed_step, start_run, sync_buffers,
-    unforeseen, with_progress, words, world, write_results,
+    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, OldRun as Run, UserError, batches, batchnorm_mode,
+    build_model, build_trunk, ce_per_image, check_args, check_batches, check_classifier, old_cli as cli,
+    count_batches, distribute, draw, eps_name, old_evaluate as evaluate, full_precision, jigsaw,
+    jigsaw_permutations, join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights,
+    old_numbers as numbers, patchify, pgd_attack, place_model, print_table, random_crop_flip, rebuild,
+    robust_accuracy, rotate, seed_step, old_start_run as start_run, sync_buffers, unforeseen, progress as
+    with_progress, words, world, write_results,
 )  # fmt: skip
 
 TASKS = ("selfie", "rotation", "jigsaw")
@@ -878,6 +879,139 @@ def show_compared(rows: list[dict]) -> None:
         aim = "at a random wrong class" if first["targeted"] else "away from the right class"
         print(f"\nUnforeseen attacks (Kang et al.), accuracy (%), {first['steps']} steps {aim}, {first['examples']:,} test images\n")
         print_table(["attack", "", *(f"radius {i}" for i in range(1, 7)), "mean", "UAR"], table)
+
+
+# ---- layers with second derivatives that are worth their time: PyTorch's take several times as long -----------------------
+
+
+def fast_second_derivatives(module: nn.Module) -> None:
+    """Let the convolutions and BatchNorms in `module` compute second derivatives fast; their weights and results stay the same.
+
+    Where the gradient for an image is itself differentiated (chen_pretrain_finetune.py, eq. 4), PyTorch always makes the convolution
+    weights' second derivatives too, and BatchNorm's from some 25 passes over the data. Here a step of the
+    attack took 0.44 s in place of 1.3 s (rotation, ResNet-50v2, batch 8, bfloat16, CPU). Use `input_gradients_only` around an attack.
+    """
+    for m in module.modules():
+        if type(m) is nn.BatchNorm2d:
+            m.__class__ = _BatchNorm2d
+        elif type(m) is nn.Conv2d and m.bias is None and m.groups == 1 and m.dilation == (1, 1):
+            m.__class__ = _Conv2d
+
+
+@contextlib.contextmanager
+def input_gradients_only(module: nn.Module) -> Iterator[None]:
+    """No gradients for the weights of the layers above meanwhile. (Other layers notice by themselves that none are wanted.)"""
+    weights = [p for m in module.modules() if isinstance(m, (_Conv2d, _BatchNorm2d)) for p in m.parameters() if p.requires_grad]
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if torch.is_autocast_enabled(x.device.type):  # what goes into _Convolve is not cast
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, w = x.to(dtype), w.to(dtype)
+        return _Convolve.apply(x, w, self.stride, self.padding)
+
+
+class _Convolve(torch.autograd.Function):
+    """F.conv2d. Its gradient for x is a transposed convolution, whose own derivatives are those that are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, w, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        for_x = for_w = None
+        if ctx.needs_input_grad[0]:
+            left = [(x.shape[i + 2] + 2 * ctx.padding[i] - w.shape[i + 2]) % ctx.stride[i] for i in (0, 1)]  # pixels no window begins at
+            for_x = F.conv_transpose2d(g, w, None, ctx.stride, ctx.padding, left)
+        if ctx.needs_input_grad[1]:
+            for_w = torch.nn.grad.conv2d_weight(x, w.shape, g, ctx.stride, ctx.padding)
+        return for_x, for_w, None, None
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # a scale and a shift
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            return torch.addcmul(shift.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
+        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+        return _Normalise.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """BatchNorm in train mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_batch_norm(x, w, b, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, w, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *_NormaliseGradient.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None
+
+
+class _NormaliseGradient(torch.autograd.Function):
+    """BatchNorm's gradients for x, w and b; the first can be differentiated again, with the formulas below, per channel:
+
+    r = 1 / standard deviation, z = (x - mean) r; the gradient for x is f = w r (g - E[g] - z E[g z]). Given u, the derivative of
+    <u, f> with respect to g is the same map applied to u, as it is symmetric; with respect to x it is
+
+        w r^2 (E[u] E[g z] + E[g] E[u z] - E[g z] u - E[u z] g + z (3 E[u z] E[g z] + E[u] E[g] - E[u g]))
+
+    and with respect to w it is the sum of u f / w, n r (E[u g] - E[u] E[g] - E[u z] E[g z]), n values being in the mean E.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        for_x, for_w, for_b = _normalise_gradient(g, x, w, mean, rstd, eps)  # the last two are the sums of g z and of g
+        ctx.save_for_backward(g, x, w, mean, rstd, for_w, for_b)
+        ctx.eps = eps
+        return for_x, for_w, for_b
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, *of_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(v is not None for v in of_weights):
+            raise NotImplementedError("the second derivative of BatchNorm's weights is not written; use nn.BatchNorm2d.")
+        if u is None:
+            return (None,) * 6
+        g, x, w, mean, rstd, gz, gs = ctx.saved_tensors
+        for_g, uz, us = _normalise_gradient(u, x, w, mean, rstd, ctx.eps)
+        ug = _normalise_gradient(u, g, w, torch.zeros_like(mean), torch.ones_like(rstd), ctx.eps)[1]  # the sum of u g
+        n = x.numel() / x.shape[1]
+        gz, gs, uz, us, ug = (v / n for v in (gz, gs, uz, us, ug))  # from here on means
+
+        def channels(v: Tensor) -> Tensor:  # (C,) -> (1, C, 1, 1)
+            return v.to(x.dtype).view(1, -1, 1, 1)
+
+        k = w * rstd**2
+        of_x = k * rstd * (3 * uz * gz + us * gs - ug)
+        for_x = torch.addcmul(channels(k * (us * gz + gs * uz) - of_x * mean), x, channels(of_x))
+        for_x = for_x.addcmul_(u, channels(-k * gz)).addcmul_(g, channels(-k * uz))
+        return for_g, for_x, n * rstd * (ug - us * gs - uz * gz), None, None, None
+
+
+def _normalise_gradient(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's gradients for x, w and b in one kernel."""
+    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, eps, [True, True, True])
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------

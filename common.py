@@ -1,21 +1,22 @@
-"""What the scripts share and no paper is about, in five sections:
+"""What the scripts share, in five sections:
 
-1. Run      arguments, devices and ranks, the run's folder, checkpoints, logging
-2. Data     digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
+1. Run      flags, devices and ranks, the run's folder, checkpoints, logging
+2. Data     digits, CIFAR, STL-10 and image folders; splits, batches, augmentation, self-supervised tasks
 3. Models   ResNets and Vision Transformers with normalisation and mixed precision inside
-4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy, unforeseen attacks
-5. Results  evaluation of a checkpoint, tables, results.json, pictures
+4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy
+5. Results  evaluation of a checkpoint, tables, pictures
 
-Conventions everywhere: images are (B, 3, H, W) floats in [0, 1], a network normalises them itself and
-returns logits, `eps` and step sizes are in those pixel units, accuracies are in percent. Importing this
-file defines things and does nothing else. To use the attack elsewhere, copy `pgd` with `l2_norm`, and
-`robust_accuracy` with `batchnorm_mode`: together they need nothing but torch and some imports of the standard library.
+(and, while some scripts still need it, 6. the old run section)
+
+Conventions: images are (B, 3, H, W) floats in [0, 1]; a network normalises them itself and returns logits;
+`eps` and step sizes are in the same [0, 1] units; accuracies are in percent. Importing this file only defines
+things. To use the attack elsewhere, copy `pgd` with `l2_norm`, and `robust_accuracy` with `batchnorm_mode`:
+together they need nothing but torch and some imports of the standard library.
 """
 import argparse
 import contextlib
-import copy
-import errno
 import functools
+import hashlib
 import http.client
 import inspect
 import itertools
@@ -26,250 +27,247 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except KeyboardInterrupt:  # importing torch takes seconds
+    sys.exit(130)
 
 # ======================================================================================================
-# 1. Run: arguments, devices and ranks, the run's folder, checkpoints, logging
+# 1. Run: flags, devices and ranks, the run's folder, checkpoints, logging
 # ======================================================================================================
 
 
 class UserError(Exception):
-    """An error that the user can fix, explained in one sentence. `cli` prints it without a traceback."""
+    """A mistake that the user can mend, explained in one sentence. `cli` prints it without a traceback."""
 
 
-# ---- arguments ---------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------
+
+Positive = Annotated[int, "1 or more"]
+Share = Annotated[float, "between 0 and 1"]
+
+
+@dataclass
+class CommonArgs:
+    """Flags that say where and how to compute, the same in every script. A script's Args adds those of its
+    method."""
+
+    # run
+    seed: int = 0  # seed of the split, the weights, the order of images and the attacks
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
+    compile: bool = False  # torch.compile the trunk
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: a folder in runs/ named after script, norm, radius and seed
+    resume: bool = False  # continue the run in its folder, with the same flags, or start it
+    quick: bool = False  # a miniature on the bundled digits, a minute or two on two CPU cores
+    # data
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # data set
+    data_dir: str = "data"  # where data are or are downloaded to; folder: holds train/ and test/ or val/
+    data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
+    image_size: Positive = 32  # side in pixels; other images are resized
+    # evaluation
+    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # suite: see common.suite_attacks
+    eval_steps: Positive = 20  # steps of PGD in evaluation
+    eval_examples: int = 0  # test images to evaluate on, drawn at random once and for all; 0: all
+    eval_amp: bool = False  # evaluate in mixed precision instead of float32
+
+
+# Flags that a resumed run may change: they say where to compute, not what.
+FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "download", "workers", "compile"}
 
 
 def number(text: str) -> float:
-    """Read `0.5`, `1e-4` or `8/255`. Raises ValueError for anything else."""
-    try:
-        value = float(Fraction(re.sub(r"\s*/\s*", "/", text.strip())))
-    except (ZeroDivisionError, OverflowError):
-        raise ValueError(text) from None
+    """Read 0.5, 1e-4, 8/255 or 1.25/255. Raises ValueError for anything else and for negative numbers."""
+    top, _, bottom = text.partition("/")
+    value = float(top) / (float(bottom or 1) or math.nan)
+    if not 0 <= value < math.inf:
+        raise ValueError(text)
     return value
 
 
-def numbers(text: str, flag: str, such_as: str = "0,4/255,8/255") -> list[float]:
-    """Read a comma-separated list of numbers (none negative). Raises UserError, naming `flag` and an example, if it is none."""
-    with contextlib.suppress(ValueError):
-        values = [number(word) for word in words(text)]
-        if all(v >= 0 for v in values):
-            return values
-    raise UserError(f"--{flag} {text!r} is not a list of numbers such as {such_as}.")
+def numbers(text: str) -> tuple[float, ...]:
+    """Read comma-separated numbers such as 0,4/255,8/255. Raises ValueError."""
+    return tuple(number(word) for word in text.split(",") if word.strip())
 
 
-def words(text: str) -> list[str]:
-    """Read a comma-separated list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def whole_number(text: str) -> int:
+    """Read 0, 1, 2, ... Raises ValueError for anything else."""
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Read 1, 2, 3, ... Raises ValueError for anything else."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Read a number from 0 to 1. Raises ValueError for anything else."""
+    if number(text) > 1:
+        raise ValueError(text)
+    return number(text)
 
 
 def eps_name(eps: float) -> str:
-    """The way papers write a radius: 8/255 -> '8/255', 0.5 -> '0.5'."""
-    k = eps * 255
-    short = f"{eps:g}"
+    """A radius as papers write it: 8/255 -> '8/255', 0.5 -> '0.5'."""
+    k, short = eps * 255, f"{eps:g}"
     return f"{round(k)}/255" if len(short) > 5 and abs(k - round(k)) < 1e-6 else short
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def given_flags(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
+    """The flags on the command line, {field: value}, for a dataclass: one flag per field. The type says how
+    it is read, its trailing comment is its help, a comment on a line of its own is the heading of those below
+    it. A field of type tuple[str, ...] takes the words without a flag."""
+    readers = {int: whole_number, Positive: positive, float: number, Share: share, str: str}
+    readers[tuple[float, ...]] = numbers
+    parser = _Parser(
+        description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+        usage=f"python {_script_of(cls)}.py [--flag value ...]",
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=110),
+    )  # fmt: skip
+    group, groups, quick = parser, {}, getattr(cls, "QUICK", {})
+    field = {f.name: f for f in fields(cls)}
+    source = "".join(inspect.getsource(c) for c in cls.__mro__[:-1])
+    for heading, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$", source, re.M):
+        if heading:
+            group = groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
+        if name not in field:
+            continue
+        f = field.pop(name)
+        values = [("default", f.default)] + ([("--quick", quick[name])] if name in quick else [])
+        told = "; ".join(f"{of}: {_shown(v)}" for of, v in values if v not in ("", ()))
+        more: dict[str, Any] = {"help": f"{note} ({told})" if told else note, "default": argparse.SUPPRESS}
+        more["help"] = more["help"].replace("%", "%%")
+        if f.type == tuple[str, ...]:
+            group.add_argument(name, nargs="*", metavar=name.upper(), **more)
+            continue
+        if f.type is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        elif get_origin(f.type) is Literal:
+            more["choices"] = get_args(f.type)
+        else:
+            more |= {"type": readers[f.type], "metavar": "S" if f.type is str else "N"}
+        group.add_argument("--" + name.replace("_", "-"), **more)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_shown, value))
+    return eps_name(value) if isinstance(value, float) else str(value)
 
 
 def parse_args(cls: type, argv: list[str] | None = None) -> Any:
-    """Turn a dataclass into command-line flags: one per field, its trailing comment is the help; a comment on a line of its own is the
-    heading of the fields below it. A field of type tuple[str, ...] takes the words without a flag.
-
-    Later wins: the field's default, then `cls.QUICK` if --quick is given, then the flags. With
-    `--resume --out DIR` the arguments of the run in DIR take the place of defaults and QUICK, so that flags
-    need not be repeated.
-    """
-    script = _script_of(cls) + ".py"
-    loose = "".join(f" [{f.name.upper()} ...]" for f in fields(cls) if get_origin(f.type) is tuple)
-    parser = _Parser(
-        prog=script, usage=f"python {script}{loose} [--flag value ...]", description=sys.modules[cls.__module__].__doc__,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=118, max_help_position=28), allow_abbrev=False,
-    )  # fmt: skip
-    about, group, quick = {f.name: f for f in fields(cls)}, parser, getattr(cls, "QUICK", {})
-    for heading, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?(?:  # (.*))?)$", inspect.getsource(cls), re.M):
-        if heading:
-            group = parser.add_argument_group(heading)
-        if name not in about:
-            continue
-        f = about[name]
-        values = [("default", f.default)] + ([("--quick", quick[name])] if name in quick else [])
-        shown = [f"{of}: {eps_name(v) if f.type is float else ('off', 'on')[v] if f.type is bool else v}" for of, v in values if v not in ("", ())]
-        kw: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (note + (f" ({'; '.join(shown)})" if shown else "")).replace("%", "%%")}
-        if f.type is bool:
-            kw["action"] = argparse.BooleanOptionalAction
-        elif get_origin(f.type) is tuple:  # what stands on the command line without a flag
-            group.add_argument(name, nargs="*", metavar=name.upper(), **kw)
-            continue
-        elif get_origin(f.type) is Literal:
-            kw["choices"] = get_args(f.type)
-        else:
-            kw["type"] = number if f.type is float else f.type
-            kw["metavar"] = {float: "X", int: "N"}.get(f.type, "S")
-        group.add_argument("--" + name.replace("_", "-"), **kw)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
-    if given.get("resume") and given.get("out"):
-        values |= {k: v for k, v in _saved_args(Path(given["out"]), _script_of(cls)).items() if k in values}
-    return cls(**(values | given))
+    """An instance of the dataclass `cls`: flags win over `cls.QUICK` (with --quick), which wins over the
+    defaults."""
+    given = given_flags(cls, argv)
+    return cls(**((cls.QUICK if given.get("quick") else {}) | given))
 
 
 def _script_of(cls: type) -> str:
-    """'byorl' for the dataclass Args of byorl.py, whether that was started or imported."""
+    """'byorl' for the Args of byorl.py, whether that was started or imported."""
     return Path(getattr(sys.modules[cls.__module__], "__file__", cls.__module__)).stem
 
 
-# Lowest and highest value of a flag, wherever it appears, if not 0 and infinity.
-_RANGES = {
-    "image_size": (8, 4096), "width": (1 / 64, 64), "branch_width": (1 / 64, 64), "label_fraction": (1e-6, 1), "val_fraction": (0, 0.9),
-    "eval_crop": (0.1, 1), "crop": (0, 1), "mask_ratio": (0, 1), "whole": (0, 1), "blur": (0, 1), "erase": (0, 1), "tau": (0, 1),
-    "smoothing": (0, 0.99), "drop_path": (0, 0.99), "ema": (0, 0.999999), "jitter_strength": (0, 1.25), "temperature": (1e-3, math.inf),
-    "seed": (0, 2**31), "workers": (0, 1024), "grid": (2, 4096), "num_permutations": (1, 10_000), "decoder_width": (4, math.inf),
-} | dict.fromkeys(
-    ("batch_size", "pretrain_batch_size", "branch_batch_size", "head_batch_size", "eval_batch_size", "views"), (2, math.inf)
-) | dict.fromkeys(
-    ("epochs", "probe_epochs", "uat_epochs", "branch_epochs", "steps", "eval_steps", "adaptive_steps", "unforeseen_steps", "accumulate",
-     "hidden", "projection", "decoder_depth", "decoder_heads", "val_images", "bank", "eot"), (1, math.inf)
-)  # fmt: skip
+def check_radii(args: Any) -> None:
+    """Raise UserError for a radius that cannot be meant: a linf radius above 1, or one meant for the other
+    norm."""
+    usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
+    for name, value in vars(args).items():
+        if (name == "eps" or name.endswith("_eps")) and args.norm == "linf":
+            radii = value if isinstance(value, tuple) else numbers(str(value))
+            if max(radii, default=0) > 1:
+                flag = f"--{name.replace('_', '-')} {max(radii):g}"
+                raise UserError(f"{flag}: images are in [0, 1], so a linf radius is a number such as 8/255.")
+    if args.norm != usual["norm"] and usual["eps"] and args.eps == usual["eps"]:
+        such_as = "0.5" if args.norm == "l2" else "8/255"
+        raise UserError(f"--norm {args.norm} needs a radius of its own: give one, such as --eps {such_as}.")
 
 
-def usual_args(args: Any) -> dict:
-    """The arguments of a script without any flag but --quick, if that is given."""
-    return vars(type(args)()) | (type(args).QUICK if args.quick else {})
-
-
-def overruled(args: Any, its: dict) -> list[str]:
-    """Flags that were given, but that a checkpoint overrules with the values `its`: to be told, not to be refused."""
-    usual = usual_args(args)
-    return [f"--{k.replace('_', '-')} {getattr(args, k)}" for k, v in its.items() if getattr(args, k) not in (usual[k], v)]
-
-
-def check_args(args: Any) -> None:
-    """Raise UserError for a value outside its range (`Args(...)` built by hand included)."""
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if get_origin(f.type) is Literal and value not in get_args(f.type):
-            raise UserError(f"--{f.name.replace('_', '-')} {value}: choose from {', '.join(get_args(f.type))}.")
-        if f.type in (int, float):
-            low, high = _RANGES.get(f.name, (0, math.inf))
-            if not (math.isfinite(value) and low <= value <= high):
-                span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise UserError(f"--{f.name.replace('_', '-')} {value:g} must be {span}.")
-    usual = usual_args(args)
-    if usual.get("eps") and args.norm != usual["norm"] and args.eps == usual["eps"]:  # a radius means another thing in another norm
-        raise UserError(f"--norm {args.norm} needs a radius of its own: give one, such as --eps {'0.5' if args.norm == 'l2' else '8/255'}.")
-    patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
-    if getattr(args, "image_size", 0) % patch:
-        raise UserError(f"--image-size {args.image_size} is no multiple of {patch}, the side of a patch of {args.arch}.")
+@contextlib.contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Exit with one line for what a user can mend. Whatever else is raised keeps its traceback: it is a
+    bug."""
+    try:
+        yield
+    except BrokenPipeError:  # `| head`: nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except (UserError, FloatingPointError, OSError, MemoryError) as e:
+        sys.exit(f"error: {str(e) or 'out of memory'}")
+    except RuntimeError as e:
+        known = {
+            r"DataLoader worker \(pid": "a process that reads images died (--workers 0 needs none)",
+            "DefaultCPUAllocator|out of memory": "out of memory; take smaller batches, or a smaller --width",
+            "inline_container|PytorchStreamWriter": "a checkpoint could not be written (is the disk full?)",
+        }
+        advice = next((text for pattern, text in known.items() if re.search(pattern, str(e))), None)
+        if advice is None:
+            raise
+        sys.exit(f"error: {advice}. ({' '.join(str(e).split())[:200]})")
 
 
 def cli(main: Callable, args_class: type) -> None:
-    """Run a script from the command line: `main(parse_args(args_class))`, with errors printed as one sentence.
-
-    Exit codes: 0 done, 1 a UserError / full disk / out of memory, 2 a wrong flag, 130 SIGINT, 143 SIGTERM.
-    A traceback means a bug.
-    """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _Signals.handle)
-    try:
-        main(parse_args(args_class))
-    except (UserError, FloatingPointError) as e:
-        sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; take smaller batches (--batch-size or the like, see --help), a smaller --width, or --amp bf16.")
-    except OSError as e:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if e.errno not in (*full, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise
-        advice = "free some space or choose another --out." if e.errno in full else "choose another folder."
-        sys.exit(f"error: {e.strerror}: {e.filename or 'output'}; {advice}")
-    except KeyboardInterrupt as e:
-        if world()[0] == 0:
-            what = f" ({e})" if str(e) else ""
-            run = _Signals.run if _Signals.run and (_Signals.run.folder / "config.json").exists() else None
-            how = f"; go on with: {command_line(run.script, {'resume': True, 'out': run.folder})}" if run else ""
-            print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
-        sys.exit(128 + (_Signals.received or signal.SIGINT))
-    finally:
-        if _Signals.run is not None and world()[0] == 0:
-            with contextlib.suppress(OSError):
-                _Signals.run.folder.rmdir()  # succeeds only if empty: a run that could not begin leaves no folder behind
-        if dist.is_initialized() and sys.exc_info()[0] is None:
+    """Run a script: `main(parse_args(args_class))`. Exit codes: 0 done, 1 a mistake that the user can mend,
+    told in one line, 2 a wrong flag, 130 Ctrl-C. A traceback means a bug."""
+    with errors_in_one_sentence():
+        try:
+            main(parse_args(args_class))
+        except KeyboardInterrupt:
+            if world()[0] == 0:
+                print(
+                    "\ninterrupted: the same command with --resume goes on after its last epoch",
+                    file=sys.stderr,
+                )
+            sys.exit(130)
+        if dist.is_initialized():
             dist.barrier()  # a rank that leaves while another still works would be taken for dead
             dist.destroy_process_group()
-
-
-def command_line(script: str, flags: dict) -> str:
-    """The command that starts a script on as many processes as this one, as one types it."""
-    start = f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}" if world()[1] > 1 else "python"
-    file = sys.argv[0] if Path(sys.argv[0]).stem == script else f"{script}.py"
-    given = []
-    for k, v in flags.items():
-        k = k.replace("_", "-")
-        v = eps_name(v) if isinstance(v, float) and number(eps_name(v)) == v else v  # 8/255
-        given += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
-    return f"{start} {shlex.join([file, *given])}"
-
-
-class _Signals:
-    """SIGINT and SIGTERM stop the program at once, or, inside an `Epoch`, after the step that is running."""
-
-    received = 0
-    deferred = False
-    run: Any = None  # the run in progress, for what `cli` says and tidies
-
-    @classmethod
-    def handle(cls, signum: int, frame: Any) -> None:
-        again, cls.received = bool(cls.received), signum
-        if again and "TORCHELASTIC_RUN_ID" in os.environ:
-            return  # a Ctrl-C arrives twice, from the terminal and from torchrun: the second must not cut the saving short
-        if again or not cls.deferred:
-            raise KeyboardInterrupt
 
 
 # ---- devices, ranks, seeds ---------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU; under torchrun each rank takes its own card."""
+    """'auto' is CUDA where there is one, else the CPU. Under torchrun each rank takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this machine has no usable CUDA device; use --device cpu.")
-        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise UserError(f"--device {name} would put all ranks on one GPU; use --device cuda under torchrun.")
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: GPU {index} asked for, {torch.cuda.device_count()} found.")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        if device.type not in ("cpu", "cuda") or (device.index is not None and ranks > 1):
+            raise RuntimeError("use auto, cpu or cuda, and on one rank cuda:N.")
+        if device.type == "cuda":
+            local_rank = int(os.environ["LOCAL_RANK"]) if ranks > 1 else 0
+            device = torch.device("cuda", local_rank if device.index is None else device.index)
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from None
     return device
 
 
@@ -286,20 +284,17 @@ def learning_rate(highest: float, step: int, warmup: int, steps: int, lowest: fl
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Seed torch for one training step, differently for each step and rank.
-
-    No generator state has to be saved then: a run resumed at any step draws what the uninterrupted run would have.
-    """
-    # One number from four: the factors are primes larger than what is added, so that no two steps get the same one.
+    """Seed torch for one step, differently for each step and rank, so that no random state has to be
+    saved."""
+    # One number from four: the factors are primes larger than what is added, so no two steps get the same
+    # one.
     torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_009 + world()[0]) % 2**63)
 
 
 def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
-    """Wrap for the weight update on several ranks (attack the bare `model`); returns `model` itself on one.
+    """Wrap for the weight update on several ranks (attack the bare `model`); on one rank `model` itself.
 
-    With `sync_bn`, BatchNorm in train mode sees the images of all ranks, so their number changes nothing. Without, each
-    rank's own in the update, and rank 0's running averages wherever they are used (call `sync_buffers` before each attack
-    and evaluation): what nn.DataParallel does.
+    BatchNorm in train mode sees the images of all ranks, so their number changes no result.
     """
     if world()[1] == 1:
         return model
@@ -307,18 +302,16 @@ def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
         sync_batchnorm(model)
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its newer name, its older one
+    flag = (
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    )  # new name, old name
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{flag: False})
 
 
 def sync_batchnorm(model: nn.Module) -> None:
-    """Let BatchNorm in `model` see the images of all ranks when in train mode; nothing happens on one rank."""
-    if world()[1] == 1:
-        return
-    if next(model.parameters()).is_cuda and not any(isinstance(m, _BatchNorm2d) for m in model.modules()):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaces layers inside `model`, so it and a wrapper stay one
-        return
-    for m in model.modules():
+    """Let BatchNorm in `model` see the images of all ranks when in train mode; on one rank nothing
+    happens."""
+    for m in model.modules() if world()[1] > 1 else []:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.__class__ = _SyncBatchNorm  # the same weights and buffers, another forward
 
@@ -341,11 +334,17 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the images of all ranks; PyTorch's own works on GPUs only, and has no second derivative."""
+    """BatchNorm over the images of all ranks, on CPUs and GPUs.
+
+    nn.SyncBatchNorm works on GPUs only, has no second derivative, makes the CPU wait three times per layer
+    and pass, and refuses bfloat16 when running statistics are off, as under an attack in train mode.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         z = x.float()  # (B, C, ...)
@@ -364,226 +363,277 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return z.to(x.dtype)
 
 
-def sync_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's running statistics, so that all ranks attack and evaluate the same network."""
-    if world()[1] == 1:
-        return
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    flat = torch.cat([b.flatten() for b in buffers])  # one message instead of forty
-    dist.broadcast(flat, 0)
-    for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        b.copy_(new.view_as(b))
+def all_ranks_fine(problem: str = "") -> None:
+    """Raise UserError on every rank if one of them has a problem: a rank that left alone would let the others
+    wait."""
+    problems = [problem] * world()[1]
+    if world()[1] > 1:
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise UserError(next(p for p in problems if p))
 
 
-# ---- the run's folder --------------------------------------------------------------------------------
-
-# Flags that a resumed run may change: they say where and how to compute, not what (numbers move by rounding at most,
-# or, from one kind of device to another, by other random draws).
-_FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "download", "workers", "compile"}
+# ---- the run -----------------------------------------------------------------------------------------
 
 
-def _saved_args(folder: Path, script: str) -> dict:
-    """The arguments of the run in `folder`; {} if it holds none. Raises UserError if it is another script's."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'config.json'} is not readable as a run's config; choose another --out.") from None
-    if config.get("script", script) != script:
-        raise UserError(f"{folder} is a run of {config['script']}.py, not of {script}.py: choose another --out.")
-    return saved
+LESS = "take a smaller learning rate (--lr or the like), or --amp off"
 
 
-def _contradictions(args: Any, saved: dict) -> list[str]:
-    return [
-        f"--{k.replace('_', '-')} {v} (the run has {'none' if saved[k] in ('', ()) else saved[k]})"
-        for k, v in asdict(args).items()
-        if k in saved and k not in _FREE_ON_RESUME and v != saved[k]
-    ]
-
-
-@dataclass
 class Run:
-    """A run's folder and where it computes. All writing is done by rank 0; on other ranks it does nothing."""
+    """A run: its folder, its device, its flags, and where in the training it is. Rank 0 alone writes and
+    prints.
 
-    folder: Path
-    device: torch.device
-    script: str
-    args: Any
+        for epoch in run.epochs("train", args.epochs, model, opt):
+            for x, y in run.batches(train_set, args.batch_size):
+                ...
+                run.log(loss=loss)
+            run.keep_best("best.pt", model, score=..., val_clean=...)
+    """
 
-    def begin(self) -> None:
-        """Write config.json: from here on the folder holds a run. Call it when arguments and data have proved good."""
-        if not (self.folder / "config.json").exists():
-            config = {"script": self.script, "args": asdict(self.args), "device": device_name(self.device)}
-            config |= {"torch": torch.__version__, "ranks": world()[1], "commit": _commit()}
-            self.write("config.json", json.dumps(config, indent=1))
+    def __init__(self, folder: Path, device: torch.device, script: str, args: Any):
+        self.folder, self.device, self.script, self.args = folder, device, script, args
+        self.history: list[dict] = []  # a line for each finished epoch, as in metrics.jsonl
+        self.began = time.perf_counter()
+        if (folder / "last.pt").exists():  # the run is resumed
+            with reading(folder / "last.pt"):
+                self.history = self.load("last.pt")["history"]
+                self.began -= sum(line["seconds"] for line in self.history if line["stage"])
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if world()[0] == 0:
             print(text, flush=True)
 
-    def save(self, name: str, state: dict) -> None:
-        """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last good one."""
-        if world()[0] == 0:
-            if not all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point()):
-                raise UserError(
-                    f"the weights became NaN or infinite; {name} was not written: take a smaller learning rate (--lr or the like), or --amp off."
-                )
-            save_checkpoint(self.folder / name, state)
-
-    def load(self, name: str, *needed: str) -> dict | None:
-        """The run's own checkpoint `name`, on the CPU, with the entries `needed`; None if not written yet."""
-        path = self.folder / name
-        found = torch.tensor(int(path.exists()), device=self.device)
-        if world()[1] > 1:
-            dist.broadcast(found, 0)
-        state = load_checkpoint(path) if found else None
-        if state is not None and (missing := set(needed) - state.keys()):
-            raise UserError(f"{path} cannot be resumed from: it has no '{min(missing)}' entry (is it another file renamed?).")
-        return state
-
-    def require(self, name: str) -> dict:
-        """`load`, where the run has written the file before. Raises UserError if it is gone."""
-        state = self.load(name)
-        if state is None:
-            raise UserError(f"{self.folder / name}, which this run had written, is gone: start again with another --out.")
-        return state
-
-    def resume(self, name: str, model: nn.Module, opt: torch.optim.Optimizer) -> dict:
-        """From where to train `name`: last.pt, if it is of that training (then weights and optimiser are loaded), else the beginning:
-        a dict with at least epoch, step, sums, history and seconds, the last two of all trainings of the run."""
-        state = self.load("last.pt", "optimizer", "name", "history", "seconds")
-        if state is None or state["name"] != name:
-            before = state or {"history": [], "seconds": 0.0}
-            return {"epoch": 0, "step": 0, "sums": {}} | {k: before[k] for k in ("history", "seconds")}
-        load_weights(model, state["model"], self.folder / "last.pt")
-        opt.load_state_dict(state["optimizer"])
-        return state
-
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run atomically."""
         if world()[0] == 0:
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
 
-    def log(self, history: list[dict], stage: str, epoch: int, epochs: int, **metrics: float) -> None:
-        """Append one epoch's metrics to `history`, print them, and rewrite metrics.jsonl from the whole history
-        (so that an epoch replayed after a kill is not in it twice)."""
-        before = history[-1]["seconds"] if history and "seconds" in history[-1] else 0.0
-        history.append({"stage": stage, "epoch": epoch} | metrics)
-        left = (epochs - epoch) * (metrics.get("seconds", 0.0) - before)  # seconds, if every epoch took as long as this one
-        eta = f"  ({left / 3600:.1f} h left)" if left > 3600 else f"  ({left / 60:.0f} min left)" if left > 60 else ""
-        self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + eta)
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-
-    def read(self, name: str) -> dict | None:
-        """A JSON file that this run wrote before it was resumed, the same on every rank; None if there is none, or it is damaged."""
-        path = self.folder / name
-        found = [None]
-        if world()[0] == 0 and path.exists() and (self.folder / "config.json").exists():
-            try:
-                found = [json.loads(path.read_text())]
-                if not (isinstance(found[0], dict) and found[0].get("script") == self.script and found[0].get("rows")):
-                    raise ValueError
-            except ValueError:
-                found = [None]
-                self.say(f"{path} is damaged; evaluating again.")
+    def save(self, name: str, state: dict) -> None:
+        """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
+        good one."""
+        finite = [v.isfinite().all() for v in state["model"].values() if v.is_floating_point()]
+        if not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
+            raise UserError(f"the weights became NaN or infinite, so {name} was not written; {LESS}.")
+        if world()[0] == 0:
+            save_checkpoint(self.folder / name, state | {"script": self.script, "args": asdict(self.args)})
         if world()[1] > 1:
-            dist.broadcast_object_list(found, 0)
-        return found[0]
+            dist.barrier()  # else another rank could read the old file
 
-    def next_command(self, **changes: Any) -> str:
-        """The command that goes on from what this run has made: its flags that are not the usual ones, and `changes`."""
-        usual = usual_args(self.args) | {"quick": False}
-        wanted = {k: v for k, v in (vars(self.args) | changes).items() if k not in ("out", "resume") and not isinstance(v, tuple)}
-        return command_line(self.script, {k: v for k, v in wanted.items() if v != usual[k]})
+    def load(self, name: str, **expected: Any) -> dict:
+        """A checkpoint that this run has written, on the CPU. Raises UserError if it is missing, damaged, of
+        another run, or has other entries than `expected`."""
+        path = self.folder / name
+        state = load_checkpoint(path)
+        with reading(path):
+            check_same_run(path, state, self.script, self.args)
+            for key, value in expected.items():
+                if state[key] != value:
+                    raise UserError(f"{path} has the {key} {state[key]}, not {value}: is it another file?")
+        return state
 
-    def rows(self, name: str) -> list[dict]:
-        """What `keep` has written to the file `name` before the run was resumed; [] if nothing."""
-        return (self.read(name) or {"rows": []})["rows"]
+    def load_data(self) -> tuple["Images", "Images"]:
+        """(training images, test images) of --dataset, the latter cut to --eval-examples.
 
-    def keep(self, name: str, rows: list[dict]) -> None:
-        """Write rows of results.json that are final already to a file, so that a resumed run need not make them again."""
-        self.write(name, json.dumps({"script": self.script, "rows": rows}, indent=1))
+        Raises UserError if they cannot be had, or if the run was started with others.
+        """
+        args = self.args
+        train, test = load_data(
+            args.dataset, args.data_dir, self.device,
+            image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers,
+        )  # fmt: skip
+        path, digest = self.folder / "config.json", train.digest + test.digest
+        with reading(path):
+            config = json.loads(path.read_text())
+            if config.setdefault("images", digest) != digest:
+                raise UserError(f"the images are not those that the run in {self.folder} was started with.")
+        self.write("config.json", json.dumps(config, indent=1))
+        return train, draw(test, min(args.eval_examples, len(test)), seed=0) if args.eval_examples else test
+
+    def epochs(
+        self, stage: str, epochs: int, model: nn.Module, opt: torch.optim.Optimizer, *,
+        first_id: int = 0, **more: nn.Module,
+    ) -> Iterator[int]:  # fmt: skip
+        """The epochs of the training `stage` that are left: 0, 1, ..., epochs - 1, fewer in a resumed run.
+
+        After each, last.pt is written and a line is logged. first_id: number of the first epoch among those of
+        all stages, so that no two draw the same random numbers. more: further modules to save and resume.
+        """
+        self.stage, self.best = stage, -math.inf
+        modules = {"model": model} | more
+        if self.history and self.history[-1]["stage"] == stage:
+            last = self.load("last.pt", stage=stage, network=model.spec)
+            with reading(self.folder / "last.pt"):
+                opt.load_state_dict(last["optimizer"])
+                self.best = float(last["best"])
+                for key, module in modules.items():
+                    module.load_state_dict(last[key])
+        for epoch in range(sum(line["stage"] == stage for line in self.history), epochs):
+            began = time.perf_counter()
+            self.epoch, self.epoch_id, self.sums, self.notes = epoch, first_id + epoch, {}, {}
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            yield epoch
+            seconds = time.perf_counter() - began
+            line = {"stage": stage, "epoch": epoch + 1, "lr": opt.param_groups[0]["lr"]}
+            line |= self.means() | self.notes | {"seconds": round(seconds, 1)}
+            self.history.append(line)
+            self.save("last.pt", {
+                "stage": stage, "epoch": epoch + 1, "network": model.spec, "optimizer": opt.state_dict(),
+                "best": self.best, "history": self.history,
+            } | {key: module.state_dict() for key, module in modules.items()})  # fmt: skip
+            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+            left = seconds * (epochs - epoch - 1) / 60
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in ("stage", "epoch"))
+            self.say(f"{stage} {epoch + 1}/{epochs}  {shown}" + f"  ({left:.0f} min left)" * (left > 1))
+
+    def batches(self, data: "Images", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This epoch's batches in random order, see `batches`. Before each, and after the last, torch is
+        seeded anew: a resumed run draws what an uninterrupted one would have."""
+        order = self.args.seed * 1_000_003 + self.epoch_id
+        stream = batches(data, batch_size, self.device, shuffle=order, workers=self.args.workers)
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        began = asked = time.perf_counter()
+        waited, step = 0.0, -1
+        for step, (x, y) in enumerate(progress(stream, len(data), f"{self.stage} {self.epoch + 1}")):
+            if done is None or done.query():  # the device had nothing to do but to wait for this batch
+                waited += time.perf_counter() - asked
+            seed_step(self.args.seed, self.epoch_id, step)
+            self.step, self.count = step, len(y)
+            yield x, y
+            asked = time.perf_counter()
+            if done is not None:
+                done.record()
+        seed_step(self.args.seed, self.epoch_id, step + 1)
+        seconds = time.perf_counter() - began
+        self.notes |= {"images_per_s": round(len(data) / seconds, 1), "waiting": round(waited / seconds, 3)}
+
+    def log(self, **losses: Tensor) -> None:
+        """Add a step's mean losses to the epoch's. Raises UserError if they are NaN (on a GPU every 50 steps)."""
+        for key, value in (losses | {"images": torch.ones((), device=self.device)}).items():
+            self.sums[key] = self.sums.get(key, 0) + value.detach().float() * self.count
+        if self.device.type == "cpu" or self.step % 50 == 49:  # reading a number makes the CPU wait for a GPU
+            self.means(every_rank=False)
+
+    def means(self, every_rank: bool = True) -> dict[str, float]:
+        """Mean losses over the epoch's images so far, of all ranks, and on GPUs the peak of memory (GiB)."""
+        total = torch.stack(list(self.sums.values()))
+        if every_rank and world()[1] > 1:
+            dist.all_reduce(total)
+        total = total.tolist()
+        if not all(map(math.isfinite, total)):
+            where = f"epoch {self.epoch + 1}, at or just before step {self.step + 1}"
+            raise UserError(f"the loss became NaN or infinite in {where}; {LESS}.")
+        means = dict(zip(self.sums, (value / total[-1] for value in total), strict=True))
+        del means["images"]
+        if self.device.type == "cuda":
+            means["peak_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+        return means
+
+    def keep_best(self, name: str, model: nn.Module, score: float, **metrics: float) -> None:
+        """Log the epoch's `metrics`. Write a checkpoint if `score` is higher than in all epochs before."""
+        self.notes |= metrics
+        if score > self.best:
+            self.best = score
+            about = {"stage": self.stage, "epoch": self.epoch + 1, "network": model.spec}
+            self.save(name, about | {"model": model.state_dict()} | metrics)
+
+    def finish(self, rows: list[dict]) -> dict:
+        """Write results.json: what was run, where, and a row per accuracy (percent). Returns what it holds.
+
+        Its seconds count all finished epochs, and the rest of this sitting.
+        """
+        results = {
+            "script": self.script, "args": asdict(self.args), "device": device_name(self.device),
+            "torch": torch.__version__, "seconds": round(time.perf_counter() - self.began, 1), "rows": rows,
+        }  # fmt: skip
+        self.write("results.json", json.dumps(results, indent=1))
+        return results
 
     def finished(self) -> dict | None:
-        """results.json of a resumed run that had reached its end; None otherwise."""
-        return self.read("results.json")
+        """What results.json holds, if a resumed run had reached its end. Raises UserError if that is
+        damaged."""
+        path = self.folder / "results.json"
+        if not path.exists():
+            return None
+        with reading(path):
+            results = json.loads(path.read_text())
+            check_same_run(path, results, self.script, self.args)
+            results_table(results, self.args, "")  # raises if something is missing
+        return results
 
 
 def start_run(args: Any, name: str = "") -> Run:
-    """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
+    """Join the other ranks if torchrun started us, choose the device, open the run's folder.
 
-    The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is
-    <script>[-<variant>][-quick]-<norm>-<eps>-s<seed>.
-    An existing run is continued with --resume and refused without. With --resume and no --out it is the newest
-    run of the default name with the same arguments; if there is none, a new one starts.
-    Raises UserError for all that can be wrong.
+    The folder is --out, or runs/<script>[-<name>][-quick]-<norm>-<eps>-s<seed>. A folder that holds a run is
+    continued with --resume and the same flags, and refused otherwise. Raises UserError.
     """
-    check_args(args)
-    script = _script_of(type(args))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        device = choose_device(args.device)
-        # The time limit is for downloads, during which the other ranks wait; a dead rank is noticed at once by torchrun.
+    check_radii(args)
+    device, script = choose_device(args.device), _script_of(type(args))
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        # The time limit is for downloads, while the other ranks wait. torchrun notices a dead rank at once.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    else:
-        device = choose_device(args.device)
-    answer: list = [None, None]  # folder, error: decided on rank 0, told to all
+    eps = eps_name(args.eps).replace("/", "_")
+    parts = [script, name, "quick" * args.quick, args.norm, eps, f"s{args.seed}"]
+    folder = Path(args.out) if args.out else Path("runs") / "-".join(filter(None, parts))
+    problem = ""
     if world()[0] == 0:
         try:
-            parts = [script, getattr(args, "variant", ""), "quick" if args.quick else "", args.norm, eps_name(args.eps).replace("/", "_"), f"s{args.seed}"]
-            answer[0] = _run_folder(args, script, name or "-".join(filter(None, parts)))
-        except UserError as e:
-            answer[1] = str(e)
-        except OSError as e:
-            answer[1] = f"cannot make the run's folder ({e.strerror}: {e.filename}); choose another --out."
-    if world()[1] > 1:
-        dist.broadcast_object_list(answer, 0)
-    if answer[1]:
-        raise UserError(answer[1])
-    run = Run(Path(answer[0]), device, script, args)
-    there = torch.tensor(int(run.folder.is_dir()), device=device)
-    if world()[1] > 1:
-        dist.all_reduce(there, dist.ReduceOp.MIN)
-    if not there:
-        raise UserError(f"not every machine sees {run.folder}: with several machines --out must be on a shared disk.")
-    _Signals.run = run
-    run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
-    if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < getattr(args, "eps", 0):
-        run.say(f"warning: {args.attack_steps} steps of {args.step_size:g} cannot reach the surface of a ball of radius {args.eps:g} from its centre.")
+            _open_run(folder, script, args)
+        except (UserError, OSError) as e:
+            problem = str(e)
+    all_ranks_fine(problem)
+    all_ranks_fine("" if folder.is_dir() else f"not every machine sees {folder}: --out must be on a shared disk.")
+    run = Run(folder, device, script, args)
+    run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     return run
 
 
-def _run_folder(args: Any, script: str, name: str) -> str:
-    default = Path("runs") / name
-    if args.out:
-        folder = Path(args.out)
-        saved = _saved_args(folder, script)
-        if not saved and any((folder / name).exists() for name in ("results.json", "last.pt")):
-            raise UserError(f"{folder} holds results but no config.json, so nothing can be continued there: choose another --out.")
-        if (saved or (folder / "last.pt").exists()) and not args.resume:
-            raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
-        if saved and (wrong := _contradictions(args, saved)):
-            raise UserError(f"--resume: {folder} was started with other arguments: {'; '.join(wrong)}.")
-        if args.resume and not saved:
-            print(f"--resume: there is no run in {folder} yet; starting one.", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
-    if args.resume:
-        there = default.parent.iterdir() if default.parent.is_dir() else []
-        taken = [p for p in there if p.name.startswith(name) and re.fullmatch(r"(-\d+)?", p.name[len(name) :])]
-        same = [p for p in taken if (saved := _saved_args(p, script)) and not _contradictions(args, saved)]
-        if same:
-            return str(max(same, key=lambda p: (p / "config.json").stat().st_mtime_ns))
-        print(f"--resume: no {default} run with these arguments yet; starting one.", flush=True)
-    for k in range(1, 100_000):
-        folder = default if k == 1 else default.with_name(f"{name}-{k}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return str(folder)
-    raise UserError(f"{default} and its numbered variants are all taken; choose an --out.")
+def _open_run(folder: Path, script: str, args: Any) -> None:
+    """Make the run's folder with its config.json, or check that this run may go on in it. Raises
+    UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
+    if not any(path.suffix == ".pt" or path.name == "results.json" for path in folder.iterdir()):
+        text = json.dumps({"script": script, "args": asdict(args), "ranks": world()[1]}, indent=1)
+        write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+    elif not args.resume:
+        raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
+    else:
+        with reading(folder / "config.json"):
+            check_same_run(
+                folder / "config.json", json.loads((folder / "config.json").read_text()), script, args
+            )
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes from running in this folder, for as long as this one lives. Raises UserError if
+    one does."""
+    import fcntl
+
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: that would release it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"another process is running in {folder}: wait for it, or choose another --out."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def check_same_run(path: Path, saved: dict, script: str, args: Any) -> None:
+    """Raise UserError unless `saved`, read from `path`, is of this script and of a run with the same
+    flags."""
+    if saved["script"] != script:
+        raise UserError(f"{path} was written by {saved['script']}.py, not by {script}.py.")
+    for flag, value in json.loads(json.dumps(asdict(args))).items():
+        its = json.loads(json.dumps(saved["args"].get(flag)))
+        if its != value and flag not in FREE_ON_RESUME:
+            raise UserError(
+                f"{path} is of a run with --{flag.replace('_', '-')} {_shown(its)}, not {_shown(value)}."
+            )
 
 
 def device_name(device: torch.device) -> str:
@@ -592,30 +642,54 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     model = ""
     with contextlib.suppress(OSError):
-        model = next((s.split(":")[1].strip() for s in open("/proc/cpuinfo") if s.startswith("model name")), "")
-    return f"CPU ({model + ', ' if model else ''}{torch.get_num_threads()} threads)"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (line.split(":")[1].strip() + ", " for line in lines if line.startswith("model name")), ""
+        )
+    return f"CPU ({model}{torch.get_num_threads()} threads)"
 
 
-def _commit() -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent
+def progress(
+    stream: Iterable[tuple[Tensor, Tensor]], total: int, label: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches, with a bar that counts images: with tqdm, on a terminal, on rank 0."""
+    bar = None
+    if world()[0] == 0 and sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
 
-        def git(*words: str) -> str:
-            return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
-
-        if git("ls-files", "common.py"):  # else it was copied into another project
-            return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return ""
+            bar = tqdm(total=total, desc=label, unit="img", leave=False, dynamic_ncols=True)
+    for x, y in stream:
+        yield x, y
+        if bar is not None:
+            bar.update(len(y) * world()[1])
+    if bar is not None:
+        bar.close()
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`: a kill leaves the old file or the new one.
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Raise UserError, naming the file, for whatever goes wrong inside: files are what users mix up and disks
+    damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}.") from None
+    except Exception as e:  # torch.load and json raise a dozen kinds
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"{path} is damaged, or not a file of the kind that is expected ({type(e).__name__}: {reason})."
+        ) from None
 
-    Raises UserError if the disk is full or the folder cannot be written to; the old file is then intact.
-    """
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Call `write(file)` on a temporary file and move it to `path`: a kill or a full disk leaves the old
+    file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -623,13 +697,8 @@ def write_atomically(path: Path, write: Callable) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "inline_container" not in str(e):
-            raise  # torch.save turns write errors into RuntimeErrors from inline_container.cc; this is another one
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = getattr(e, "strerror", None) or "is the disk full?"
-        raise UserError(f"could not write {path} ({reason}); what was there before is intact: make room, then resume.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -638,53 +707,30 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of any script onto the CPU, without executing anything in it (weights_only).
+    """Read a checkpoint of any script onto the CPU, without executing anything in it.
 
-    It holds at least `network` (the keyword arguments of `build_model`) and `model` (its state dict).
-    Raises UserError if the file is missing, truncated, not a checkpoint, or not one of ours.
+    It holds at least `network` (the arguments of `build_model`) and `model` (its state dict). Raises
+    UserError if the file is missing, damaged or of some other program.
     """
-    state = _read_checkpoint(path)
-    if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ("network", "model")):
-        raise UserError(f"{path} is a checkpoint of some other program: it has no 'network' and 'model' entries.")
-    heads = state["network"].get("heads", {})
-    written = isinstance(state.get("args", {}), dict) and all(isinstance(v, Tensor) for v in state["model"].values())
-    if not written or not isinstance(heads, dict) or not all(type(n) is int and n > 0 for n in heads.values()):
-        raise UserError(f"{path} is damaged or of some other program: its weights, heads or arguments are not what these scripts write.")
+    with reading(path):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for entry in ("network", "model"):
+            if not isinstance(state[entry], dict):
+                raise TypeError(f"'{entry}' is no dict")
     return state
 
 
-def _read_checkpoint(path: str | Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # which MAE's training script puts beside the weights: data only
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}.") from None
-    except IsADirectoryError:
-        there = [str(file) for file in sorted(Path(path).glob("*.pt")) if file.name != "last.pt"]
-        advice = f"name a checkpoint in it: {', '.join(there)}." if there else "name a checkpoint, such as best.pt."
-        raise UserError(f"{path} is a folder; {advice}") from None
-    except Exception as e:  # torch.load raises a dozen kinds for damaged files
-        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM):
-            raise UserError(f"no permission to read {path}.") from None
-        raise UserError(f"{path} is truncated, or no checkpoint that loads safely (weights_only).") from None
-
-
 def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
-    """module.load_state_dict(weights), with every key and shape required to match. Raises UserError if not."""
-    own = module.state_dict()
-    wrong = [k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape]
-    if wrong:
-        k = min(wrong)
-        what = "is not in it" if k not in weights else "is not in the network" if k not in own else (
-            f"has shape {tuple(weights[k].shape)} where the network has {tuple(own[k].shape)}")  # fmt: skip
-        raise UserError(f"{source} is of another architecture: {k} {what} ({len(wrong)} such; check --arch, --width and --stem).")
-    if not all(v.isfinite().all() for v in weights.values() if v.is_floating_point()):
-        raise UserError(f"{source} holds weights that are NaN or infinite; take another checkpoint.")
-    module.load_state_dict(weights)
+    """module.load_state_dict(weights), all keys and shapes as they should be. Raises UserError, naming
+    `source`."""
+    with reading(source):
+        module.load_state_dict(weights)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """Rebuild the network of any script's classifier, in eval mode and full precision.
+    """The classifier of any script's checkpoint, in eval mode and full precision.
 
     Returns a module that maps images in [0, 1], (B, 3, H, W), to class logits, (B, classes).
     Raises UserError for a file that is missing, damaged, foreign or no finished classifier.
@@ -695,8 +741,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 
 def check_classifier(state: dict, source: str | Path) -> None:
-    """Raise UserError unless a checkpoint is a finished classifier: neither pre-training's, whose class head is untrained, nor a run's last state."""
-    if state.get("stage") == "pretrain" or "optimizer" in state or not state["network"].get("heads", {}).get("class"):
+    """Raise UserError unless a checkpoint is a trained classifier: not pre-training's, and not a run's
+    last.pt."""
+    if (
+        state.get("stage") == "pretrain"
+        or "optimizer" in state
+        or not state["network"].get("heads", {}).get("class")
+    ):
         raise UserError(
             f"{source} is no finished classifier (but pre-training, a task's network, or a run's last state): "
             "name a file such as best.pt or plain.pt."
@@ -704,145 +755,27 @@ def check_classifier(state: dict, source: str | Path) -> None:
 
 
 def rebuild(state: dict, source: str | Path) -> "Network":
-    """The network that the checkpoint `state` describes, with its weights. Raises UserError, naming `source`, if it cannot be built."""
-    try:
+    """The network that the checkpoint `state` describes, with its weights. Raises UserError, naming
+    `source`."""
+    with reading(source):
         model = build_model(**state["network"])
-    except (TypeError, ValueError, KeyError, UserError) as e:
-        raise UserError(f"{source} describes a network this version cannot build ({e}).") from None
-    load_weights(model, state["model"], source)
+        model.load_state_dict(state["model"])
     return model
-
-
-# ---- logging -----------------------------------------------------------------------------------------
-
-
-class Epoch:
-    """The book-keeping of one epoch's steps, as a context manager:
-
-    running means on the device, a progress bar (rate, loss, ETA; with tqdm, on a terminal, on rank 0), the check
-    for NaN, and SIGINT/SIGTERM held back until the step is over, when `interrupted()` says so on every rank.
-    `sums` (see `shared_sums`) continues the means of an epoch that was interrupted.
-    """
-
-    def __init__(
-        self, epoch: int, images: int, steps: int, device: torch.device, step: int = 0, sums: dict | None = None
-    ):
-        self.epoch, self.steps, self.device, self.step = epoch, steps, device, step
-        self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
-        self.begin, self.seen, self.waited = time.perf_counter(), 0, None
-        self.bar = progress_bar(images, f"epoch {epoch + 1}")
-
-    def __enter__(self) -> "Epoch":
-        _Signals.deferred = True
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        _Signals.deferred = False
-        if self.bar is not None:
-            self.bar.close()
-
-    def watch(self, stream: Iterable) -> Iterator:
-        """The same batches; `means` then has `waiting`, the share of the time in which the device had nothing to do but wait for them."""
-        self.waited, stream = 0.0, iter(stream)
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(stream)
-            except StopIteration:
-                return
-            if self.device.type == "cpu" or torch.cuda.current_stream().query():  # else the last step still computes
-                self.waited += time.perf_counter() - asked
-            yield item
-
-    def update(self, count: int, **losses: Tensor) -> None:
-        """Add one step of `count` images (of this rank) and its mean losses.
-        Raises UserError, naming epoch and step, when the losses are no longer finite."""
-        self.step += 1
-        self.seen += count * world()[1]
-        for k, v in (losses | {"images": torch.ones((), device=self.device)}).items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach().float() * count
-        # Reading a number makes the CPU wait for a GPU, so there it is done every 50th step only.
-        if self.device.type == "cpu" or self.step % 50 == 0:
-            self._check()
-        if self.bar is not None:
-            if self.step % 50 == 0:
-                self.bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
-            self.bar.update(count * world()[1])
-
-    def _check(self) -> None:
-        if not math.isfinite(sum(float(v) for v in self.sums.values())):
-            raise UserError(
-                f"the loss became NaN or infinite in epoch {self.epoch + 1}, at or just before step {self.step}; "
-                "no checkpoint was written since: take a smaller learning rate (--lr or the like), or --amp off."
-            )
-
-    def interrupted(self) -> bool:
-        """Has a SIGINT/SIGTERM arrived on any rank? With several ranks asked every 10th step, since they must agree."""
-        if world()[1] == 1:
-            return bool(_Signals.received)
-        if self.step % 10 and self.step < self.steps:
-            return False
-        flag = torch.tensor(_Signals.received, device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        _Signals.received = int(flag)
-        return bool(_Signals.received)
-
-    def shared_sums(self) -> dict[str, Tensor]:
-        """What to keep of an interrupted epoch: the sums over all ranks, an equal part for each."""
-        total = torch.stack([v.float() for v in self.sums.values()])
-        if world()[1] > 1:
-            dist.all_reduce(total)
-        return dict(zip(self.sums, total / world()[1], strict=True))
-
-    def means(self) -> dict[str, float]:
-        """Mean losses over the epoch's images (of all ranks), `images_per_s`, `waiting` for data (0 to 1; see `watch`) and, on GPUs, `peak_gb`:
-        this rank's memory at its fullest."""
-        self._check()
-        named = {k: float(v) for k, v in self.shared_sums().items()}
-        count = named.pop("images")
-        seconds = time.perf_counter() - self.begin
-        memory = {"peak_gb": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)} if self.device.type == "cuda" else {}
-        waiting = {} if self.waited is None else {"waiting": round(self.waited / seconds, 3)}
-        return {k: v / count for k, v in named.items()} | {"images_per_s": round(self.seen / seconds, 1)} | waiting | memory
-
-
-def progress_bar(total: int, label: str, unit: str = "img") -> Any:
-    """A tqdm bar counting images (or bytes: unit "B"), or None without tqdm, off a terminal, or on ranks other than 0."""
-    if world()[0] or not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True)
-
-
-def with_progress(stream: Iterable[tuple[Tensor, Tensor]], total: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches, with a progress bar (see `progress_bar`)."""
-    bar = progress_bar(total, label)
-    for x, y in stream:
-        yield x, y
-        if bar is not None:
-            bar.update(len(y) * world()[1])
-    if bar is not None:
-        bar.close()
-
-
 # ======================================================================================================
-# 2. Data: digits, CIFAR, STL-10 and image folders; splits, sharding, augmentation, self-supervised tasks
+# 2. Data: digits, CIFAR, STL-10 and image folders; splits, batches, augmentation, self-supervised tasks
 # ======================================================================================================
 
-# Per-channel mean and std. CIFAR's are the numbers of the robustness library, on which Kucer et al. build;
-# they sit inside the network, so what matters is only that they are stored with it.
+# Mean and standard deviation per channel. They sit inside the network and are stored with it.
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS = {
     "digits": ((0.3, 0.3, 0.3), (0.35, 0.35, 0.35)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # as in MadryLab's robustness library
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "folder": IMAGENET_STATS,
 }
-# A data set whose decoded pixels (uint8) take no more than this lives on the device; larger ones are streamed.
+# A data set whose decoded pixels (uint8) take no more than this is kept on the device; a larger one is
+# streamed.
 IN_MEMORY_BYTES = 4 * 2**30
 
 
@@ -852,12 +785,14 @@ class Images:
 
     pixels: uint8 (N, 3, H, W) on the device, or a torch Dataset giving (uint8 (3, H, W), label, problem)
     labels: int64 (N,) on the CPU;  index: int64 (n,) on the CPU, the rows that belong to this set
+    digest: changes with the names, the number and the labels of the images
     """
 
     pixels: Tensor | torch.utils.data.Dataset
     labels: Tensor
     classes: list[str]
     index: Tensor
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -868,21 +803,23 @@ class Images:
 
 
 def load_data(
-    dataset: str, data_dir: str, device: torch.device, *, image_size: int = 32, data_mirror: str = "", workers: int = 2, stream: bool = False
-) -> tuple[Images, Images]:
+    dataset: str, data_dir: str, device: torch.device, *,
+    image_size: int = 32, data_mirror: str = "", workers: int = 2, stream: bool = False,
+) -> tuple[Images, Images]:  # fmt: skip
     """(training set, test set) of digits, cifar10, cifar100, stl10 or folder, as image_size x image_size RGB.
 
-    CIFAR and STL-10 are read from `data_dir` if they are there and fetched into it if not, from the official host
-    or from `data_mirror`; the official MD5 sums are checked each time. 'folder' is
-    data_dir/{train, test or val}/<class>/*.jpg|png; with `stream` (see `transformed`) or if it is large it is read as it is needed.
-    Raises UserError if the data are missing, damaged or cannot be fetched.
+    CIFAR and STL-10 are read from `data_dir` if they are there and downloaded into it if not, from the
+    official host or from `data_mirror`; their official MD5 sums are checked each time. 'folder' is
+    data_dir/{train, test or val}/<class>/*.jpg|png; if it is large, or with `stream`, it is read as it is
+    needed. Raises UserError if the data are missing, damaged or cannot be downloaded.
     """
     if dataset == "digits":
         return _load_digits(device, image_size)
     if dataset == "folder":
         return _load_folder(Path(data_dir), device, image_size, workers, stream)
-    # The first rank fetches the files, then one rank per machine (in case the disk is not shared), then the rest find them.
-    turn = 0 if world()[0] == 0 else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+    # The first rank downloads, then one rank per machine (the disk may not be shared), then the rest find the
+    # files.
+    turn = 0 if world()[0] == 0 else 1 if int(os.environ["LOCAL_RANK"]) == 0 else 2
     for i in range(3 if world()[1] > 1 else 1):
         if i == turn:
             sets = _load_torchvision(dataset, data_dir, device, image_size, data_mirror)
@@ -891,7 +828,9 @@ def load_data(
     return sets
 
 
-def _to_images(pixels: Tensor, labels: Iterable[int], classes: list[str], device: torch.device, size: int) -> Images:
+def _to_images(
+    pixels: Tensor, labels: Iterable[int], classes: list[str], device: torch.device, size: int
+) -> Images:
     if (needed := len(pixels) * 3 * size * size) > IN_MEMORY_BYTES:
         raise UserError(
             f"{len(pixels):,} images of {size} pixels take {needed / 2**30:.0f} GiB, too much to keep on the device: "
@@ -902,144 +841,164 @@ def _to_images(pixels: Tensor, labels: Iterable[int], classes: list[str], device
 
         pixels = torch.cat([resize(part, [size, size], antialias=True) for part in pixels.split(1024)])
     labels = torch.as_tensor(labels, dtype=torch.int64)
-    return Images(pixels.contiguous().to(device), labels, list(classes), torch.arange(len(labels)))
+    digest = hashlib.sha256(repr(classes).encode() + labels.numpy().tobytes()).hexdigest()[:16]
+    return Images(pixels.contiguous().to(device), labels, list(classes), torch.arange(len(labels)), digest)
 
 
 def _load_digits(device: torch.device, size: int) -> tuple[Images, Images]:
     path = Path(__file__).resolve().parent / "assets" / "digits.npz"
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            pixels, labels = torch.from_numpy(z["images"]), torch.from_numpy(z["labels"].astype(np.int64))
-    except Exception:
-        raise UserError(f"the bundled data set {path} is missing or damaged; put the repository's assets/ beside common.py.") from None
-    grey = F.interpolate(pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear")  # (N, 1, 8, 8) -> size
+    with reading(path), np.load(path, allow_pickle=False) as z:
+        pixels, labels = torch.from_numpy(z["images"]), torch.from_numpy(z["labels"].astype(np.int64))
+    grey = F.interpolate(
+        pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear"
+    )  # (N, 1, 8, 8) -> size
     rgb = grey.round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
     classes = [str(i) for i in range(10)]
-    train, test = (_to_images(rgb[s], labels[s], classes, device, size) for s in (slice(1437), slice(1437, None)))
+    train, test = (
+        _to_images(rgb[s], labels[s], classes, device, size) for s in (slice(1437), slice(1437, None))
+    )
     return train, test
 
 
-def _load_torchvision(dataset: str, data_dir: str, device: torch.device, size: int, mirror: str) -> tuple[Images, Images]:
+def _load_torchvision(
+    dataset: str, data_dir: str, device: torch.device, size: int, mirror: str
+) -> tuple[Images, Images]:
     from torchvision import datasets
 
     base = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[dataset]
     kind = type(base.__name__, (base,), {"url": f"{mirror.rstrip('/')}/{base.filename}"}) if mirror else base
-    looked = f"{Path(data_dir) / base.base_folder} and {Path(data_dir) / base.filename}"
-    splits = [{"split": s} if dataset == "stl10" else {"train": s == "train"} for s in ("train", "test")]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds without data; urllib's own default is to wait without end
+    timeout, sets = socket.getdefaulttimeout(), []
+    socket.setdefaulttimeout(60)  # seconds without data; urllib's own default is to wait for ever
     try:
-        loaded = []
-        for split in splits:
+        for name in ("train", "test"):
+            split = {"split": name} if dataset == "stl10" else {"train": name == "train"}
             try:
-                loaded.append(base(data_dir, download=False, **split))  # files on disk: no network
+                d = base(data_dir, download=False, **split)  # files on disk: no network
             except RuntimeError:
                 with contextlib.redirect_stdout(sys.stderr):
-                    loaded.append(kind(data_dir, download=True, **split))
-    except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError) as e:  # URLError is an OSError
+                    d = kind(data_dir, download=True, **split)
+            pixels = (
+                d.data if dataset == "stl10" else d.data.transpose(0, 3, 1, 2)
+            )  # CIFAR is stored (N, H, W, 3)
+            labels = d.labels if dataset == "stl10" else d.targets
+            sets.append(
+                _to_images(torch.from_numpy(np.ascontiguousarray(pixels)), labels, d.classes, device, size)
+            )
+    except (
+        OSError,
+        http.client.HTTPException,
+        RuntimeError,
+        EOFError,
+        ValueError,
+    ) as e:  # URLError is an OSError
+        where = f"{Path(data_dir) / base.base_folder} and {Path(data_dir) / base.filename}"
         raise UserError(
-            f"no intact {dataset}: looked for {looked}, then could not fetch {kind.url} "
+            f"no intact {dataset}: looked for {where}, then could not fetch {kind.url} "
             f"({' '.join(str(e).split()) or type(e).__name__}); put the files there, name their folder with --data-dir "
             "or another host with --data-mirror, or try --quick."
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-
-    def pack(d: Any) -> Images:
-        pixels = d.data if dataset == "stl10" else d.data.transpose(0, 3, 1, 2)  # CIFAR is stored (N, H, W, 3)
-        labels = d.labels if dataset == "stl10" else d.targets
-        return _to_images(torch.from_numpy(np.ascontiguousarray(pixels)), labels, d.classes, device, size)
-
-    return pack(loaded[0]), pack(loaded[1])
+    return sets[0], sets[1]
 
 
-class _Folder(torch.utils.data.Dataset):
-    """torchvision's ImageFolder, decoded to uint8 (3, size, size): shorter side resized to `size`, centre cropped.
+def read_image(path: str) -> Any:
+    """The Pillow image in a file, as RGB with 8 bits. Raises Pillow's errors, and ValueError for 32-bit
+    pixels."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32-bit pixels, of which nobody knows where white is: save it with 8 or 16 bits")
+        return image.convert("RGB")
+
+
+class Folder(torch.utils.data.Dataset):
+    """The images root/<class>/.../*.jpg|png, without hidden files and folders, decoded to uint8 (3, size,
+    size): shorter side resized to `size`, centre cropped.
 
     Gives (image, label, problem). A file that cannot be read is told in `problem`, since an exception would
-    cross from a worker process wrapped in a traceback.
+    come out of a worker process wrapped in a traceback.
     """
 
     def __init__(self, root: Path, size: int):
         from torchvision import transforms as T
-        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-        self.files = ImageFolder(str(root))
+        def is_image(path: str) -> bool:
+            return path.lower().endswith(IMG_EXTENSIONS) and os.sep + "." not in path[len(str(root)) :]
+
+        self.classes = _class_folders(root)
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        self.samples = make_dataset(
+            str(root), numbers, is_valid_file=is_image
+        )  # raises for a class without images
+        self.digest = hashlib.sha256(
+            "\n".join(path[len(str(root)) :] for path, _ in self.samples).encode()
+        ).hexdigest()
         self.size = size
         self.transform = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        path, label = self.files.samples[i]
+        path, label = self.samples[i]
         try:
-            image = self.files.loader(path)  # a Pillow image, decoded
-        except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises for damaged files
-            problem = f"cannot read the image {path} ({type(e).__name__}); remove it or get it again."
+            image = read_image(path)
+        except Exception as e:  # Pillow raises many kinds for damaged, huge and odd files
+            problem = f"cannot read the image {path} ({type(e).__name__}: {e}); remove it or get it again."
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, problem
         return self.transform(image), label, ""
 
 
-class _Transformed(torch.utils.data.Dataset):
-    """The images of a `_Folder` or a tensor, each changed by `transform` with random numbers of its own; gives what `_Folder` gives."""
-
-    def __init__(self, source: Any, transform: Callable, seed: int):
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        from torchvision.transforms.functional import to_pil_image
-
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed * 16_777_259 + i) % 2**63)  # a prime beyond the number of images
-            if not isinstance(self.source, _Folder):
-                return self.transform(to_pil_image(self.source[i])), -1, ""
-            folder = copy.copy(self.source)
-            folder.transform = self.transform
-            return folder[i]
-
-
-def transformed(data: Images, transform: Callable, seed: int = 0) -> Images:
-    """The same images, each changed by `transform` (a Pillow image, as large as it is stored, to a uint8 tensor) in the processes that read them.
-
-    What is drawn from torch's generator in it depends on `seed` and the image alone: not on the number of processes or ranks, nor on the order.
-    """
-    pixels = data.pixels.cpu() if isinstance(data.pixels, Tensor) else data.pixels
-    return replace(data, pixels=_Transformed(pixels, transform, seed))
+def _class_folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def open_folder(root: Path, size: int, flag: str = "--data-dir, or try --quick") -> Images:
-    """The images root/<class>/*.jpg|png, not yet read. Raises UserError, referring to `flag`, if there are none."""
+    """The images root/<class>/*.jpg|png, not yet read. Raises UserError, referring to `flag`, if there are
+    none."""
     try:
-        files = _Folder(root, size)
-    except (FileNotFoundError, NotADirectoryError) as e:
+        files = Folder(root, size)
+    except OSError as e:
         raise UserError(
             f"no images in {root} ({' '.join(str(e).split())[:120]}); expected <class>/*.jpg|png there: see {flag}."
         ) from None
-    labels = torch.tensor(files.files.targets)
-    return Images(files, labels, files.files.classes, torch.arange(len(labels)))
+    labels = torch.tensor([label for _, label in files.samples])
+    return Images(files, labels, files.classes, torch.arange(len(labels)), files.digest[:16])
 
 
-def _load_folder(root: Path, device: torch.device, size: int, workers: int, stream: bool) -> tuple[Images, Images]:
-    names = ["train", "test" if (root / "test").is_dir() else "val"]
-    sets = [open_folder(root / name, size) for name in names]
+def _load_folder(
+    root: Path, device: torch.device, size: int, workers: int, stream: bool
+) -> tuple[Images, Images]:
+    test = next(
+        (name for name in ("test", "val") if (root / name).is_dir() and _class_folders(root / name)), "val"
+    )
+    sets = [open_folder(root / name, size) for name in ("train", test)]
     if sets[0].classes != sets[1].classes:
         odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-        raise UserError(f"{root}: train/ and {names[1]}/ have different class folders (such as '{odd[0]}').")
+        raise UserError(f"{root}: train/ and {test}/ have different class folders (such as '{odd[0]}').")
+    if len(sets[0].classes) < 2:
+        raise UserError(f"{root / 'train'} has one class folder; a classifier needs two or more.")
     if not stream and sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
         for s in sets:  # every rank keeps the whole set
-            s.pixels = torch.cat([x for x, _ in _decode(s.pixels, torch.arange(len(s)).split(512), workers)]).to(device)
+            s.pixels = torch.cat(
+                [x for x, _ in _read(s.pixels, torch.arange(len(s)).split(512), workers)]
+            ).to(device)
     return sets[0], sets[1]
 
 
-def _decode(files: _Folder, rows: Iterable[Tensor], workers: int, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (uint8 (b, 3, H, W), labels (b,)) of the files numbered by `rows`. Raises UserError for a damaged image."""
+def _read(
+    files: torch.utils.data.Dataset, rows: Iterable[Tensor], workers: int, pin: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (uint8 (b, 3, H, W), labels (b,)) of the files numbered by `rows`. Raises UserError for a
+    damaged image."""
     loader = torch.utils.data.DataLoader(
         files, batch_sampler=[r.tolist() for r in rows if len(r)], num_workers=workers, pin_memory=pin,
-        worker_init_fn=_ignore_signals, generator=torch.Generator(),
+        worker_init_fn=_worker_signals, generator=torch.Generator(),
     )  # fmt: skip
     for x, y, problems in loader:
         if any(problems):
@@ -1047,10 +1006,10 @@ def _decode(files: _Folder, rows: Iterable[Tensor], workers: int, pin: bool = Fa
         yield x, y
 
 
-def _ignore_signals(worker: int) -> None:
-    """A cluster's SIGTERM reaches all processes; the main one decides when to stop, and its loaders go with it."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def _worker_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes: the main one answers it. SIGTERM ends a worker, else nobody could."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def split_train(
@@ -1058,23 +1017,26 @@ def split_train(
 ) -> tuple[Images, Images]:
     """(training part, validation part), drawn at random by `seed` alone: the same on every rank and machine.
 
-    val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of all the images that is kept
-    for training, at most those not held out, drawn uniformly and not balanced over classes: 0.01 of CIFAR-10 is 500 images
-    (Gowal et al., section 4.2). Larger shares contain the smaller ones. Raises UserError if nothing would be left.
+    val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of all the
+    images that
+    is kept for training, at most those not held out, drawn uniformly and not balanced over classes: 0.01 of
+    CIFAR-10 is 500 images (Gowal et al., section 4.2). Larger shares contain the smaller ones. Raises
+    UserError if nothing would be left.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held = int(val_fraction if val_fraction >= 1 else round(val_fraction * len(train)))
     kept = min(round(label_fraction * len(train)), len(train) - held)
     if kept < world()[1]:
         raise UserError(
-            f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction {label_fraction:g}), too few: "
-            "hold out less or use more."
+            f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction "
+            f"{label_fraction:g}), too few: hold out less or use more."
         )
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
 
 class _Array(torch.utils.data.Dataset):
-    """Images (N, 3, S, S) of an array in memory or on the disk, read as they are asked for; gives what `_Folder` gives."""
+    """Images (N, 3, S, S) of an array in memory or on the disk, read as they are needed; gives what `Folder`
+    gives."""
 
     def __init__(self, pixels: np.ndarray | Tensor):
         self.pixels = pixels
@@ -1087,122 +1049,111 @@ class _Array(torch.utils.data.Dataset):
 
 
 def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
-    """Images without labels (all -1) from FILE.npy, uint8 (N, size, size, 3) or (N, 3, size, size), or from FILE.npz, which holds
-    such an array by the name of `image`, `images` or `data`, or nothing else.
+    """Images without labels (all -1) from FILE.npy, uint8 (N, size, size, 3) or (N, 3, size, size), or from
+    FILE.npz, which holds such an array by the name of `image`, `images` or `data`, or nothing else.
 
-    Up to IN_MEMORY_BYTES they are put on the device; a larger .npy stays on the disk, a larger .npz in the host's memory.
-    Raises UserError if the file is missing, damaged, or holds something else.
+    Up to IN_MEMORY_BYTES they are put on the device; a larger .npy stays on the disk, a larger .npz in the
+    host's memory. Raises UserError if the file is missing, damaged, or holds something else.
     """
-    try:
+    with reading(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
-            names = [k for k in ("image", "images", "data") if k in array.files][:1] or array.files
-            if len(names) != 1:
-                raise UserError(f"{path} holds {', '.join(sorted(names)[:5])}: which are the images? Name them 'images'.")
-            array = array[names[0]]
-    except FileNotFoundError:
-        raise UserError(f"there is no {path} (--extra-data).") from None
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{path} is damaged, or not a .npy or .npz file of plain numbers (--extra-data).") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} holds no arrays (--extra-data).")
-    channels_last = array.ndim == 4 and array.shape[3] == 3
-    if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or not (channels_last or array.shape[1] == 3):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}; --extra-data wants uint8 images, (N, {size}, {size}, 3).")
-    array = array.transpose(0, 3, 1, 2) if channels_last else array
-    if array.shape[2:] != (size, size):
-        raise UserError(f"{path} holds images of {array.shape[2]} x {array.shape[3]} pixels, --image-size is {size}.")
-    labels = torch.full((len(array),), -1)
-    fits = array.size <= IN_MEMORY_BYTES
-    pixels = torch.from_numpy(np.array(array, order="C")).to(device) if fits else _Array(array)
-    return Images(pixels, labels, [], torch.arange(len(array)))
+            (name,) = [k for k in ("image", "images", "data") if k in array.files][:1] or array.files
+            array = array[name]
+        if array.shape[3] == 3:
+            array = array.transpose(0, 3, 1, 2)
+        if array.dtype != np.uint8 or not len(array) or array.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"{array.dtype} {array.shape}, but uint8 images (N, {size}, {size}, 3) are expected"
+            )
+    in_memory = array.size <= IN_MEMORY_BYTES
+    pixels = torch.from_numpy(np.array(array, order="C")).to(device) if in_memory else _Array(array)
+    return Images(pixels, torch.full((len(array),), -1), [], torch.arange(len(array)), str(array.shape))
 
 
 def join(a: Images, b: Images) -> Images:
-    """The images of both, with the classes of `a`: on the device if both are there and small enough, else streamed."""
+    """The images of both, with the classes of `a`: on the device if both are there and small enough, else
+    streamed."""
     n = len(a.pixels)
-    if isinstance(a.pixels, Tensor) and isinstance(b.pixels, Tensor) and a.pixels.nbytes + b.pixels.nbytes <= IN_MEMORY_BYTES:
+    in_memory = isinstance(a.pixels, Tensor) and isinstance(b.pixels, Tensor)
+    if in_memory and a.pixels.nbytes + b.pixels.nbytes <= IN_MEMORY_BYTES:
         pixels: Any = torch.cat([a.pixels, b.pixels])
     else:
         parts = [_Array(s.pixels.cpu()) if isinstance(s.pixels, Tensor) else s.pixels for s in (a, b)]
         pixels = torch.utils.data.ConcatDataset(parts)
-    return Images(pixels, torch.cat([a.labels, b.labels]), a.classes, torch.cat([a.index, b.index + n]))
+    labels, index = torch.cat([a.labels, b.labels]), torch.cat([a.index, b.index + n])
+    return Images(pixels, labels, a.classes, index, a.digest + b.digest)
 
 
 def draw(data: Images, n: int, seed: int) -> Images:
     """n of the images at random by `seed`: every one as often as any other, give or take one."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(math.ceil(n / len(data)))])
+    order = torch.cat(
+        [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(n / len(data)))]
+    )
     return data.subset(order[:n])
 
 
-def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images]:
-    """(training, validation, test) images as a script's flags ask for them. Raises UserError if they cannot be had."""
-    train_set, test_set = load_data(
-        args.dataset, args.data_dir, device, image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers
-    )
-    train_set, val_set = split_train(
-        train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
-    )
-    check_batches(len(train_set), args.batch_size)
-    if not len(val_set) and args.select != "last" and getattr(args, "stage", "") != "compare":
-        raise UserError("no validation images to select the best epoch by: raise --val-fraction, or --select last.")
-    if args.eval_examples:  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
-        test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
-    return train_set, val_set, test_set
-
-
 def batches(
-    data: Images, batch_size: int, device: torch.device, *, shuffle: int | None = None, skip: int = 0, workers: int = 2
+    data: Images,
+    batch_size: int,
+    device: torch.device,
+    *,
+    shuffle: int | None = None,
+    skip: int = 0,
+    workers: int = 2,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give this rank's share of each global batch: x float (b, 3, H, W) in [0, 1] and y int64 (b,), on the device.
+    """This rank's share of each global batch: x float (b, 3, H, W) in [0, 1] and y int64 (b,), on the device.
 
-    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size) batches
-    whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size 128,
+    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size)
+    batches whose
+    sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size 128,
     333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for BatchNorm.
-    shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start (resume).
+    shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start.
     """
     n = len(data)
     generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     shares = [data.index[order[positions]] for positions in split_epoch(n, batch_size)[skip:]]
+    shares = [rows for rows in shares if len(rows)]
+    # Labels and order are copied to the device once, not batch by batch: a small copy makes the CPU wait for
+    # a GPU.
+    labels = data.labels.to(device)
+    rows_there = torch.cat([order[:0], *shares]).to(device).split([len(rows) for rows in shares])
     if isinstance(data.pixels, Tensor):
-        for rows in shares:
-            y = data.labels[rows].to(device, non_blocking=True)
-            x = data.pixels[rows.to(data.pixels.device, non_blocking=True)]
-            yield x.to(device).float().div_(255), y
-        return
-    decoded = _decode(data.pixels, shares, workers, pin=device.type == "cuda")
-    for rows, (x, _) in zip((rows for rows in shares if len(rows)), decoded, strict=True):
-        yield x.to(device, non_blocking=True).float().div_(255), data.labels[rows].to(device, non_blocking=True)
+        pixels = (data.pixels[rows.to(data.pixels.device)].to(device) for rows in rows_there)
+    else:
+        pixels = (x for x, _ in _read(data.pixels, shares, workers, pin=device.type == "cuda"))
+    for rows, x in zip(rows_there, pixels, strict=True):
+        yield (
+            x.to(device, non_blocking=True).float().div_(255),
+            labels[rows],
+        )  # read images are in pinned memory
 
 
 def split_epoch(n: int, batch_size: int) -> list[Tensor]:
-    """For each batch of an epoch over n images, which of them, counted in the epoch's order, this rank gets from `batches`."""
+    """For each batch of an epoch over n images, the positions, in the epoch's order, that this rank gets."""
     rank, ranks = world()
-    return [cut.tensor_split(ranks)[rank] for cut in torch.arange(n).tensor_split(count_batches(n, batch_size))]
+    return [
+        cut.tensor_split(ranks)[rank] for cut in torch.arange(n).tensor_split(count_batches(n, batch_size))
+    ]
 
 
 def count_batches(n: int, batch_size: int) -> int:
-    """Number of batches an epoch over n images is cut into: no fewer images in each than there are ranks, if possible."""
+    """Number of batches an epoch over n images is cut into: no fewer images in each than there are ranks, if
+    possible."""
     return max(1, min(math.ceil(n / batch_size), n // world()[1]))
-
-
-def check_batches(n: int, batch_size: int) -> None:
-    """Raise UserError if a training step on n images would leave a process with one image."""
-    if n // (count_batches(n, batch_size) * world()[1]) < 2:
-        raise UserError("BatchNorm needs at least 2 images per process and step: raise --batch-size, or use more images.")
-
-
 def image_uniform(seeds: Tensor, n: int) -> Tensor:
-    """n uniform numbers in (0, 1) for each of the seeds, int64 (B,): float (B, n), row i of which depends on seeds[i] alone.
+    """n uniform numbers in (0, 1) for each of the seeds, int64 (B,): float (B, n). Row i depends on seeds[i]
+    alone.
 
-    The same on every device, in whatever batches and on whatever ranks the images are (SplitMix64; Steele et al. 2014). For seeds that
-    are counted up, multiply them by a large odd number first, else their rows are the same sequence from different places.
+    The same on every device, in whatever batches and on whatever ranks the images are (SplitMix64; Steele et
+    al. 2014). Seeds that are counted up must be multiplied by a large odd number first, else their rows are
+    the same sequence from different places.
     """
 
     def shifted(z: Tensor, k: int) -> Tensor:
-        return (z >> k) & ((1 << (64 - k)) - 1)  # int64 keeps the sign when shifted; this is the shift of an unsigned number
+        return (z >> k) & ((1 << (64 - k)) - 1)  # as if z had no sign, which int64 keeps when shifted
 
     z = seeds[:, None] + (0x9E3779B97F4A7C15 - 2**64) * torch.arange(1, n + 1, device=seeds.device)
     z = (z ^ shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -1211,7 +1162,8 @@ def image_uniform(seeds: Tensor, n: int) -> Tensor:
 
 
 def random_crop_flip(x: Tensor, pad: int, flip: bool = True, mode: str = "constant") -> Tensor:
-    """Pad by `pad` (with zeros; mode "reflect": with the mirrored image), crop back to size at a random place, mirror with probability 1/2: drawn per image.
+    """Pad by `pad` (with zeros; mode "reflect": with the mirrored image), crop back to size at a random
+    place, mirror with probability 1/2: drawn per image.
 
     x: (B, C, H, W), on any device. All of it is one gather, so a GPU does it without waiting for the CPU.
     """
@@ -1227,11 +1179,16 @@ def random_crop_flip(x: Tensor, pad: int, flip: bool = True, mode: str = "consta
 
 
 @torch.no_grad()
-def map_images(f: Callable[..., Tensor], images: Images, run: "Run", batch_size: int, indexed: bool = False) -> Tensor:
-    """f of every image, in the set's order, (n, ...). Each rank computes its share; the sum over ranks, zero elsewhere, is the whole.
+def map_images(
+    f: Callable[..., Tensor], images: Images, run: "Run", batch_size: int, indexed: bool = False
+) -> Tensor:
+    """f of every image, in the set's order: (n, ...), on every rank. Each rank computes its share.
 
-    f takes images (b, 3, H, W) and, if `indexed`, their positions in the set, int64 (b,); it gives (b, ...)."""
-    position = torch.zeros_like(images.labels)  # stands in for the label, so that a batch tells which images are in it
+    f takes images (b, 3, H, W) and, if `indexed`, their positions in the set, int64 (b,); it gives (b, ...).
+    """
+    position = torch.zeros_like(
+        images.labels
+    )  # stands in for the label: a batch tells which images are in it
     position[images.index] = torch.arange(len(images))
     out = None
     for x, i in batches(replace(images, labels=position), batch_size, run.device, workers=run.args.workers):
@@ -1239,7 +1196,8 @@ def map_images(f: Callable[..., Tensor], images: Images, run: "Run", batch_size:
         out = values.new_zeros(len(images), *values.shape[1:]) if out is None else out
         out[i] = values
     if out is None:  # fewer images than ranks, and none for this one
-        x, i = torch.zeros(0, 3, run.args.image_size, run.args.image_size, device=run.device), position[:0].to(run.device)
+        size = run.args.image_size
+        x, i = torch.zeros(0, 3, size, size, device=run.device), position[:0].to(run.device)
         values = f(x, i) if indexed else f(x)
         out = values.new_zeros(len(images), *values.shape[1:])
     if world()[1] > 1:
@@ -1251,12 +1209,15 @@ def map_images(f: Callable[..., Tensor], images: Images, run: "Run", batch_size:
 
 
 def random_resized_crop(
-    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3), rand: Callable = torch.rand
-) -> Tensor:
-    """Cut a random box out of each image and enlarge it to the image's size, bicubic; x (B, C, H, W) in [0, 1].
+    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    rand: Callable = torch.rand,
+) -> Tensor:  # fmt: skip
+    """Cut a random box out of each image and enlarge it to the image's size, bicubic; x (B, C, H, W) in [0,
+    1].
 
-    The box: `scale` is its share of the area, `ratio` its width over its height, log-uniform. Of 10 draws the first that fits
-    into the image counts, else the whole image. As torchvision's, but it reads pixels beyond the box at the box's border.
+    The box: `scale` is its share of the area, `ratio` its width over its height, log-uniform. The first of 10
+    draws that fits into the image is taken, else the whole image. As torchvision's, but at the box's border
+    it reads pixels beyond the box.
     """
     b, _, h, w = x.shape
 
@@ -1277,9 +1238,8 @@ def random_resized_crop(
 
 
 def crop_resize(x: Tensor, boxes: Tensor) -> Tensor:
-    """The box (left, top, width, height), in pixels, of each image, resized to the image's size, bicubic, clipped to [0, 1].
-
-    x: (B, C, H, W); boxes: (B, 4).
+    """The box (left, top, width, height) of each image, in pixels, resized to the image's size, bicubic,
+    clipped to [0, 1]. x: (B, C, H, W); boxes: (B, 4).
     """
     _, _, h, w = x.shape
     left, top, width, height = boxes.to(x.dtype)[:, :, None].unbind(1)  # (B, 1)
@@ -1289,9 +1249,10 @@ def crop_resize(x: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _bicubic(at: Tensor, size: int) -> Tensor:
-    """Weights of a line's pixels in its values at `at` (B, n), in pixels from its border: (B, n, size), for a = -0.75.
+    """Weights of a line's pixels in its values at `at` (B, n), in pixels from its border: (B, n, size); a =
+    -0.75.
 
-    What F.grid_sample computes, as a matrix: that has second derivatives, which unrolled attacks need and grid_sample has not.
+    Same result as F.grid_sample, written as a matrix so that it can be differentiated twice.
     """
     first = (at - 0.5).floor()
     pixel = first[:, :, None] + torch.arange(-1, 3, device=at.device)  # (B, n, 4), the nearest four
@@ -1312,30 +1273,35 @@ def to_grey(x: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of x (B, 3, H, W) in [0, 1] by `shift` (B, 1, 1, 1), in turns (0.5 is the opposite colour)."""
+    """Turn the hue of x (B, 3, H, W) in [0, 1] by `shift` (B, 1, 1, 1) turns; 0.5 gives the opposite
+    colour."""
     r, g, b = x.unbind(1)
     high, low = x.amax(1), x.amin(1)
     span = high - low
     safe = span.clamp(min=1e-8)
-    hue = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) / 6
+    hue = torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(high == r, (g - b) / safe, hue) / 6
     hue = (hue[:, None] + shift) % 1  # (B, 1, H, W)
     k = (hue * 6 + 5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) % 6
     return high[:, None] - span[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def color_jitter(
-    x: Tensor, brightness: float, contrast: float, saturation: float, hue: float, p: float = 0.8, rand: Callable = torch.rand
-) -> Tensor:
-    """With probability p, change brightness, contrast, saturation and hue of an image, in random order; x (B, 3, H, W) in [0, 1].
+    x: Tensor, brightness: float, contrast: float, saturation: float, hue: float, p: float = 0.8,
+    rand: Callable = torch.rand,
+) -> Tensor:  # fmt: skip
+    """With probability p, change brightness, contrast, saturation and hue of an image, in random order.
 
-    Factors are uniform in 1 - v ... 1 + v, the hue's shift in -v ... v turns, as torchvision's ColorJitter; clipped after each.
+    x (B, 3, H, W) in [0, 1], clipped after each change. As torchvision's ColorJitter: factors are uniform in
+    1 - v ... 1 + v, the shift of the hue in -v ... v turns.
     """
     b = len(x)
 
     def factor(v: float) -> Tensor:
         return 1 + v * (2 * rand(b, 1, 1, 1, device=x.device) - 1)
 
-    f_brightness, f_contrast, f_saturation, f_hue = factor(brightness), factor(contrast), factor(saturation), factor(hue) - 1
+    f_brightness, f_contrast, f_saturation = factor(brightness), factor(contrast), factor(saturation)
+    f_hue = factor(hue) - 1
     order = rand(b, 4, device=x.device).argsort(1)
     out = x
     for place in range(4):
@@ -1348,8 +1314,11 @@ def color_jitter(
     return torch.where(rand(b, 1, 1, 1, device=x.device) < p, out, x)
 
 
-def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), rand: Callable = torch.rand) -> Tensor:
-    """With probability p, smooth an image with a Gaussian of its own sigma, kernel a tenth of its side (SimCLR)."""
+def random_blur(
+    x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), rand: Callable = torch.rand
+) -> Tensor:
+    """With probability p, smooth an image with a Gaussian of its own sigma, kernel a tenth of its side
+    (SimCLR)."""
     b, c, h, w = x.shape
     radius = max(h // 20, 1)
     s = sigma[0] + (sigma[1] - sigma[0]) * rand(b, 1, device=x.device)
@@ -1362,11 +1331,15 @@ def random_blur(x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), ra
 
 
 def simclr_augment(
-    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True, jitter: float = 0.8, rand: Callable = torch.rand
-) -> Tensor:
-    """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: crop of at least the share `crop` of the area, flip, colour
-    jitter (with probability `jitter`; brightness, contrast and saturation 0.8, hue 0.2, all times `strength`), grey (p 0.2) and, for large images,
-    blur with probability `blur`. Here and above `rand` stands in for torch.rand."""
+    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True, jitter: float = 0.8,
+    rand: Callable = torch.rand,
+) -> Tensor:  # fmt: skip
+    """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: a crop of at least the share `crop` of
+    the area, flip, colour jitter with probability `jitter` (brightness, contrast and saturation 0.8, hue 0.2,
+    all times `strength`), grey with probability 0.2, and blur with probability `blur`, for large images.
+
+    Here and above `rand` stands in for torch.rand.
+    """
     x = random_resized_crop(x, (crop, 1.0), rand=rand)
     x = random_flip(x, rand) if flip else x
     x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, jitter, rand)
@@ -1374,19 +1347,22 @@ def simclr_augment(
     return random_blur(x, blur, rand=rand) if blur else x
 
 
-# ---- self-supervised tasks: images are moved, not computed with, so that norms and the attacks' balls are kept ----
+# ---- self-supervised tasks: pixels are moved, not changed, so norms and the attacks' balls are kept ----
 
 
 def rotate(x: Tensor, k: Tensor) -> Tensor:
-    """Turn image i of x (B, C, S, S) by k[i] * 90 degrees counter-clockwise; k (B,) in {0, 1, 2, 3} (Gidaris et al. 2018)."""
+    """Turn image i of x (B, C, S, S) by k[i] * 90 degrees counter-clockwise; k (B,) in {0, 1, 2, 3}. (Gidaris
+    et al. 2018)"""
     turned = torch.stack([x.rot90(i, (2, 3)) for i in range(4)])  # (4, B, C, S, S)
     return turned[k, torch.arange(len(x), device=x.device)]
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if H or W does not fit."""
-    if x.shape[2] % patch or x.shape[3] % patch:
-        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
+    """Images (B, C, H, W) to their patches, row by row: (B, N, C, patch, patch). Raises ValueError if they do
+    not fit."""
+    h, w = x.shape[2:]
+    if h % patch or w % patch:
+        raise ValueError(f"images of {h} x {w} pixels cannot be cut into patches of {patch}")
     return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
@@ -1397,10 +1373,11 @@ def unpatchify(patches: Tensor) -> Tensor:
 
 
 def jigsaw(x: Tensor, order: Tensor) -> Tensor:
-    """Cut each image into n x n tiles; tile j of the result is tile order[i, j] of image i (Noroozi and Favaro 2016).
+    """Cut each image into n x n tiles; tile j of the result is tile order[i, j] of image i. (Noroozi and
+    Favaro 2016)
 
-    x: (B, C, S, S); order: int64 (B, n * n), tiles counted row by row. jigsaw(jigsaw(x, order), order.argsort(1)) is x.
-    Raises ValueError if n does not divide S.
+    x: (B, C, S, S); order: int64 (B, n * n), tiles counted row by row.
+    jigsaw(jigsaw(x, order), order.argsort(1)) is x. Raises ValueError if n does not divide S.
     """
     n = math.isqrt(order.shape[1])
     if n * n != order.shape[1] or x.shape[2] % n or x.shape[3] % n:
@@ -1409,16 +1386,19 @@ def jigsaw(x: Tensor, order: Tensor) -> Tensor:
     return unpatchify(tiles[torch.arange(len(x), device=x.device)[:, None], order])
 
 
-def jigsaw_permutations(n: int, count: int, kind: Literal["random", "hamming"] = "random", seed: int = 0) -> Tensor:
+def jigsaw_permutations(
+    n: int, count: int, kind: Literal["random", "hamming"] = "random", seed: int = 0
+) -> Tensor:
     """The identity and `count` other permutations of n * n tiles, all different: int64 (count + 1, n * n).
 
-    'random': drawn uniformly. 'hamming': one after the other, each the one that differs in most places from those before
-    it, summed over them (Noroozi and Favaro 2016, Algorithm 1), of all permutations or of 50,000 random ones if there are
-    more. Raises UserError if there are not that many.
+    'random': drawn uniformly. 'hamming': one after the other, each the one that differs in most places from
+    those before it, summed over them (Noroozi and Favaro 2016, Algorithm 1), of all permutations or of 50,000
+    random ones if there are more. Raises UserError if there are not that many.
     """
     tiles = n * n
     if count >= math.factorial(tiles):
-        raise UserError(f"a grid of {n} x {n} has {math.factorial(tiles) - 1} permutations besides the identity, not {count}.")
+        others = math.factorial(tiles) - 1
+        raise UserError(f"a grid of {n} x {n} has {others} permutations besides the identity, not {count}.")
     generator = torch.Generator().manual_seed(seed)
     identity = torch.arange(tiles)
     if math.factorial(tiles) <= 50_000:  # n = 2
@@ -1426,7 +1406,8 @@ def jigsaw_permutations(n: int, count: int, kind: Literal["random", "hamming"] =
         pool = pool[torch.randperm(len(pool), generator=generator)]
     else:
         pool = torch.rand(max(50_000, 2 * count), tiles, generator=generator).argsort(1)
-    pool = torch.tensor([p for p in dict.fromkeys(map(tuple, pool.tolist())) if p != tuple(range(tiles))])  # each once
+    each_once = dict.fromkeys(map(tuple, pool.tolist()))
+    pool = torch.tensor([p for p in each_once if p != tuple(range(tiles))])
     if kind == "random":
         return torch.cat([identity[None], pool[:count]])
     chosen = [identity]
@@ -1437,8 +1418,6 @@ def jigsaw_permutations(n: int, count: int, kind: Literal["random", "hamming"] =
         chosen.append(pool[best])
         distance[best] = -tiles * count  # never again
     return torch.stack(chosen)
-
-
 # ======================================================================================================
 # 3. Models: ResNets and Vision Transformers with normalisation and mixed precision inside
 # ======================================================================================================
@@ -1483,64 +1462,9 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
-class Subsample(nn.Module):
-    """Every stride-th pixel: before a 1x1 convolution it makes the same result as a stride in the convolution.
-
-    The stride itself is avoided since oneDNN (issue 6035) writes past its buffer, on CPUs in channels_last layout, in the
-    weight gradient of strided 1x1 convolutions with fewer than 16 input channels: a crash at --width 0.125.
-    """
-
-    def __init__(self, stride: int):
-        super().__init__()
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, :: self.stride, :: self.stride]
-
-
-def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
-    if stride == 1 and c_in == c_out:
-        return nn.Identity()
-    return nn.Sequential(Subsample(stride), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
-
-
-def _stages(block: type, c_in: int, c: int, depths: list[int]) -> tuple[list[nn.Sequential], int]:
-    """Stages of `depths` blocks with c, 2 c, 4 c, ... channels, each but the first begun with stride 2; and how many channels come out."""
-    stages = []
-    for i, depth in enumerate(depths):
-        blocks = []
-        for j in range(depth):
-            blocks.append(block(c_in, c * 2**i, stride=2 if i > 0 and j == 0 else 1))
-            c_in = c * 2**i * block.expansion
-        stages.append(nn.Sequential(*blocks))
-    return stages, c_in
-
-
-class ResNet(nn.Module):
-    """Post-activation ResNet trunk: (B, 3, H, W) -> pooled features (B, dim). Weights initialised as PyTorch does.
-
-    stem 'cifar': 3x3 convolution, no pooling, as in the robustness library (Kucer et al., footnote 5);
-    stem 'imagenet': 7x7 with stride 2, then 3x3 max-pooling with stride 2.
-    width multiplies the 64 channels of the first stage (and so all others).
-    """
-
-    def __init__(self, block: type, depths: list[int], width: float = 1.0, stem: str = "cifar"):
-        super().__init__()
-        c = max(1, round(64 * width))
-        self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(c)
-        self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        (self.layer1, self.layer2, self.layer3, self.layer4), self.dim = _stages(block, c, c, depths)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, dim, h, w)
-        return x.mean((2, 3))
-
-
 class PreActBlock(nn.Module):
-    """BatchNorm, ReLU and 3x3 convolution, twice, and a shortcut (He et al. 2016b); where the shape changes, the shortcut is a 1x1
-    convolution of the activated input (as in the networks of Rice et al. 2020)."""
+    """BatchNorm, ReLU and 3x3 convolution, twice, and a shortcut (He et al. 2016b); where the shape changes,
+    the shortcut is a 1x1 convolution of the activated input (as in the networks of Rice et al. 2020)."""
 
     expansion = 1
 
@@ -1550,52 +1474,18 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c)
         self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or c_in != c:
-            self.shortcut = nn.Sequential(Subsample(stride), nn.Conv2d(c_in, c, 1, bias=False))
+        self.shortcut = _shortcut(c_in, c, stride, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
-        shortcut = self.shortcut(out) if len(self.shortcut) else x
+        shortcut = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(out)
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
-class PreActResNet(nn.Module):
-    """Pre-activation ResNet without head: images (B, 3, H, W) -> (B, dim); BatchNorm and ReLU stand before the pooling."""
-
-    def __init__(self, depths: list[int], width: float = 1.0, stem: str = "cifar"):
-        super().__init__()
-        c = max(1, round(64 * width))
-        self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
-        self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        (self.layer1, self.layer2, self.layer3, self.layer4), self.dim = _stages(PreActBlock, c, c, depths)
-        self.bn = nn.BatchNorm2d(self.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.conv1(x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, dim, h, w)
-        return F.relu(self.bn(x)).mean((2, 3))
-
-
-class WideResNet(nn.Module):
-    """Wide ResNet trunk with 6 * depth + 4 layers (Zagoruyko and Komodakis 2016): (B, 3, H, W) -> (B, dim). Of the blocks above in three
-    stages of 160, 320 and 640 channels, times `width`; 16 in the first convolution."""
-
-    def __init__(self, depth: int, width: float = 1.0):
-        super().__init__()
-        c = max(1, round(160 * width))
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        (self.layer1, self.layer2, self.layer3), self.dim = _stages(PreActBlock, 16, c, 3 * [depth])
-        self.bn = nn.BatchNorm2d(self.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))  # (B, dim, h, w)
-        return F.relu(self.bn(x)).mean((2, 3))
-
-
 class PreActBottleneck(nn.Module):
-    """BatchNorm, ReLU and convolution, three times (1x1, 3x3 with the stride, 1x1), and a shortcut; where the shape changes, the shortcut
-    is a 1x1 convolution of the activated input, and BatchNorm (the ResNet-50v2 of Chen et al. 2020's published models)."""
+    """BatchNorm, ReLU and convolution, three times (1x1, 3x3 with the stride, 1x1), and a shortcut; where the
+    shape changes, it is a 1x1 convolution of the activated input, and BatchNorm (as in Chen et al.'s
+    published models)."""
 
     expansion = 4
 
@@ -1616,170 +1506,85 @@ class PreActBottleneck(nn.Module):
         return self.conv3(F.relu(self.bn3(out))) + shortcut
 
 
-class ResNetV2(nn.Module):
-    """ResNet-50v2 trunk: (B, 3, H, W) -> pooled features (B, dim). BatchNorm and ReLU after the first convolution, none before the
-    pooling. `shared` is the part that Chen et al. inherit from pre-training: the stem and the first three stages."""
+class Subsample(nn.Module):
+    """Every stride-th pixel: before a 1x1 convolution the same as a stride in it.
 
-    def __init__(self, depths: list[int], width: float = 1.0, stem: str = "cifar"):
+    On CPUs oneDNN (issue 6035) writes past its buffer in the weight gradient of strided 1x1 convolutions in
+    channels_last layout with fewer than 16 input channels.
+    """
+
+    def __init__(self, stride: int):
         super().__init__()
-        c = max(1, round(64 * width))
-        self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(c)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
+
+
+def _shortcut(c_in: int, c_out: int, stride: int, norm: bool = True) -> nn.Module:
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    layers = [Subsample(stride), nn.Conv2d(c_in, c_out, 1, bias=False)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_out)) if norm else nn.Sequential(*layers)
+
+
+class ResNet(nn.Module):
+    """ResNet trunk: images (B, 3, H, W) -> pooled features (B, dim). Weights initialised as PyTorch does.
+
+    depths: blocks per stage; each stage but the first halves the sides and doubles the channels. channels: of
+    the first stage. stem 'cifar': a 3x3 convolution, no pooling, as in the robustness library (Kucer et al.,
+    footnote 5); 'imagenet': 7x7 with stride 2, then 3x3 max-pooling with stride 2. stem_channels: of that
+    convolution (0: as the first stage). bn_first, bn_last: BatchNorm and ReLU after it, and before the
+    pooling of the features.
+    """
+
+    def __init__(
+        self, block: type, depths: tuple[int, ...], channels: int, stem: str = "cifar", *,
+        stem_channels: int = 0, bn_first: bool = True, bn_last: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        n = stem_channels or channels
+        self.conv1 = (
+            nn.Conv2d(3, n, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, n, 7, 2, 3, bias=False)
+        )
+        self.bn1 = nn.BatchNorm2d(n) if bn_first else None
         self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
-        (self.layer1, self.layer2, self.layer3, self.layer4), self.dim = _stages(PreActBottleneck, c, c, depths)
-        self.shared_dim = self.dim // 2
+        self.stages = len(depths)
+        for i, depth in enumerate(depths):
+            stage = []
+            for j in range(depth):
+                stage.append(block(n, channels * 2**i, stride=2 if i > 0 and j == 0 else 1))
+                n = channels * 2**i * block.expansion
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+        self.bn = nn.BatchNorm2d(n) if bn_last else None
+        self.dim, self.shared_dim = n, n // 2
 
     def shared(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> feature map (B, dim / 2, H / 4, W / 4); with the imagenet stem H / 16, W / 16."""
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
-        return self.layer3(self.layer2(self.layer1(x)))
+        """All but the last stage, which is what Chen et al. inherit from pre-training: (B, 3, H, W) ->
+        (B, dim / 2, H / 4, W / 4); with the imagenet stem H / 16, W / 16."""
+        x = self.conv1(x)
+        x = self.pool(F.relu(self.bn1(x)) if self.bn1 is not None else x)
+        for i in range(1, self.stages):
+            x = getattr(self, f"layer{i}")(x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer4(self.shared(x)).mean((2, 3))
+        x = getattr(self, f"layer{self.stages}")(self.shared(x))  # (B, dim, h, w)
+        return (F.relu(self.bn(x)) if self.bn is not None else x).mean((2, 3))
 
 
-# ---- layers with second derivatives that are worth their time: PyTorch's take several times as long -----------------------
-
-
-def fast_second_derivatives(module: nn.Module) -> None:
-    """Let the convolutions and BatchNorms in `module` compute second derivatives fast; their weights and results stay the same.
-
-    Where the gradient for an image is itself differentiated (chen_pretrain_finetune.py, eq. 4), PyTorch always makes the convolution
-    weights' second derivatives too, and BatchNorm's from some 25 passes over the data. Here a step of the
-    attack took 0.44 s in place of 1.3 s (rotation, ResNet-50v2, batch 8, bfloat16, CPU). Use `input_gradients_only` around an attack.
-    """
-    for m in module.modules():
-        if type(m) is nn.BatchNorm2d:
-            m.__class__ = _BatchNorm2d
-        elif type(m) is nn.Conv2d and m.bias is None and m.groups == 1 and m.dilation == (1, 1):
-            m.__class__ = _Conv2d
-
-
-@contextlib.contextmanager
-def input_gradients_only(module: nn.Module) -> Iterator[None]:
-    """No gradients for the weights of the layers above meanwhile. (Other layers notice by themselves that none are wanted.)"""
-    weights = [p for m in module.modules() if isinstance(m, (_Conv2d, _BatchNorm2d)) for p in m.parameters() if p.requires_grad]
-    try:
-        for p in weights:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in weights:
-            p.requires_grad_(True)
-
-
-class _Conv2d(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        if torch.is_autocast_enabled(x.device.type):  # what goes into _Convolve is not cast
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, w = x.to(dtype), w.to(dtype)
-        return _Convolve.apply(x, w, self.stride, self.padding)
-
-
-class _Convolve(torch.autograd.Function):
-    """F.conv2d. Its gradient for x is a transposed convolution, whose own derivatives are those that are asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, w, None, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
-        for_x = for_w = None
-        if ctx.needs_input_grad[0]:
-            left = [(x.shape[i + 2] + 2 * ctx.padding[i] - w.shape[i + 2]) % ctx.stride[i] for i in (0, 1)]  # pixels no window begins at
-            for_x = F.conv_transpose2d(g, w, None, ctx.stride, ctx.padding, left)
-        if ctx.needs_input_grad[1]:
-            for_w = torch.nn.grad.conv2d_weight(x, w.shape, g, ctx.stride, ctx.padding)
-        return for_x, for_w, None, None
-
-
-class _BatchNorm2d(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:  # a scale and a shift
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            shift = self.bias - self.running_mean * scale
-            return torch.addcmul(shift.to(x.dtype).view(1, -1, 1, 1), x, scale.to(x.dtype).view(1, -1, 1, 1))
-        running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        if self.track_running_stats:
-            self.num_batches_tracked += 1
-        return _Normalise.apply(x, self.weight, self.bias, *running, self.momentum, self.eps)
-
-
-class _Normalise(torch.autograd.Function):
-    """BatchNorm in train mode."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float) -> Tensor:
-        y, mean, rstd = torch.native_batch_norm(x, w, b, running_mean, running_var, True, momentum, eps)
-        ctx.save_for_backward(x, w, mean, rstd)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *_NormaliseGradient.apply(g, *ctx.saved_tensors, ctx.eps), None, None, None, None
-
-
-class _NormaliseGradient(torch.autograd.Function):
-    """BatchNorm's gradients for x, w and b; the first can be differentiated again, with the formulas below, per channel:
-
-    r = 1 / standard deviation, z = (x - mean) r; the gradient for x is f = w r (g - E[g] - z E[g z]). Given u, the derivative of
-    <u, f> with respect to g is the same map applied to u, as it is symmetric; with respect to x it is
-
-        w r^2 (E[u] E[g z] + E[g] E[u z] - E[g z] u - E[u z] g + z (3 E[u z] E[g z] + E[u] E[g] - E[u g]))
-
-    and with respect to w it is the sum of u f / w, n r (E[u g] - E[u] E[g] - E[u z] E[g z]), n values being in the mean E.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        for_x, for_w, for_b = _normalise_gradient(g, x, w, mean, rstd, eps)  # the last two are the sums of g z and of g
-        ctx.save_for_backward(g, x, w, mean, rstd, for_w, for_b)
-        ctx.eps = eps
-        return for_x, for_w, for_b
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor | None, *of_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(v is not None for v in of_weights):
-            raise NotImplementedError("the second derivative of BatchNorm's weights is not written; use nn.BatchNorm2d.")
-        if u is None:
-            return (None,) * 6
-        g, x, w, mean, rstd, gz, gs = ctx.saved_tensors
-        for_g, uz, us = _normalise_gradient(u, x, w, mean, rstd, ctx.eps)
-        ug = _normalise_gradient(u, g, w, torch.zeros_like(mean), torch.ones_like(rstd), ctx.eps)[1]  # the sum of u g
-        n = x.numel() / x.shape[1]
-        gz, gs, uz, us, ug = (v / n for v in (gz, gs, uz, us, ug))  # from here on means
-
-        def channels(v: Tensor) -> Tensor:  # (C,) -> (1, C, 1, 1)
-            return v.to(x.dtype).view(1, -1, 1, 1)
-
-        k = w * rstd**2
-        of_x = k * rstd * (3 * uz * gz + us * gs - ug)
-        for_x = torch.addcmul(channels(k * (us * gz + gs * uz) - of_x * mean), x, channels(of_x))
-        for_x = for_x.addcmul_(u, channels(-k * gz)).addcmul_(g, channels(-k * uz))
-        return for_g, for_x, n * rstd * (ug - us * gs - uz * gz), None, None, None
-
-
-def _normalise_gradient(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm's gradients for x, w and b in one kernel."""
-    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, mean, rstd, True, eps, [True, True, True])
-
-
-# ---- Vision Transformers -------------------------------------------------------------------------------------------
+# ---- Vision Transformers ------------------------------------------------------------------------------
 
 
 @functools.cache  # needed in every forward pass, and copying them to a GPU makes it wait
 def sincos_positions(dim: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
-    """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers tells the column, the
-    second the row, each as the sines, then the cosines, of position / 10000^(i / n), i = 0 ... n - 1, n = dim / 4 (MAE)."""
+    """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers
+    encodes the column, the second the row, each as the sines, then the cosines, of position / 10000^(i / n),
+    i = 0 ... n - 1, n = dim / 4 (MAE)."""
     rate = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
-    col, row = (torch.arange(n, dtype=torch.float64, device="cpu")[:, None] * rate for n in (cols, rows))  # (n, dim / 4)
+    col, row = (
+        torch.arange(n, dtype=torch.float64, device="cpu")[:, None] * rate for n in (cols, rows)
+    )  # (n, dim / 4)
     col, row = (torch.cat([t.sin(), t.cos()], 1) for t in (col, row))  # (n, dim / 2)
     return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float().to(device)
 
@@ -1794,7 +1599,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, 3, heads, d) -> each (B, heads, N, d)
+        # (B, N, 3, heads, d) -> three of (B, heads, N, d)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -1811,15 +1617,16 @@ class Mlp(nn.Module):
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """In training, a branch's output x (B, N, dim) is left out for an image with probability `rate` and else divided by 1 - rate, so
-    that its expectation stays (stochastic depth, Huang et al. 2016)."""
+    """In training, a branch's output x (B, N, dim) is left out for an image with probability `rate` and else
+    divided by 1 - rate, which keeps its expectation (stochastic depth, Huang et al. 2016)."""
     if rate == 0 or not training:
         return x
     return x * ((torch.rand(len(x), 1, 1, device=x.device) >= rate) / (1 - rate)).to(x)
 
 
 class Block(nn.Module):
-    """Transformer block with LayerNorm before each part (Dosovitskiy et al. 2021, eqs. 2 and 3); `drop_path` is a rate, see above."""
+    """Transformer block with LayerNorm before each part (Dosovitskiy et al. 2021, eq. 2, 3). `drop_path`: a
+    rate."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -1835,7 +1642,8 @@ class Block(nn.Module):
 
 
 def init_transformer(module: nn.Module) -> None:
-    """MAE's initial weights: Xavier for linear layers and the patches' convolution, biases of linear layers 0."""
+    """MAE's initial weights: Xavier for linear layers and the patches' convolution, biases of linear layers
+    0."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
@@ -1844,18 +1652,21 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class ViT(nn.Module):
-    """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the final patch tokens, then LayerNorm. The class token takes
-    part in the attention and is left out of the mean (as in MAE's fine-tuning; Rebuffi et al., appendix C).
+    """Vision Transformer trunk: (B, 3, H, W) -> (B, dim), the mean of the final patch tokens, then LayerNorm.
+    The class token takes part in the attention only (as in MAE's fine-tuning; Rebuffi et al., appendix C).
 
-    dim is a multiple of 4 and of `heads`, H and W of `patch`. The positions are fixed (`sincos_positions`), so one network takes images of any size; or, with
-    `learned` > 0, parameters for that many patches, a square number, which start from those (published checkpoints that have been
-    fine-tuned). Raises ValueError if dim or `learned` is none of these.
+    dim is a multiple of 4 and of `heads`, H and W of `patch`. The positions are fixed (`sincos_positions`),
+    so one network takes images of any size; or, with `learned` > 0, parameters for that many patches, a
+    square number, which start from those (published checkpoints that have been fine-tuned). Raises ValueError
+    for other sizes.
     """
 
     def __init__(self, patch: int, dim: int, depth: int, heads: int, learned: int = 0):
         super().__init__()
         if dim % 4 or dim % heads or math.isqrt(learned) ** 2 != learned:
-            raise ValueError(f"dim {dim} must be a multiple of 4 and of the {heads} heads, learned {learned} a square number")
+            raise ValueError(
+                f"dim {dim} must be a multiple of 4 and of the {heads} heads, learned {learned} a square"
+            )
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
@@ -1864,7 +1675,9 @@ class ViT(nn.Module):
         self.pos_embed = None
         if learned:
             start = sincos_positions(dim, math.isqrt(learned), math.isqrt(learned))
-            self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, dim), start])[None])  # (1, 1 + N, dim), the class token's first
+            self.pos_embed = nn.Parameter(
+                torch.cat([torch.zeros(1, dim), start])[None]
+            )  # (1, 1 + N, dim), class first
         init_transformer(self)
 
     def positions(self, rows: int, cols: int) -> Tensor:
@@ -1872,19 +1685,26 @@ class ViT(nn.Module):
         if self.pos_embed is None:
             return sincos_positions(self.dim, rows, cols, self.cls_token.device)
         if rows * cols != self.pos_embed.shape[1] - 1:
-            raise ValueError(f"{rows * cols} patches, but learned positions for {self.pos_embed.shape[1] - 1}")
+            raise ValueError(
+                f"{rows * cols} patches, but learned positions for {self.pos_embed.shape[1] - 1}"
+            )
         return self.pos_embed[0, 1:]
 
     def embed(self, x: Tensor) -> Tensor:
-        """Patches with their positions, row by row: (B, 3, H, W) -> (B, N, dim). Raises ValueError if H or W does not fit."""
+        """Patches with their positions, row by row: (B, 3, H, W) -> (B, N, dim). Raises ValueError if H or W
+        does not fit."""
         patch = self.patch_embed.stride[0]
         if x.shape[2] % patch or x.shape[3] % patch:
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}")
+            raise ValueError(
+                f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}"
+            )
         x = self.patch_embed(x)  # (B, dim, H / patch, W / patch)
-        return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:])  # float32, so that in mixed precision what blocks add to is, too
+        # Positions are float32, so in mixed precision what the blocks add to is float32, too.
+        return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:])
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """The class token put before the tokens (B, n, dim), of all patches or of some, and all through the blocks: (B, 1 + n, dim)."""
+        """The class token, then the tokens (B, n, dim) of all patches or some, through the blocks: (B, 1 + n,
+        dim)."""
         first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         return self.blocks(torch.cat([first.expand(len(tokens), -1, -1), tokens], 1))
 
@@ -1892,35 +1712,45 @@ class ViT(nn.Module):
         return self.fc_norm(self.encode(self.embed(x))[:, 1:].mean(1))
 
 
-# (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels, vit_mini4 for the digits of --quick.
+# ---- networks by name, with heads --------------------------------------------------------------------
+
+# (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels, vit_mini4 for the digits of
+# --quick.
 VITS = {
-    "vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3), "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3), "vit_mini4": (4, 4, 2),
+    "vit_b16": (16, 12, 12), "vit_s16": (16, 12, 6), "vit_ti16": (16, 12, 3),
+    "vit_s4": (4, 12, 6), "vit_ti4": (4, 12, 3), "vit_mini4": (4, 4, 2),
 }  # fmt: skip
 
 
-# ---- networks by name, with heads; published weights ---------------------------------------------------------------
-
-
-def build_trunk(arch: str, width: float, stem: str, positions: int = 0) -> nn.Module:
-    """A network without head, images -> (B, dim); positions: how many a ViT learns (0: none). Raises UserError for an unknown name."""
-    if arch == "resnet18":
-        return ResNet(BasicBlock, [2, 2, 2, 2], width, stem)
-    if arch == "resnet34":
-        return ResNet(BasicBlock, [3, 4, 6, 3], width, stem)
-    if arch == "resnet50":
-        return ResNet(Bottleneck, [3, 4, 6, 3], width, stem)
-    if arch in ("preact18", "preact34"):
-        return PreActResNet([2, 2, 2, 2] if arch == "preact18" else [3, 4, 6, 3], width, stem)
-    if arch == "wrn28_10":
-        return WideResNet(4, width)
-    if arch in ("resnet26v2", "resnet50v2"):
-        return ResNetV2([2, 2, 2, 2] if arch == "resnet26v2" else [3, 4, 6, 3], width, stem)
+def build_trunk(arch: str, width: float = 1.0, stem: str = "cifar", positions: int = 0) -> nn.Module:
+    """A network without head by name: images (B, 3, H, W) -> (B, dim). width multiplies the channels; stem:
+    see `ResNet`; positions: how many a ViT learns (0: none). Raises UserError for an unknown name."""
     if arch in VITS:
         patch, depth, heads = VITS[arch]
         heads = max(1, round(heads * width))
         return ViT(patch, 64 * heads, depth, heads, positions)
-    names = ["resnet18", "resnet34", "resnet50", "preact18", "preact34", "wrn28_10", "resnet26v2", "resnet50v2", *VITS]
-    raise UserError(f"unknown architecture '{arch}'; there are {', '.join(names)}.")
+    c, short, long = max(1, round(64 * width)), (2, 2, 2, 2), (3, 4, 6, 3)
+    preact = dict(bn_first=False, bn_last=True)
+    match arch:
+        case "resnet18":
+            return ResNet(BasicBlock, short, c, stem)
+        case "resnet34":
+            return ResNet(BasicBlock, long, c, stem)
+        case "resnet50":
+            return ResNet(Bottleneck, long, c, stem)
+        case "resnet26v2":
+            return ResNet(PreActBottleneck, short, c, stem)
+        case "resnet50v2":
+            return ResNet(PreActBottleneck, long, c, stem)
+        case "preact18":
+            return ResNet(PreActBlock, short, c, stem, **preact)
+        case "preact34":
+            return ResNet(PreActBlock, long, c, stem, **preact)
+        case "wrn28_10":  # Zagoruyko and Komodakis 2016: 6 * 4 + 4 layers, 160, 320 and 640 channels
+            return ResNet(
+                PreActBlock, (4, 4, 4), max(1, round(160 * width)), stem, stem_channels=16, **preact
+            )
+    raise UserError(f"unknown architecture '{arch}'.")
 
 
 class Network(nn.Module):
@@ -1929,10 +1759,10 @@ class Network(nn.Module):
         logits = net(x)                                    # the first head, (B, classes)
         logits, ss_logits = net(x, "class", "rotation")    # several heads on one pass through the trunk
 
-    x is in [0, 1], so attacks see pixels. With `amp` set to a dtype the trunk computes in it (weights stay float32)
-    in channels_last layout; heads and what is returned are float32. Float16 alone would lose small gradients:
-    they are multiplied by FP16_SCALE inside the trunk and divided again on the way out, to the image and to the
-    weights, so that neither attacks nor training loops need to know.
+    x is in [0, 1], so attacks see pixels. With `amp` set to a dtype the trunk computes in it, in
+    channels_last layout (weights stay float32); what is returned is float32. Float16 would lose small
+    gradients: inside the trunk they are FP16_SCALE times as large, outside, for images and weights, as they
+    should be.
     """
 
     FP16_SCALE = 1024.0
@@ -1944,13 +1774,14 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1))
         self.amp: torch.dtype | None = None
-        # fp16 only. The scale is constant: an overflow shows as a NaN loss and stops the run (a GradScaler would skip the step).
+        # The scale is constant: an overflow shows as a NaN loss and stops the run (a GradScaler would skip
+        # the step).
         for p in self.trunk.parameters():
             p.register_hook(lambda g: g / self.FP16_SCALE if self.amp == torch.float16 else g)
 
     def features(self, x: Tensor, *more: Any) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the trunk's output for the normalised images, (B, dim) of a classifier, in float32. `more` is for trunks
-        with further arguments (MAE's: the order of patches; Chen et al.'s in pre-training: task and target)."""
+        """(B, 3, H, W) in [0, 1] -> the trunk's output for the normalised images, (B, dim) of a classifier,
+        in float32. `more`: further arguments of the trunk."""
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.amp is None:
             return self.trunk(x, *more)
@@ -1961,7 +1792,8 @@ class Network(nn.Module):
         return _ScaleGradient.apply(h, scale) if scale != 1 else h
 
     def forward(self, x: Tensor, *heads: str) -> Tensor | tuple[Tensor, ...]:
-        """Logits (B, n) of the first head; of the head named; or, if several are named, a tuple of their logits."""
+        """Logits (B, n) of the first head; of the head named; or, if several are named, a tuple of their
+        logits."""
         h = self.features(x)
         out = tuple(self.heads[name](h) for name in heads or list(self.heads)[:1])
         return out if len(heads) > 1 else out[0]
@@ -1986,119 +1818,45 @@ def build_model(
 ) -> Network:  # fmt: skip
     """A network by name, e.g. build_model("resnet18", {"class": 10, "rotation": 4}).
 
-    `model.spec` keeps the arguments: it goes into checkpoints as `network`, from which `load_model` rebuilds it.
+    `model.spec` keeps the arguments: it goes into checkpoints as `network`, from which `load_model` rebuilds
+    it.
     """
-    spec = {"arch": arch, "heads": dict(heads), "width": width, "stem": stem, "mean": list(mean), "std": list(std)}
+    spec = {
+        "arch": arch,
+        "heads": dict(heads),
+        "width": width,
+        "stem": stem,
+        "mean": list(mean),
+        "std": list(std),
+    }
     spec |= {"positions": positions} if positions else {}
     model = Network(build_trunk(arch, width, stem, positions), heads, mean, std)
     model.spec = spec
     return model
 
 
-def load_vit(path: str | Path) -> dict:
-    """A checkpoint for `build_model` and `load_weights`, from one of ours or from a published one of MAE, DeiT or timm, to which ViT maps one to one:
-
-        theirs                                          ours
-        cls_token, blocks.*                             trunk.cls_token, trunk.blocks.*
-        patch_embed.proj.{weight, bias}                 trunk.patch_embed.{weight, bias}
-        pos_embed (1, 1 + N, dim)                       nothing, if it is the fixed table; else trunk.pos_embed
-        fc_norm.{weight, bias}                          trunk.fc_norm.*; without it LayerNorm's own start
-        head.{weight, bias}                             heads.class.*, if there is a fc_norm (else the head reads the class token)
-        norm.*, mask_token, decoder_*                   nothing: pre-training's last norm and decoder, which fine-tuning drops
-
-    Images are normalised by ImageNet's mean and deviation, as MAE and DeiT have it (some of timm's were trained with 0.5 for all).
-    The weights may be the file itself, or its entry `model` or `state_dict`. Raises UserError, naming the key, for anything else in it
-    (relative positions, layer scale, a distillation token, ...) and if the sizes are none of VITS.
-    """
-    state = _read_checkpoint(path)
-    if isinstance(state, dict) and isinstance(state.get("network"), dict):
-        return load_checkpoint(path)
-    for entry in ("model", "state_dict"):
-        state = state[entry] if isinstance(state, dict) and isinstance(state.get(entry), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(state.get(k), Tensor) for k in ("cls_token", "pos_embed", "patch_embed.proj.weight")):
-        raise UserError(f"{path} is no Vision Transformer: it lacks cls_token, pos_embed or patch_embed.proj.weight.")
-    dim, _, patch = state["patch_embed.proj.weight"].shape[:3]
-    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    arch = next((name for name, sizes in VITS.items() if (patch, depth, dim) == (sizes[0], sizes[1], 64 * sizes[2])), None)
-    if arch is None:
-        raise UserError(f"{path} has patches of {patch}, {depth} blocks of width {dim}: none of {', '.join(VITS)}.")
-    n = state["pos_embed"].shape[1] - 1
-    side = math.isqrt(n)
-    table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, side, side)]) if side * side == n else None
-    fixed = table is not None and torch.allclose(state["pos_embed"][0].float(), table, atol=1e-5)
-    classes = len(state["head.weight"]) if {"head.weight", "fc_norm.weight"} <= state.keys() else 0
-    network = {"arch": arch, "heads": {"class": classes} if classes else {}, "width": 1.0, "stem": "cifar"}
-    network |= {"mean": list(IMAGENET_STATS[0]), "std": list(IMAGENET_STATS[1])} | ({} if fixed else {"positions": n})
-    weights = {"trunk." + k: v for k, v in build_trunk(arch, 1.0, "cifar").fc_norm.state_dict(prefix="fc_norm.").items()}
-    weights |= {k: torch.tensor(network[k]).view(1, 3, 1, 1) for k in ("mean", "std")}
-    for k, v in state.items():
-        if k.startswith(("norm.", "decoder_")) or k == "mask_token" or (k.startswith("head.") and not classes) or (k == "pos_embed" and fixed):
-            continue
-        name = "heads.class" + k[4:] if k.startswith("head.") else "trunk." + k.replace("patch_embed.proj.", "patch_embed.")
-        weights[name] = v.float()
-    load_weights(build_model(**network), weights, path)  # every key and shape as they should be?
-    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train" if classes else "pretrain", "epoch": 0}
-
-
-def load_carmon(path: str | Path) -> dict:
-    """A checkpoint for `build_model` and `load_weights`, from one of ours or from the published WideResNet-28-10 of Carmon et al. 2019 (RST):
-
-        theirs                                        ours
-        conv1, bn1, fc                                trunk.conv1, trunk.bn, heads.class
-        block1.layer.0.{bn1, conv1, bn2, conv2}       trunk.layer1.0.{the same}
-        block1.layer.0.convShortcut                   trunk.layer1.0.shortcut.1
-        sub_block1.*                                  nothing: it is in the file, but no image passes through it
-
-    all after `module.` (nn.DataParallel) or not, as the file's entry `state_dict` or alone. Images are not normalised. Raises UserError,
-    naming the entry, if one is missing, unknown or of another shape.
-    """
-    state = _read_checkpoint(path)
-    state = state if isinstance(state, dict) else {}
-    if isinstance(state.get("network"), dict):
-        return load_checkpoint(path)
-    if state.get("normalize_input"):
-        raise UserError(f"{path} says normalize_input, but Carmon et al.'s published network takes images as they are.")
-    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
-    given = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-    given = {k: v for k, v in given.items() if not k.startswith("sub_block1.")}
-    for k in ("block1.layer.0.conv1.weight", "fc.weight"):
-        if k not in given or given[k].dim() not in (2, 4):
-            raise UserError(f"{path} is neither a checkpoint of ours nor one of Carmon et al.'s WideResNets: it has no {k}.")
-    network = {"arch": "wrn28_10", "heads": {"class": len(given["fc.weight"])}, "width": len(given["block1.layer.0.conv1.weight"]) / 160}
-    network |= {"stem": "cifar", "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-    own = build_model(**network).state_dict()
-    weights = {k: own[k] for k in ("mean", "std")}
-    for k in sorted(own.keys() - weights.keys()):
-        name = k.removeprefix("trunk.").replace("shortcut.1", "convShortcut").replace("heads.class", "fc")
-        name = re.sub(r"^layer(\d)", r"block\1.layer", re.sub(r"^bn\.", "bn1.", name))
-        if name.endswith("num_batches_tracked"):
-            given.setdefault(name, own[k])  # which old files lack, and nothing uses
-        if name not in given or given[name].shape != own[k].shape:
-            what = f"has shape {tuple(given[name].shape)}, not {tuple(own[k].shape)}" if name in given else "is missing"
-            raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: {name} {what}.")
-        weights[k] = given.pop(name).to(own[k].dtype)
-    if given:
-        raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: it holds {min(given)}.")
-    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train", "epoch": 0, "source": "Carmon et al. 2019"}
-
-
 def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:
     """Copy the trunk's weights from a checkpoint, and nothing else. Raises UserError if they do not fit."""
-    load_weights(trunk, {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")}, source)
+    load_weights(
+        trunk,
+        {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")},
+        source,
+    )
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype for --amp: 'auto' is bf16 where the hardware computes in it, else fp16 on CUDA and float32 on CPUs."""
+    """The dtype for --amp: 'auto' is bf16 where the hardware computes in it, else fp16 on CUDA and float32 on
+    CPUs."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
-        native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        amp = "bf16" if native else "off"
+        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def place_model(model: Network, device: torch.device, amp: str = "auto", compile: bool = False) -> Network:
-    """Move to the device in channels_last layout, set mixed precision, optionally compile the trunk in place."""
+    """Move to the device in channels_last layout, set mixed precision, optionally compile the trunk in
+    place."""
     model.to(device, memory_format=torch.channels_last)
     model.amp = amp_dtype(amp, device)
     if compile:
@@ -2108,23 +1866,24 @@ def place_model(model: Network, device: torch.device, amp: str = "auto", compile
 
 @contextlib.contextmanager
 def full_precision(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Compute in true float32 (no mixed precision, no TF32) for reported numbers; restored on leaving. Not `enabled`: nothing happens."""
+    """Compute in true float32 for reported numbers: no mixed precision, no TF32 in convolutions or matrix
+    products. Restored on leaving. Not `enabled`: nothing happens."""
     if not enabled:
         yield
         return
-    amps = [(m, m.amp) for m in model.modules() if isinstance(m, Network)]
-    tf32 = torch.backends.cudnn.allow_tf32
+    amps = {m: m.amp for m in model.modules() if isinstance(m, Network)}
+    tf32 = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
         torch.backends.cudnn.allow_tf32 = False
-        for m, _ in amps:
+        torch.set_float32_matmul_precision("highest")
+        for m in amps:
             m.amp = None
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-        for m, amp in amps:
+        torch.backends.cudnn.allow_tf32 = tf32[0]
+        torch.set_float32_matmul_precision(tf32[1])
+        for m, amp in amps.items():
             m.amp = amp
-
-
 # ======================================================================================================
 # 4. Attacks: PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy, unforeseen attacks
 # ======================================================================================================
@@ -3055,21 +2814,22 @@ def _snow(x: Tensor, flakes: Tensor, kernels: Tensor, eps: float) -> Tensor:
 
 
 # ======================================================================================================
-# 5. Results: evaluation of a checkpoint, tables, results.json, pictures
+# 5. Results: evaluation of a checkpoint, tables, pictures
 # ======================================================================================================
 
 
 def evaluate(
-    run: Run, name: str, state: dict, test_set: Images, eval_eps: list[float], *,
-    paper: dict[float, float] | None = None, norm: str = "", batch_size: int = 0, look_at: float = 0.0,
+    run: Run, name: str, state: dict, test_set: Images, radii: Iterable[float], *,
+    norm: str = "", batch_size: int = 0, look_at: float = 0.0,
 ) -> list[dict]:  # fmt: skip
-    """A row of results.json per radius: accuracy of the checkpoint `state` on the test images under attack on the class loss.
+    """A row of results.json per radius: accuracy (%) of the checkpoint `state` under attack on the class
+    loss.
 
-    paper: {radius: the paper's accuracy}, to stand beside. norm, batch_size: those of the run's flags, if not given; attack and precision
-    always are. look_at: a radius at which adversarial.png is written and `doubts` are looked for; 0: neither.
+    Attack and precision are those of the run's flags; norm and batch_size, too, if not given. look_at: a
+    radius at which adversarial.png is written and `doubts` are printed; 0: neither.
     """
-    args = run.args
-    norm, batch_size, paper = norm or args.norm, batch_size or args.batch_size, paper or {}
+    args, rows = run.args, []
+    norm, batch_size = norm or args.norm, batch_size or args.batch_size
     model = place_model(rebuild(state, name), run.device, args.amp).eval()
     generator = torch.Generator(run.device)
 
@@ -3078,14 +2838,9 @@ def evaluate(
         attack = pgd_attack(norm, eps, args.eval_steps, generator=generator)
         return lambda x, y: attack(lambda z: ce_per_image(model(z, "class"), y), x)
 
-    if world()[0] == 0 and look_at:
-        some = test_set.subset(torch.arange(min(10 * world()[1], len(test_set))))  # of which this rank gets its share
-        x, y = next(batches(some, len(some), run.device, workers=0))
-        save_attack_picture(run.folder / "adversarial.png", x, attack_at(look_at)(x, y))
-    rows = []
-    for eps in eval_eps:
+    for eps in radii:
         stream = batches(test_set, batch_size, run.device, workers=args.workers)
-        stream = with_progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
+        stream = progress(stream, len(test_set), f"{name} at {eps_name(eps)}")
         row = {"name": name, "attack": "none", "norm": norm, "eps": eps, "examples": len(test_set)}
         with full_precision(model, not args.eval_amp):
             if eps == 0:
@@ -3096,71 +2851,80 @@ def evaluate(
             else:
                 row["attack"] = args.eval_attack
                 attacks = suite_attacks(args.eval_attack, norm, eps, args.seed)
-                row["after"] = suite_accuracy(model, stream, attacks, batch_size=max(1, batch_size // world()[1]), heads=("class",))
+                size = max(1, batch_size // world()[1])
+                row["after"] = suite_accuracy(model, stream, attacks, batch_size=size, heads=("class",))
                 accuracy = row["after"]["square"]
-        known = paper.get(eps) if row["attack"] in ("none", "pgd-20") else None
-        rows.append(row | {"accuracy": round(accuracy, 2), "paper": known, "epoch": state["epoch"]})
-    if world()[0] == 0 and look_at:
-        x, y = next(batches(test_set.subset(torch.arange(min(100 * world()[1], len(test_set)))), 10**9, run.device, workers=0))
+        rows.append(row | {"accuracy": round(accuracy, 2), "epoch": state["epoch"]})
+    if look_at and world()[0] == 0:
+        some = test_set.subset(
+            torch.arange(min(100 * world()[1], len(test_set)))
+        )  # this rank gets its share of them
+        x, y = next(batches(some, len(some), run.device, workers=0))
+        save_attack_picture(run.folder / "adversarial.png", x[:10], attack_at(look_at)(x[:10], y[:10]))
         with full_precision(model):
             for doubt in doubts(model, x, y, eps=look_at, norm=norm):
-                print(f"warning: {name}: {doubt}", flush=True)
+                run.say(f"warning: {name}: {doubt}")
     return rows
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Print columns aligned on the right, the first on the left."""
-    width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * w for w in width], *rows]:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
-    sys.stdout.flush()
-
-
-def print_results(results: dict, folder: Path) -> None:
-    """Print what results.json holds as the papers print it: a line per network, a column per radius, and the paper's own
-    numbers below the line where the setting is the paper's."""
-    args, rows, table = results["args"], results["rows"], []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        table.append([name] + [f"{row['accuracy']:.2f}" for row in mine])
-        for a, b in zip(mine, mine[1:], strict=False):
-            if b["eps"] > a["eps"] and b["accuracy"] > a["accuracy"] + 1:
-                print(f"warning: {name} is better at eps {eps_name(b['eps'])} than at {eps_name(a['eps'])}, which no real "
-                      "robustness can be: the attack fails there.")  # fmt: skip
-        if any(row["paper"] is not None for row in mine):
-            table.append(["  the paper"] + ["" if row["paper"] is None else f"{row['paper']:.2f}" for row in mine])
-    attack = ", ".join(dict.fromkeys(row["attack"].upper() for row in rows if row["eps"] > 0)) or "no attack"
-    rule = "last epoch" if args["select"] == "last" else f"best validation {args['select']} accuracy"
-    epochs = ", ".join(f"{name}: epoch {epoch}" for name, epoch in {row["name"]: row["epoch"] for row in rows}.items())
-    print(
-        f"\n{args['dataset']}, {args['arch']} x{args['width']:g}, trained with {args['norm']} eps {eps_name(args['eps'])}; accuracy "
-        f"(%) on {rows[0]['examples']:,} test images under {attack}, "
-        f"{'mixed precision' if args['eval_amp'] else 'float32'}.\n"
-        f"Checkpoint: {rule} ({epochs}). {results['seconds']:.0f} s of training and evaluation.\n"
+def results_table(results: dict, args: Any, checkpoint: str) -> str:
+    """What results.json holds as text: a line per network, a column per attack and radius, and the paper's
+    numbers below a line if the run's flags are the paper's. checkpoint: how the reported epoch was selected."""
+    rows, table = results["rows"], []
+    columns = list(dict.fromkeys((row["attack"], row["eps"]) for row in rows))
+    for name, epoch in dict.fromkeys((row["name"], row["epoch"]) for row in rows):
+        cells = {(row["attack"], row["eps"]): f"{row['accuracy']:.2f}" for row in rows if row["name"] == name}
+        table.append([f"{name}, epoch {epoch}", *(cells.get(column, "") for column in columns)])
+        if known := paper_numbers(results["script"], args, name):
+            table.append(["  the paper", *known])
+    attacks = [attack for attack in dict.fromkeys(attack for attack, _ in columns) if attack != "none"]
+    header = [f"{attack if len(attacks) > 1 else ''} {eps_name(eps)}".strip() for attack, eps in columns]
+    return (
+        f"\n{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}; accuracy "
+        f"(%) on {rows[0]['examples']:,} test images\nunder {', '.join(attacks) or 'no attack'}, "
+        f"{'mixed precision' if args.eval_amp else 'float32'}. Checkpoint: {checkpoint}. "
+        f"{results['seconds']:.0f} s of training and evaluation.\n\n"
+        + text_table([f"{rows[0]['norm']} eps", *header], table)
     )
-    print_table([f"{rows[0]['norm']} eps"] + [eps_name(row["eps"]) for row in mine], table)
-    print(f"\nresults.json, adversarial.png and the checkpoints are in {folder}", flush=True)
 
 
-def write_results(run: Run, rows: list[dict], began: float) -> dict:
-    """Write results.json: what was run, where, and one row per accuracy (percent); its keys are listed in the README.
+def paper_numbers(script: str, args: Any, name: str) -> list[str]:
+    """The paper's accuracies for the row `name` of a run with these flags, in the order of its columns, or
+    [].
 
-    Its seconds are those of training, in all sittings, which last.pt tells, and those since `began` (of time.perf_counter()), the evaluation's.
+    results/paper.txt has a line per row of a table: script | flags that differ from the defaults | name |
+    accuracies. Beside a flag `lambda1=*` any value will do; so it will for flags that say where and how to
+    compute.
     """
-    last = run.load("last.pt")
-    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
-    results = {
-        "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
-        "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
-    }  # fmt: skip
-    run.write("results.json", json.dumps(results, indent=1))
-    return results
+    path = Path(__file__).resolve().parent / "results" / "paper.txt"
+    free = FREE_ON_RESUME | {"seed", "amp", "plain", "init"}
+    changed = {k: str(v) for k, v in asdict(args).items() if k not in free and v != getattr(type(args)(), k)}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        of, flags, row, accuracies = line.split("|") if line.count("|") == 3 else ("", "", "", "")
+        wanted = dict(flag.split("=") for flag in flags.split())
+        same = changed.keys() <= wanted.keys() and all(v in ("*", changed.get(k)) for k, v in wanted.items())
+        if same and (of.strip(), row.strip()) == (script, name):
+            return ["" if v == "-" else v for v in accuracies.split()]
+    return []
+
+
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned on the right, the first on the left, as text."""
+    width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * w for w in width], *rows]
+    cells = [
+        [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line) for line in cells)
 
 
 def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:
     """Write a PNG: images, their adversarial versions and the magnified difference (grey is none)."""
     gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
-    save_image_grid(path, {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)})
+    save_image_grid(
+        path, {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)}
+    )
 
 
 def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
@@ -3179,3 +2943,605 @@ def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
     for i, caption in enumerate(rows):
         ImageDraw.Draw(picture).text((4, (i + 0.5) * pixels.shape[0] / len(rows) - 6), caption, fill="black")
     write_atomically(path, lambda f: picture.save(f, format="PNG"))
+# ======================================================================================================
+# 6. The old run section. Only byorl.py, chen_pretrain_finetune.py, adv_mae.py, mtl_reverse.py and
+#    eval_cifar10c.py still use it; it goes when they have the form of rotation_at.py.
+# ======================================================================================================
+
+
+def old_numbers(text: str, flag: str, such_as: str = "0,4/255,8/255") -> list[float]:
+    """Read a comma-separated list of numbers (none negative). Raises UserError, naming `flag` and an example,
+    if it is none."""
+    with contextlib.suppress(ValueError):
+        values = [number(word) for word in words(text)]
+        if all(v >= 0 for v in values):
+            return values
+    raise UserError(f"--{flag} {text!r} is not a list of numbers such as {such_as}.")
+
+
+def words(text: str) -> list[str]:
+    """Read a comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def old_parse_args(cls: type, argv: list[str] | None = None) -> Any:
+    """`parse_args`, where with `--resume --out DIR` the arguments of the run in DIR take the place of the
+    defaults."""
+    given = given_flags(cls, argv)
+    values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
+    if given.get("resume") and given.get("out"):
+        values |= {k: v for k, v in _saved_args(Path(given["out"]), _script_of(cls)).items() if k in values}
+    return cls(**(values | given))
+
+
+# Lowest and highest value of a flag, wherever it appears, if not 0 and infinity.
+_RANGES = {
+    "image_size": (8, 4096), "width": (1 / 64, 64), "branch_width": (1 / 64, 64), "label_fraction": (1e-6, 1), "val_fraction": (0, 0.9),
+    "eval_crop": (0.1, 1), "crop": (0, 1), "mask_ratio": (0, 1), "whole": (0, 1), "blur": (0, 1), "erase": (0, 1), "tau": (0, 1),
+    "smoothing": (0, 0.99), "drop_path": (0, 0.99), "ema": (0, 0.999999), "jitter_strength": (0, 1.25), "temperature": (1e-3, math.inf),
+    "seed": (0, 2**31), "workers": (0, 1024), "grid": (2, 4096), "num_permutations": (1, 10_000), "decoder_width": (4, math.inf),
+} | dict.fromkeys(
+    ("batch_size", "pretrain_batch_size", "branch_batch_size", "head_batch_size", "eval_batch_size", "views"), (2, math.inf)
+) | dict.fromkeys(
+    ("epochs", "probe_epochs", "uat_epochs", "branch_epochs", "steps", "eval_steps", "adaptive_steps", "unforeseen_steps", "accumulate",
+     "hidden", "projection", "decoder_depth", "decoder_heads", "val_images", "bank", "eot"), (1, math.inf)
+)  # fmt: skip
+
+
+def usual_args(args: Any) -> dict:
+    """The arguments of a script without any flag but --quick, if that is given."""
+    return vars(type(args)()) | (type(args).QUICK if args.quick else {})
+
+
+def overruled(args: Any, its: dict) -> list[str]:
+    """Flags that were given, but that a checkpoint overrules with the values `its`: to be told, not to be
+    refused."""
+    usual = usual_args(args)
+    return [
+        f"--{k.replace('_', '-')} {getattr(args, k)}"
+        for k, v in its.items()
+        if getattr(args, k) not in (usual[k], v)
+    ]
+
+
+def check_args(args: Any) -> None:
+    """Raise UserError for a value outside its range (`Args(...)` built by hand included)."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise UserError(
+                f"--{f.name.replace('_', '-')} {value}: choose from {', '.join(get_args(f.type))}."
+            )
+        if f.type in (int, float):
+            low, high = _RANGES.get(f.name, (0, math.inf))
+            if not (math.isfinite(value) and low <= value <= high):
+                span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise UserError(f"--{f.name.replace('_', '-')} {value:g} must be {span}.")
+    with contextlib.suppress(ValueError):  # a list that is none is told by the script
+        check_radii(args)
+    patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
+    if getattr(args, "image_size", 0) % patch:
+        raise UserError(
+            f"--image-size {args.image_size} is no multiple of {patch}, the side of a patch of {args.arch}."
+        )
+
+
+def old_cli(main: Callable, args_class: type) -> None:
+    """`cli` for scripts that can stop in the middle of an epoch. Exit codes: also 143 SIGTERM."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _Signals.handle)
+    try:
+        with errors_in_one_sentence():
+            main(old_parse_args(args_class))
+    except KeyboardInterrupt as e:
+        if world()[0] == 0:
+            what = f" ({e})" if str(e) else ""
+            run = _Signals.run if _Signals.run and (_Signals.run.folder / "config.json").exists() else None
+            how = (
+                f"; go on with: {command_line(run.script, {'resume': True, 'out': run.folder})}"
+                if run
+                else ""
+            )
+            print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
+        sys.exit(128 + (_Signals.received or signal.SIGINT))
+    finally:
+        if _Signals.run is not None and world()[0] == 0:
+            with contextlib.suppress(OSError):
+                (_Signals.run.folder / ".lock").unlink(missing_ok=True)
+                _Signals.run.folder.rmdir()  # succeeds only if empty: a run that could not begin leaves no folder
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.barrier()  # a rank that leaves while another still works would be taken for dead
+            dist.destroy_process_group()
+
+
+def command_line(script: str, flags: dict) -> str:
+    """The command that starts a script on as many processes as this one, as one types it."""
+    start = (
+        f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}" if world()[1] > 1 else "python"
+    )
+    file = sys.argv[0] if Path(sys.argv[0]).stem == script else f"{script}.py"
+    given = []
+    for k, v in flags.items():
+        k = k.replace("_", "-")
+        v = eps_name(v) if isinstance(v, float) and number(eps_name(v)) == v else v  # 8/255
+        given += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
+    return f"{start} {shlex.join([file, *given])}"
+
+
+class _Signals:
+    """SIGINT and SIGTERM stop the program at once, or, inside an `Epoch`, after the step that is running."""
+
+    received = 0
+    deferred = False
+    run: Any = None  # the run in progress, for what `cli` says and tidies
+
+    @classmethod
+    def handle(cls, signum: int, frame: Any) -> None:
+        again, cls.received = bool(cls.received), signum
+        if again and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # a Ctrl-C arrives twice, from the terminal and from torchrun: the second must not cut the saving short
+        if again or not cls.deferred:
+            raise KeyboardInterrupt
+
+
+def sync_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's running statistics, so that all ranks attack and evaluate the same network."""
+    if world()[1] == 1:
+        return
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    flat = torch.cat([b.flatten() for b in buffers])  # one message instead of forty
+    dist.broadcast(flat, 0)
+    for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        b.copy_(new.view_as(b))
+
+
+def _saved_args(folder: Path, script: str) -> dict:
+    """The arguments of the run in `folder`; {} if it holds none. Raises UserError if it is another
+    script's."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{folder / 'config.json'} is not readable as a run's config; choose another --out."
+        ) from None
+    if config.get("script", script) != script:
+        raise UserError(
+            f"{folder} is a run of {config['script']}.py, not of {script}.py: choose another --out."
+        )
+    return saved
+
+
+def _contradictions(args: Any, saved: dict) -> list[str]:
+    return [
+        f"--{k.replace('_', '-')} {v} (the run has {'none' if saved[k] in ('', ()) else saved[k]})"
+        for k, v in asdict(args).items()
+        if k in saved and k not in FREE_ON_RESUME and v != saved[k]
+    ]
+
+
+@dataclass
+class OldRun:
+    """A run's folder and where it computes. All writing is done by rank 0; on other ranks it does nothing."""
+
+    folder: Path
+    device: torch.device
+    script: str
+    args: Any
+
+    def begin(self) -> None:
+        """Write config.json: from here on the folder holds a run. Call it when arguments and data have proved
+        good."""
+        if not (self.folder / "config.json").exists():
+            config = {"script": self.script, "args": asdict(self.args), "device": device_name(self.device)}
+            config |= {"torch": torch.__version__, "ranks": world()[1]}
+            self.write("config.json", json.dumps(config, indent=1))
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if world()[0] == 0:
+            print(text, flush=True)
+
+    def save(self, name: str, state: dict) -> None:
+        """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
+        good one."""
+        if world()[0] == 0:
+            finite = [v.isfinite().all() for v in state["model"].values() if v.is_floating_point()]
+            if not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
+                raise UserError(
+                    f"the weights became NaN or infinite; {name} was not written: take a smaller "
+                    "learning rate (--lr or the like), or --amp off."
+                )
+            save_checkpoint(self.folder / name, state | {"script": self.script})
+
+    def load(self, name: str, *needed: str) -> dict | None:
+        """The run's own checkpoint `name`, on the CPU, with the entries `needed`; None if not written yet."""
+        path = self.folder / name
+        found = torch.tensor(int(path.exists()), device=self.device)
+        if world()[1] > 1:
+            dist.broadcast(found, 0)
+        state = load_checkpoint(path) if found else None
+        if state is not None and (missing := set(needed) - state.keys()):
+            raise UserError(
+                f"{path} cannot be resumed from: it has no '{min(missing)}' entry (is it another file?)."
+            )
+        if state is not None and state.get("script") != self.script:
+            raise UserError(f"{path} was written by {state.get('script')}.py, not by {self.script}.py.")
+        return state
+
+    def require(self, name: str) -> dict:
+        """`load`, where the run has written the file before. Raises UserError if it is gone."""
+        state = self.load(name)
+        if state is None:
+            raise UserError(
+                f"{self.folder / name}, which this run had written, is gone: start again with another --out."
+            )
+        return state
+
+    def resume(self, name: str, model: nn.Module, opt: torch.optim.Optimizer) -> dict:
+        """From where to train `name`: last.pt, if it is of that training (then weights and optimiser are
+        loaded), else the beginning: a dict with at least epoch, step, sums, history and seconds, the last two
+        of all trainings of the run."""
+        state = self.load("last.pt", "optimizer", "name", "history", "seconds")
+        if state is None or state["name"] != name:
+            before = state or {"history": [], "seconds": 0.0}
+            return {"epoch": 0, "step": 0, "sums": {}} | {k: before[k] for k in ("history", "seconds")}
+        load_weights(model, state["model"], self.folder / "last.pt")
+        with reading(self.folder / "last.pt"):
+            opt.load_state_dict(state["optimizer"])
+            if not (
+                type(state["epoch"]) is type(state["step"]) is int and isinstance(state["history"], list)
+            ):
+                raise TypeError("epoch, step or history")
+        return state
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the run atomically."""
+        if world()[0] == 0:
+            write_atomically(self.folder / name, lambda f: f.write(text.encode()))
+
+    def log(self, history: list[dict], stage: str, epoch: int, epochs: int, **metrics: float) -> None:
+        """Append one epoch's metrics to `history`, print them, and rewrite metrics.jsonl from the whole
+        history (so that an epoch replayed after a kill is not in it twice)."""
+        before = history[-1]["seconds"] if history and "seconds" in history[-1] else 0.0
+        history.append({"stage": stage, "epoch": epoch} | metrics)
+        left = (epochs - epoch) * (
+            metrics.get("seconds", 0.0) - before
+        )  # seconds, if every epoch took as long as this one
+        eta = (
+            f"  ({left / 3600:.1f} h left)"
+            if left > 3600
+            else f"  ({left / 60:.0f} min left)"
+            if left > 60
+            else ""
+        )
+        self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + eta)
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+    def read(self, name: str) -> dict | None:
+        """A JSON file that this run wrote before it was resumed, the same on every rank; None if there is
+        none, or it is damaged."""
+        path = self.folder / name
+        found = [None]
+        if world()[0] == 0 and path.exists() and (self.folder / "config.json").exists():
+            try:
+                found = [json.loads(path.read_text())]
+                if not (
+                    isinstance(found[0], dict)
+                    and found[0].get("script") == self.script
+                    and found[0].get("rows")
+                ):
+                    raise ValueError
+            except ValueError:
+                found = [None]
+                self.say(f"{path} is damaged; evaluating again.")
+        if world()[1] > 1:
+            dist.broadcast_object_list(found, 0)
+        return found[0]
+
+    def next_command(self, **changes: Any) -> str:
+        """The command that goes on from what this run has made: its flags that are not the usual ones, and
+        `changes`."""
+        usual = usual_args(self.args) | {"quick": False}
+        wanted = {
+            k: v
+            for k, v in (vars(self.args) | changes).items()
+            if k not in ("out", "resume") and not isinstance(v, tuple)
+        }
+        return command_line(self.script, {k: v for k, v in wanted.items() if v != usual[k]})
+
+    def rows(self, name: str) -> list[dict]:
+        """What `keep` has written to the file `name` before the run was resumed; [] if nothing."""
+        return (self.read(name) or {"rows": []})["rows"]
+
+    def keep(self, name: str, rows: list[dict]) -> None:
+        """Write rows of results.json that are final already to a file, so that a resumed run need not make
+        them again."""
+        self.write(name, json.dumps({"script": self.script, "rows": rows}, indent=1))
+
+    def finished(self) -> dict | None:
+        """results.json of a resumed run that had reached its end; None otherwise."""
+        return self.read("results.json")
+
+
+def old_start_run(args: Any, name: str = "") -> OldRun:
+    """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
+
+    The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is
+    <script>[-<variant>][-quick]-<norm>-<eps>-s<seed>. An existing run is continued with --resume and refused
+    without. With --resume and no --out it is the newest run of the default name with the same arguments; if
+    there is none, a new one starts. Raises UserError for all that can be wrong.
+    """
+    check_args(args)
+    script = _script_of(type(args))
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        device = choose_device(args.device)
+        # The time limit is for downloads, during which the other ranks wait; a dead rank is noticed at once
+        # by torchrun.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    else:
+        device = choose_device(args.device)
+    answer: list = [None, None]  # folder, error: decided on rank 0, told to all
+    if world()[0] == 0:
+        try:
+            parts = [
+                script,
+                getattr(args, "variant", ""),
+                "quick" if args.quick else "",
+                args.norm,
+                eps_name(args.eps).replace("/", "_"),
+                f"s{args.seed}",
+            ]
+            answer[0] = _run_folder(args, script, name or "-".join(filter(None, parts)))
+            lock_folder(Path(answer[0]))
+        except UserError as e:
+            answer[1] = str(e)
+        except OSError as e:
+            answer[1] = f"cannot make the run's folder ({e.strerror}: {e.filename}); choose another --out."
+    if world()[1] > 1:
+        dist.broadcast_object_list(answer, 0)
+    if answer[1]:
+        raise UserError(answer[1])
+    run = OldRun(Path(answer[0]), device, script, args)
+    there = torch.tensor(int(run.folder.is_dir()), device=device)
+    if world()[1] > 1:
+        dist.all_reduce(there, dist.ReduceOp.MIN)
+    if not there:
+        raise UserError(
+            f"not every machine sees {run.folder}: with several machines --out must be on a shared disk."
+        )
+    _Signals.run = run
+    run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
+    if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < getattr(args, "eps", 0):
+        run.say(
+            f"warning: {args.attack_steps} steps of {args.step_size:g} cannot reach the surface of a ball of radius {args.eps:g} from its centre."
+        )
+    return run
+
+
+def _run_folder(args: Any, script: str, name: str) -> str:
+    default = Path("runs") / name
+    if args.out:
+        folder = Path(args.out)
+        saved = _saved_args(folder, script)
+        if not saved and any((folder / name).exists() for name in ("results.json", "last.pt")):
+            raise UserError(
+                f"{folder} holds results but no config.json, so nothing can be continued there: choose another --out."
+            )
+        if (saved or (folder / "last.pt").exists()) and not args.resume:
+            raise UserError(
+                f"{folder} already holds a run: continue it with --resume, or choose another --out."
+            )
+        if saved and (wrong := _contradictions(args, saved)):
+            raise UserError(f"--resume: {folder} was started with other arguments: {'; '.join(wrong)}.")
+        if args.resume and not saved:
+            print(f"--resume: there is no run in {folder} yet; starting one.", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+    if args.resume:
+        there = default.parent.iterdir() if default.parent.is_dir() else []
+        taken = [
+            p for p in there if p.name.startswith(name) and re.fullmatch(r"(-\d+)?", p.name[len(name) :])
+        ]
+        same = [p for p in taken if (saved := _saved_args(p, script)) and not _contradictions(args, saved)]
+        if same:
+            return str(max(same, key=lambda p: (p / "config.json").stat().st_mtime_ns))
+        print(f"--resume: no {default} run with these arguments yet; starting one.", flush=True)
+    for k in range(1, 100_000):
+        folder = default if k == 1 else default.with_name(f"{name}-{k}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return str(folder)
+    raise UserError(f"{default} and its numbered variants are all taken; choose an --out.")
+
+
+class Epoch:
+    """The book-keeping of one epoch's steps, as a context manager:
+
+    running means on the device, a progress bar (rate, loss, ETA; with tqdm, on a terminal, on rank 0), the
+    check for NaN, and SIGINT/SIGTERM held back until the step is over, when `interrupted()` says so on every
+    rank. `sums` (see `shared_sums`) continues the means of an epoch that was interrupted.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        images: int,
+        steps: int,
+        device: torch.device,
+        step: int = 0,
+        sums: dict | None = None,
+    ):
+        self.epoch, self.steps, self.device, self.step = epoch, steps, device, step
+        self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
+        self.begin, self.seen, self.waited = time.perf_counter(), 0, None
+        self.bar = progress_bar(images, f"epoch {epoch + 1}")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def __enter__(self) -> "Epoch":
+        _Signals.deferred = True
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        _Signals.deferred = False
+        if self.bar is not None:
+            self.bar.close()
+
+    def watch(self, stream: Iterable) -> Iterator:
+        """The same batches; `means` then has `waiting`, the share of the time in which the device had nothing
+        to do but wait for them."""
+        self.waited, stream = 0.0, iter(stream)
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            if done is None or done.query():  # else the last step still computes
+                self.waited += time.perf_counter() - asked
+            yield item
+            if done is not None:
+                done.record()
+
+    def update(self, count: int, **losses: Tensor) -> None:
+        """Add one step of `count` images (of this rank) and its mean losses.
+        Raises UserError, naming epoch and step, when the losses are no longer finite."""
+        self.step += 1
+        self.seen += count * world()[1]
+        for k, v in (losses | {"images": torch.ones((), device=self.device)}).items():
+            self.sums[k] = self.sums.get(k, 0) + v.detach().float() * count
+        # Reading a number makes the CPU wait for a GPU, so there it is done every 50th step only.
+        if self.device.type == "cpu" or self.step % 50 == 0:
+            self._check()
+        if self.bar is not None:
+            if self.step % 50 == 0:
+                self.bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
+            self.bar.update(count * world()[1])
+
+    def _check(self) -> None:
+        if not math.isfinite(sum(float(v) for v in self.sums.values())):
+            raise UserError(
+                f"the loss became NaN or infinite in epoch {self.epoch + 1}, at or just before step {self.step}; "
+                "no checkpoint was written since: take a smaller learning rate (--lr or the like), or --amp off."
+            )
+
+    def interrupted(self) -> bool:
+        """Has a SIGINT/SIGTERM arrived on any rank? With several ranks asked every 10th step, since they must
+        agree."""
+        if world()[1] == 1:
+            return bool(_Signals.received)
+        if self.step % 10 and self.step < self.steps:
+            return False
+        flag = torch.tensor(_Signals.received, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        _Signals.received = int(flag)
+        return bool(_Signals.received)
+
+    def shared_sums(self) -> dict[str, Tensor]:
+        """What to keep of an interrupted epoch: the sums over all ranks, an equal part for each."""
+        total = torch.stack([v.float() for v in self.sums.values()])
+        if world()[1] > 1:
+            dist.all_reduce(total)
+        return dict(zip(self.sums, total / world()[1], strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Mean losses over the epoch's images (of all ranks), `images_per_s`, `waiting` for data (0 to 1; see
+        `watch`) and, on GPUs, `peak_gb`: this rank's memory at its fullest."""
+        self._check()
+        named = {k: float(v) for k, v in self.shared_sums().items()}
+        count = named.pop("images")
+        seconds = time.perf_counter() - self.begin
+        memory = (
+            {"peak_gb": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)}
+            if self.device.type == "cuda"
+            else {}
+        )
+        waiting = {} if self.waited is None else {"waiting": round(self.waited / seconds, 3)}
+        return (
+            {k: v / count for k, v in named.items()}
+            | {"images_per_s": round(self.seen / seconds, 1)}
+            | waiting
+            | memory
+        )
+
+
+def progress_bar(total: int, label: str, unit: str = "img") -> Any:
+    """A tqdm bar counting images (or bytes: unit "B"), or None without tqdm, off a terminal, or on ranks
+    other than 0."""
+    if world()[0] or not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True)
+
+
+def check_batches(n: int, batch_size: int) -> None:
+    """Raise UserError if a training step on n images would leave a process with one image."""
+    if n // (count_batches(n, batch_size) * world()[1]) < 2:
+        raise UserError(
+            "BatchNorm needs at least 2 images per process and step: raise --batch-size, or use more images."
+        )
+
+
+def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images]:
+    """(training, validation, test) images as a script's flags ask for them. Raises UserError if they cannot
+    be had."""
+    train_set, test_set = load_data(
+        args.dataset,
+        args.data_dir,
+        device,
+        image_size=args.image_size,
+        data_mirror=args.data_mirror,
+        workers=args.workers,
+    )
+    train_set, val_set = split_train(
+        train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
+    )
+    check_batches(len(train_set), args.batch_size)
+    if not len(val_set) and args.select != "last" and getattr(args, "stage", "") != "compare":
+        raise UserError(
+            "no validation images to select the best epoch by: raise --val-fraction, or --select last."
+        )
+    if (
+        args.eval_examples
+    ):  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
+        test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
+    return train_set, val_set, test_set
+
+
+def old_evaluate(
+    run: OldRun, name: str, state: dict, test_set: Images, eval_eps: list[float], *,
+    paper: dict[float, float] | None = None, **more: Any,
+) -> list[dict]:  # fmt: skip
+    """`evaluate`, with the paper's accuracies {radius: accuracy} beside the rows."""
+    rows = evaluate(run, name, state, test_set, eval_eps, **more)
+    known = [(paper or {}).get(row["eps"]) if row["attack"] in ("none", "pgd-20") else None for row in rows]
+    return [row | {"paper": value} for row, value in zip(rows, known, strict=True)]
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print `text_table`."""
+    print(text_table(header, rows), flush=True)
+
+
+def write_results(run: Run, rows: list[dict], began: float) -> dict:
+    """Write results.json: what was run, where, and one row per accuracy (percent); its keys are listed in the
+    README.
+
+    Its seconds are those of training, in all sittings, which last.pt tells, and those since `began` (of
+    time.perf_counter()), the evaluation's.
+    """
+    last = run.load("last.pt")
+    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
+    results = {
+        "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
+        "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
+    }  # fmt: skip
+    run.write("results.json", json.dumps(results, indent=1))
+    return results

@@ -48,9 +48,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    Images, Run, UserError, batches, ce_per_image, check_args, check_classifier, cli, draw, eps_name, full_precision,
-    load_checkpoint, load_data, open_folder, pgd_attack, place_model, plasma, print_table, progress_bar, rebuild,
-    robust_accuracy, start_run, suite_accuracy, suite_attacks, with_progress, words, world, write_atomically,
+    Images, OldRun as Run, UserError, batches, ce_per_image, check_args, check_classifier, old_cli as cli,
+    draw, eps_name, full_precision, load_checkpoint, load_data, open_folder, pgd_attack, place_model,
+    plasma, print_table, progress_bar, rebuild, robust_accuracy, old_start_run as start_run,
+    suite_accuracy, suite_attacks, progress as with_progress, words, world, write_atomically,
     write_results,
 )  # fmt: skip
 

@@ -62,6 +62,7 @@ import copy
 import hashlib
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -77,11 +78,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    STATS, Epoch, Images, Network, Run, UserError, batches, batchnorm_mode, build_model, ce_per_image, check_args,
-    check_batches, check_classifier, cli, count_batches, distribute, draw, eps_name, full_precision, image_uniform,
-    learning_rate, load_carmon, load_checkpoint, load_data, load_trunk, load_weights, map_images, numbers, pgd_attack,
-    place_model, print_table, random_crop_flip, rebuild, save_image_grid, seed_step, simclr_augment, split_train,
-    start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world, write_results,
+    STATS, Epoch, Images, Network, OldRun as Run, UserError, batches, batchnorm_mode, build_model,
+    ce_per_image, check_args, check_batches, check_classifier, old_cli as cli, count_batches, distribute,
+    draw, eps_name, full_precision, image_uniform, learning_rate, load_checkpoint, load_data, load_trunk,
+    load_weights, map_images, old_numbers as numbers, pgd_attack, place_model, print_table,
+    random_crop_flip, reading, rebuild, save_image_grid, seed_step, simclr_augment, split_train,
+    old_start_run as start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world, write_results,
 )  # fmt: skip
 
 
@@ -1023,6 +1025,49 @@ def show(results: dict, folder: Path) -> None:
     print(f"\nThe tasks' losses, not weighted, of {n} test images, attacked by PGD-{args['attack_steps']}, and reversed:\n")
     print_table(["loss", "clean", "attacked", "reversed"], [[name, *means] for name, means in losses.items()])
     print(f"\nresults.json, reversed.png and the checkpoints are in {folder}", flush=True)
+
+
+def load_carmon(path: str | Path) -> dict:
+    """A checkpoint for `build_model` and `load_weights`, from one of ours or from the published WideResNet-28-10 of Carmon et al. 2019 (RST):
+
+        theirs                                        ours
+        conv1, bn1, fc                                trunk.conv1, trunk.bn, heads.class
+        block1.layer.0.{bn1, conv1, bn2, conv2}       trunk.layer1.0.{the same}
+        block1.layer.0.convShortcut                   trunk.layer1.0.shortcut.1
+        sub_block1.*                                  nothing: it is in the file, but no image passes through it
+
+    all after `module.` (nn.DataParallel) or not, as the file's entry `state_dict` or alone. Images are not normalised. Raises UserError,
+    naming the entry, if one is missing, unknown or of another shape.
+    """
+    with reading(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state if isinstance(state, dict) else {}
+    if isinstance(state.get("network"), dict):
+        return load_checkpoint(path)
+    if state.get("normalize_input"):
+        raise UserError(f"{path} says normalize_input, but Carmon et al.'s published network takes images as they are.")
+    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    given = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    given = {k: v for k, v in given.items() if not k.startswith("sub_block1.")}
+    for k in ("block1.layer.0.conv1.weight", "fc.weight"):
+        if k not in given or given[k].dim() not in (2, 4):
+            raise UserError(f"{path} is neither a checkpoint of ours nor one of Carmon et al.'s WideResNets: it has no {k}.")
+    network = {"arch": "wrn28_10", "heads": {"class": len(given["fc.weight"])}, "width": len(given["block1.layer.0.conv1.weight"]) / 160}
+    network |= {"stem": "cifar", "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    own = build_model(**network).state_dict()
+    weights = {k: own[k] for k in ("mean", "std")}
+    for k in sorted(own.keys() - weights.keys()):
+        name = k.removeprefix("trunk.").replace("shortcut.1", "convShortcut").replace("heads.class", "fc")
+        name = re.sub(r"^layer(\d)", r"block\1.layer", re.sub(r"^bn\.", "bn1.", name))
+        if name.endswith("num_batches_tracked"):
+            given.setdefault(name, own[k])  # which old files lack, and nothing uses
+        if name not in given or given[name].shape != own[k].shape:
+            what = f"has shape {tuple(given[name].shape)}, not {tuple(own[k].shape)}" if name in given else "is missing"
+            raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: {name} {what}.")
+        weights[k] = given.pop(name).to(own[k].dtype)
+    if given:
+        raise UserError(f"{path} is no WideResNet-28 of Carmon et al.: it holds {min(given)}.")
+    return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train", "epoch": 0, "source": "Carmon et al. 2019"}
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------

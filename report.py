@@ -50,7 +50,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
@@ -68,12 +68,11 @@ import mtl_reverse
 import rotation_at
 from common import (
     VITS, UserError, apgd, batches, ce_per_image, check_classifier, cli, eps_name, l2_norm, load_checkpoint, load_data,
-    margin, print_results, rebuild, write_atomically,
+    margin, rebuild, results_table, write_atomically,
 )  # fmt: skip
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
 from chen_pretrain_finetune import PAPER as CHEN_PAPER
-from jigsaw_at import PAPER as JIGSAW_PAPER
-from rotation_at import PAPER, TABLE_EPS
+from rotation_at import TABLE_EPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -265,6 +264,20 @@ def curves(results: list[dict]) -> list[Curve]:
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
+
+def kucer_numbers(script: str) -> dict[tuple[str, str, str], list[float | None]]:
+    """{(norm, pre-training, variant): accuracies} of Kucer et al.'s tables, from results/paper.txt."""
+    found = {}
+    for line in (Path(__file__).resolve().parent / "results" / "paper.txt").read_text().splitlines():
+        if line.startswith(script):
+            _, flags, name, numbers = (part.strip() for part in line.split("|"))
+            pretrain = {"P1": "l2", "P2": "linf"}.get(name.split()[0], "none")
+            key = "l2" if "norm=l2" in flags else "linf", pretrain, name.split()[-1]
+            found[key] = [None if v == "-" else float(v) for v in numbers.split()]
+    return found
+
+
+PAPER, JIGSAW_PAPER = kucer_numbers("rotation_at"), kucer_numbers("jigsaw_at")
 TRAINED_AT = {"l2": 0.5, "linf": 8 / 255}
 # Table 4 gives P0 T0 another time, from another run than Table 2.
 TABLE4_P0T0 = [85.29, 71.90, 66.63, 60.96, 55.42, 49.52, 44.01, 39.28, 34.41]
@@ -1356,9 +1369,14 @@ def printed(results: list[dict]) -> str:
         task = f" {result['script'].removesuffix('_at')}"
         rows += [row | {"name": row["name"] + (task if len(results) > 1 and row["name"] != "T0" else "")} for row in result["rows"]]
     merged = first | {"rows": rows, "args": first["args"] | {"dataset": dataset_name(first)}, "seconds": sum(r["seconds"] for r in results)}
-    out = io.StringIO()
+    script, out = SCRIPTS[first["script"]], io.StringIO()
     with contextlib.redirect_stdout(out):
-        getattr(SCRIPTS[first["script"]], "show", print_results)(merged, Path())
+        if hasattr(script, "show"):
+            script.show(merged, Path())
+        else:
+            args = script.Args(**{f.name: merged["args"][f.name] for f in fields(script.Args) if f.name in merged["args"]})
+            rule = "last epoch" if args.select == "last" else f"best {args.select} validation accuracy"
+            print(results_table(merged, args, rule))
     lines = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("results.json")]
     return "\n".join(lines).strip()
 
