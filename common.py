@@ -75,7 +75,7 @@ class CommonArgs:
     resume: bool = False  # continue the run in its folder, with the same flags, or start it
     quick: bool = False  # a miniature on the bundled digits, a minute or two on two CPU cores
     # data
-    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # data set
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # images and labels
     data_dir: str = "data"  # where data are or are downloaded to; folder: holds train/ and test/ or val/
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     image_size: Positive = 32  # side in pixels; other images are resized
@@ -379,6 +379,13 @@ def all_ranks_fine(problem: str = "") -> None:
 LESS = "take a smaller learning rate (--lr or the like), or --amp off"
 
 
+def check_finite(name: str, weights: dict[str, Tensor]) -> None:
+    """Raise UserError, naming the file to be written, if weights are NaN or infinite."""
+    finite = [v.isfinite().all() for v in weights.values() if v.is_floating_point()]
+    if finite and not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
+        raise UserError(f"the weights became NaN or infinite, so {name} was not written; {LESS}.")
+
+
 class Run:
     """A run: its folder, its device, its flags, and where in the training it is. Rank 0 alone writes and
     prints.
@@ -390,14 +397,17 @@ class Run:
             run.keep_best("best.pt", model, score=..., val_clean=...)
     """
 
-    def __init__(self, folder: Path, device: torch.device, script: str, args: Any):
-        self.folder, self.device, self.script, self.args = folder, device, script, args
+    def __init__(self, folder: Path, device: torch.device, script: str, args: Any, lock: Any = None):
+        self.folder, self.device, self.script, self.args, self.lock = folder, device, script, args, lock
         self.history: list[dict] = []  # a line for each finished epoch, as in metrics.jsonl
         self.began = time.perf_counter()
         if (folder / "last.pt").exists():  # the run is resumed
             with reading(folder / "last.pt"):
-                self.history = self.load("last.pt")["history"]
-                self.began -= sum(line["seconds"] for line in self.history if line["stage"])
+                last = self.load("last.pt")
+                self.history += last["history"]
+                self.began -= sum(line["seconds"] for line in self.history)
+                if (last["stage"], last["epoch"]) != (self.history[-1]["stage"], self.history[-1]["epoch"]):
+                    raise ValueError("history does not end with its epoch")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -412,9 +422,7 @@ class Run:
     def save(self, name: str, state: dict) -> None:
         """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
         good one."""
-        finite = [v.isfinite().all() for v in state["model"].values() if v.is_floating_point()]
-        if not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
-            raise UserError(f"the weights became NaN or infinite, so {name} was not written; {LESS}.")
+        check_finite(name, state["model"])
         if world()[0] == 0:
             save_checkpoint(self.folder / name, state | {"script": self.script, "args": asdict(self.args)})
         if world()[1] > 1:
@@ -577,50 +585,48 @@ def start_run(args: Any, name: str = "") -> Run:
     eps = eps_name(args.eps).replace("/", "_")
     parts = [script, name, "quick" * args.quick, args.norm, eps, f"s{args.seed}"]
     folder = Path(args.out) if args.out else Path("runs") / "-".join(filter(None, parts))
-    problem = ""
+    lock, problem = None, ""
     if world()[0] == 0:
         try:
-            _open_run(folder, script, args)
+            lock = _open_run(folder, script, args)
         except (UserError, OSError) as e:
             problem = str(e)
     all_ranks_fine(problem)
     all_ranks_fine("" if folder.is_dir() else f"not every machine sees {folder}: --out must be on a shared disk.")
-    run = Run(folder, device, script, args)
+    run = Run(folder, device, script, args, lock)
     run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     return run
 
 
-def _open_run(folder: Path, script: str, args: Any) -> None:
-    """Make the run's folder with its config.json, or check that this run may go on in it. Raises
-    UserError."""
+def _open_run(folder: Path, script: str, args: Any) -> Any:
+    """Make the run's folder with its config.json, or check that this run may go on in it; returns the folder's
+    lock. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock_folder(folder)
-    if not any(path.suffix == ".pt" or path.name == "results.json" for path in folder.iterdir()):
+    lock, path = lock_folder(folder), folder / "config.json"
+    if not any(file.suffix == ".pt" or file.name == "results.json" for file in folder.iterdir()):
         text = json.dumps({"script": script, "args": asdict(args), "ranks": world()[1]}, indent=1)
-        write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+        write_atomically(path, lambda f: f.write(text.encode()))
     elif not args.resume:
         raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
     else:
-        with reading(folder / "config.json"):
-            check_same_run(
-                folder / "config.json", json.loads((folder / "config.json").read_text()), script, args
-            )
+        with reading(path):
+            check_same_run(path, json.loads(path.read_text()), script, args)
+    return lock
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep other processes from running in this folder, for as long as this one lives. Raises UserError if
-    one does."""
+def lock_folder(folder: Path) -> Any:
+    """Keep other processes from running in this folder while this one lives and the returned file is open. Raises
+    UserError if another one does."""
     import fcntl
 
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: that would release it
+    lock = open(folder / ".lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"another process is running in {folder}: wait for it, or choose another --out."
-        ) from None
+        raise UserError(f"another process is running in {folder}: wait for it, or choose another --out.") from None
     except OSError:  # a file system without locks
         pass
+    return lock
 
 
 def check_same_run(path: Path, saved: dict, script: str, args: Any) -> None:
@@ -1017,14 +1023,13 @@ def split_train(
 ) -> tuple[Images, Images]:
     """(training part, validation part), drawn at random by `seed` alone: the same on every rank and machine.
 
-    val_fraction: share of the images held out, or their number if >= 1. label_fraction: share of all the
-    images that
-    is kept for training, at most those not held out, drawn uniformly and not balanced over classes: 0.01 of
-    CIFAR-10 is 500 images (Gowal et al., section 4.2). Larger shares contain the smaller ones. Raises
-    UserError if nothing would be left.
+    val_fraction: share of the images held out (a float), or their number (an int). label_fraction: share of
+    all the images that is kept for training, at most those not held out, drawn uniformly and not balanced over
+    classes: 0.01 of CIFAR-10 is 500 images (Gowal et al., section 4.2). Larger shares contain the smaller ones.
+    Raises UserError if nothing would be left.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    held = int(val_fraction if val_fraction >= 1 else round(val_fraction * len(train)))
+    held = val_fraction if isinstance(val_fraction, int) else round(val_fraction * len(train))
     kept = min(round(label_fraction * len(train)), len(train) - held)
     if kept < world()[1]:
         raise UserError(
@@ -1095,20 +1100,14 @@ def draw(data: Images, n: int, seed: int) -> Images:
 
 
 def batches(
-    data: Images,
-    batch_size: int,
-    device: torch.device,
-    *,
-    shuffle: int | None = None,
-    skip: int = 0,
-    workers: int = 2,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    data: Images, batch_size: int, device: torch.device, *,
+    shuffle: int | None = None, skip: int = 0, workers: int = 2,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """This rank's share of each global batch: x float (b, 3, H, W) in [0, 1] and y int64 (b,), on the device.
 
-    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size)
-    batches whose
-    sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size 128,
-    333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for BatchNorm.
+    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size) batches
+    whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size
+    128, 333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for BatchNorm.
     shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start.
     """
     n = len(data)
@@ -3148,12 +3147,7 @@ class OldRun:
         """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
         good one."""
         if world()[0] == 0:
-            finite = [v.isfinite().all() for v in state["model"].values() if v.is_floating_point()]
-            if not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
-                raise UserError(
-                    f"the weights became NaN or infinite; {name} was not written: take a smaller "
-                    "learning rate (--lr or the like), or --amp off."
-                )
+            check_finite(name, state["model"])
             save_checkpoint(self.folder / name, state | {"script": self.script})
 
     def load(self, name: str, *needed: str) -> dict | None:
@@ -3295,7 +3289,7 @@ def old_start_run(args: Any, name: str = "") -> OldRun:
                 f"s{args.seed}",
             ]
             answer[0] = _run_folder(args, script, name or "-".join(filter(None, parts)))
-            lock_folder(Path(answer[0]))
+            lock = lock_folder(Path(answer[0]))
         except UserError as e:
             answer[1] = str(e)
         except OSError as e:
@@ -3312,6 +3306,7 @@ def old_start_run(args: Any, name: str = "") -> OldRun:
         raise UserError(
             f"not every machine sees {run.folder}: with several machines --out must be on a shared disk."
         )
+    run.lock = lock if world()[0] == 0 else None
     _Signals.run = run
     run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < getattr(args, "eps", 0):

@@ -105,7 +105,7 @@ PAPER = {
     ("l2", 1.0, "T3"): (76.52, 38.33), ("linf", 8 / 255, "T0"): (None, 32.20), ("linf", 8 / 255, "T3"): (None, 36.22),
 }  # fmt: skip
 PAPER_RUN = dict(
-    dataset="cifar10", image_size=32, label_fraction=1.0, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15, epochs=100,
+    dataset="cifar10", image_size=32, arch="resnet18", width=1.0, stem="cifar", val_fraction=0.15, epochs=100,
     lr=0.1, attack_steps=10, step_size=0.0, pretrain="none", init="", select="clean", quick=False, stage="train", task="rotation",
 )  # fmt: skip
 

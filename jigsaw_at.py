@@ -66,7 +66,7 @@ from torch import Tensor, nn
 @dataclass
 class Args(CommonArgs):
     # model
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # trunk
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # network below the heads
     width: float = 1.0  # multiplies the number of channels
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
     init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt

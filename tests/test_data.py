@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import shutil
 import tarfile
 import threading
 
@@ -180,15 +181,91 @@ def test_what_does_not_fit_is_told(digits, monkeypatch):
 def test_folders_that_will_not_do(folder, monkeypatch):
     with pytest.raises(UserError, match="no images in .*nowhere.*--data-dir"):
         load_data("folder", str(folder / "nowhere"), CPU)
-    (folder / "test").mkdir()
-    with pytest.raises(UserError, match="no images in .*test"):
-        load_data("folder", str(folder), CPU)
-    (folder / "test" / "cat").mkdir()  # a class without images
+    (folder / "test" / "cat").mkdir(parents=True)  # a class without images
     with pytest.raises(UserError, match="no images in .*test"):
         load_data("folder", str(folder), CPU)
     (folder / "train" / "cat" / "0.png").rename(folder / "test" / "cat" / "0.png")
     with pytest.raises(UserError, match="different class folders .*dog"):
         load_data("folder", str(folder), CPU)
+
+
+def test_a_flat_test_folder_gives_way_to_val(folder):
+    """As on Kaggle: test/ holds images without classes, val/<class>/ those to evaluate on."""
+    (folder / "test").mkdir()
+    (folder / "train" / "cat" / "0.png").rename(folder / "test" / "0.png")
+    train, val = load_data("folder", str(folder), CPU, workers=0)
+    assert (len(train), len(val)) == (11, 6)
+
+
+def test_one_class_is_refused(folder):
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "dog")
+    with pytest.raises(UserError, match="one class"):
+        load_data("folder", str(folder), CPU, workers=0)
+
+
+@pytest.mark.parametrize("hidden", ["train/.ipynb_checkpoints/0.png", "train/cat/.ipynb_checkpoints/0.png", "train/cat/._0.png", "train/.DS_Store"])
+def test_hidden_files_and_folders_are_skipped(folder, hidden):
+    kept, _ = load_data("folder", str(folder), CPU, workers=0)
+    (folder / hidden).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "train" / "cat" / "0.png", folder / hidden)
+    train, _ = load_data("folder", str(folder), CPU, workers=0)
+    assert train.classes == ["cat", "dog"] and torch.equal(train.pixels, kept.pixels) and train.digest == kept.digest
+
+
+def grey_levels(mode):
+    """An image of that Pillow mode whose left half is black, whose right half is a grey of 128, and that grey."""
+    values = np.zeros((16, 16), np.uint8)
+    values[:, 8:] = 128
+    if mode.startswith("I;16"):
+        return Image.fromarray((values.astype(np.uint16) << 8).astype(">u2" if mode.endswith("B") else "<u2"))
+    if mode in ("I", "F"):
+        return Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+    return Image.fromarray(values).convert(mode)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [
+    ("L", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"), ("LA", "png"), ("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"),
+    ("CMYK", "tif"), ("YCbCr", "tif"), ("RGB", "bmp"), ("L", "pgm"), ("RGB", "webp"),
+])  # fmt: skip
+def test_every_kind_of_image_keeps_its_brightness(folder, mode, suffix):
+    (folder / "train" / "cat" / "0.png").unlink()
+    grey_levels(mode).save(folder / "train" / "cat" / f"0.{suffix}")
+    pixels = load_data("folder", str(folder), CPU, image_size=16, workers=0)[0].pixels[0].float()
+    assert pixels[:, :, :7].max() <= 2 and (pixels[:, :, 9:] - 128).abs().max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["1", "I", "F"])
+def test_bilevel_images_are_read_and_32_bits_refused(folder, mode):
+    path = folder / "train" / "cat" / ("0.png" if mode == "1" else "0.tif")
+    (folder / "train" / "cat" / "0.png").unlink()
+    grey_levels(mode).save(path)
+    if mode == "1":  # dithered: half of the right side is white
+        assert 100 < load_data("folder", str(folder), CPU, image_size=16, workers=0)[0].pixels[0, :, :, 8:].float().mean() < 156
+        return
+    with pytest.raises(UserError, match=r"cat.0\.tif.*32-bit"):
+        load_data("folder", str(folder), CPU, workers=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_enormous_image_is_named(folder, workers):
+    path = folder / "train" / "dog" / "3.png"
+    Image.new("1", (20_000, 20_000)).save(path)  # Pillow takes it for a decompression bomb
+    with pytest.raises(UserError, match=r"^cannot read the image .*dog.3\.png"):
+        load_data("folder", str(folder), CPU, workers=workers)
+
+
+def test_the_digest_knows_names_numbers_and_labels(folder, digits):
+    first = load_data("folder", str(folder), CPU, workers=0)[0].digest
+    assert first == load_data("folder", str(folder), CPU, workers=0, stream=True)[0].digest
+    (folder / "train" / "cat" / "5.png").rename(folder / "train" / "cat" / "6.png")
+    renamed = load_data("folder", str(folder), CPU, workers=0)[0].digest
+    (folder / "train" / "cat" / "6.png").unlink()
+    removed = load_data("folder", str(folder), CPU, workers=0)[0].digest
+    for split in ("train", "val"):
+        (folder / split / "dog").rename(folder / split / "bird")
+    other_class = load_data("folder", str(folder), CPU, workers=0)[0].digest
+    assert len({first, renamed, removed, other_class, digits[0].digest, digits[1].digest}) == 6
 
 
 @pytest.mark.parametrize("limit", [0, 2**30])

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import torchvision
 from conftest import same_state
 
+from chen_pretrain_finetune import fast_second_derivatives, input_gradients_only
 from common import (
-    PreActBlock, UserError, ViT, build_model, build_trunk, fast_second_derivatives, full_precision, input_gradients_only, load_model,
-    place_model, save_checkpoint,
-)  # fmt: skip
+    PreActBlock, UserError, ViT, build_model, build_trunk, full_precision, load_model, place_model, save_checkpoint,
+)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,30 @@ def test_load_model_rebuilds_the_network(tmp_path):
     assert torch.equal(again(x), model(x))
     bad = {"network": model.spec | {"arch": "resnet99"}, "model": model.state_dict()}
     save_checkpoint(tmp_path / "bad.pt", bad)
-    with pytest.raises(UserError, match="cannot build"):
+    with pytest.raises(UserError, match="unknown architecture 'resnet99'"):
         load_model(tmp_path / "bad.pt")
     save_checkpoint(tmp_path / "pretrain.pt", {"network": model.spec, "model": model.state_dict(), "stage": "pretrain"})
     with pytest.raises(UserError, match="no finished classifier"):  # its class head is untrained
         load_model(tmp_path / "pretrain.pt")
+
+
+def test_full_precision_is_without_tf32_and_comes_back():
+    """In convolutions and in matrix products, whatever the user has set."""
+    model = build_model("resnet18", {"class": 10}, width=1 / 16)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        with pytest.raises(KeyError), full_precision(model):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+            raise KeyError
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        with full_precision(model, enabled=False):
+            assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_vits_that_cannot_be_are_told():

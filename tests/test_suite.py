@@ -415,4 +415,4 @@ def test_the_flag_reaches_the_table(tmp_path, capsys):
     rows = rotation_at.main(args)["rows"]
     assert [r["attack"] for r in rows] == ["none", "suite-fast"]
     assert rows[1]["accuracy"] == round(rows[1]["after"]["square"], 2) <= rows[1]["after"]["pgd-20"]
-    assert "under SUITE-FAST" in capsys.readouterr().out
+    assert "under suite-fast, float32" in capsys.readouterr().out
