@@ -10,7 +10,7 @@ from conftest import ROOT, TINY, flags, same_state
 
 import jigsaw_at
 import rotation_at
-from common import UserError, jigsaw, jigsaw_permutations, l2_norm, load_checkpoint, load_model, pgd
+from common import UserError, jigsaw, jigsaw_permutations, l2_norm, load_checkpoint, pgd
 from jigsaw_at import Args, main
 
 TINY = TINY | {"num_permutations": 5}
@@ -106,27 +106,18 @@ def test_attacking_through_the_puzzle_is_attacking_the_solved_image(norm):
 
 
 def test_the_diff_to_rotation_at_is_the_task_and_nothing_else():
-    """Every changed line speaks of the task or is a row of the paper's tables."""
-    a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("rotation_at", "jigsaw_at"))
-    allowed = r"rotat|jigsaw|permut|grid|tile|order|Table|ss_classes|PAPER|^[+-]\s*(\(\"l|\}|\)|STATS|distribute|place_model|numbers|write_results|#|$)|84\.61|83\.90|\"seconds\"|val_clean|last\.pt|besides"
-    changed = [line for line in difflib.unified_diff(a, b, n=0, lineterm="") if re.match(r"[+-](?![+-])", line)]
-    odd = [line for line in changed if not re.search(allowed, line)]
-    assert not odd and len(changed) < 90
-
-
-def test_the_permutations_are_in_the_checkpoints(tmp_path):
-    main(tiny(pretrain="linf", pretrain_epochs=1, epochs=1, seed=2, permutations="hamming", out=str(tmp_path)))
-    want = jigsaw_permutations(4, 5, "hamming", seed=2)
-    for name in ("best.pt", "pretrain.pt"):
-        state = load_checkpoint(tmp_path / name)
-        assert torch.equal(state["permutations"], want)
-        assert state["model"]["heads.jigsaw.weight"].shape[0] == 6
-    assert load_model(tmp_path / "best.pt")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    """At most 60 changed lines: of the docstring, of the flags, and those that speak of the task."""
+    a, b = ((ROOT / f"{name}.py").read_text() for name in ("rotation_at", "jigsaw_at"))
+    changed = [line for line in difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="") if re.match(r"[+-](?![+-])", line)]
+    assert len(changed) <= 60
+    docs = "".join(text[: text.index('"""', 3)] for text in (a, b))
+    odd = [line for line in changed if line[1:] not in docs and not re.search(r"rotat|jigsaw|permut|grid|order|tile|ss_task|Eq. 1", line)]
+    assert not odd
 
 
 def test_pretraining_solves_puzzles(tmp_path):
     """P2 with jigsaw: 3 orders of 4 tiles are told apart far better than by chance (25%), clean."""
-    args = dict(grid=2, num_permutations=3, pretrain="linf", pretrain_eps=0.02, pretrain_epochs=8, epochs=1, label_fraction=1.0, variant="T0")
+    args = dict(grid=2, num_permutations=3, pretrain="linf", epochs=8, val_fraction=0.15, variant="T0")
     main(tiny(out=str(tmp_path), **args))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[7]["stage"] == "pretrain" and lines[7]["val_clean"] > 60
@@ -152,7 +143,7 @@ def test_variants_train_both_heads(tmp_path, changes):
 def test_wrong_grids(one_sentence, tmp_path):
     for more, match in (
         ({"grid": 3}, "--grid 3 does not divide"), ({"grid": 2, "num_permutations": 24}, "23 permutations besides the identity"),
-        ({"grid": 1}, "--grid 1 must be between 2"), ({"num_permutations": 0}, "between 1"),
+        ({"grid": 1}, "0 permutations besides the identity"), ({"num_permutations": 0}, "--num-permutations"),
     ):  # fmt: skip
         assert match in one_sentence(jigsaw_at, *flags(TINY | more | {"out": tmp_path / "run"}))
     with pytest.raises(UserError):
