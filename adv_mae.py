@@ -663,7 +663,7 @@ def groups_of(names: list[str], classes: list[str], folder: str) -> Tensor:
 
 def without_agreement(images: Images) -> Images:
     """Conflict Stimuli less those of equal shape and texture (cat1-cat3.png), in which nothing is in conflict (1,280 - 80)."""
-    names = [Path(path).stem for path, _ in images.pixels.files.samples]
+    names = [Path(path).stem for path, _ in images.pixels.samples]
     kinds = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
     return images.subset(torch.tensor([i for i, kind in enumerate(kinds) if len(kind) != 2 or kind[0] != kind[1]]))
 
@@ -687,7 +687,7 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
         return None
     try:
         labels = json.loads(Path(args.real).read_text())
-        validation_index = [int(Path(test_set.pixels.files.samples[i][0]).stem.split("_")[-1]) - 1 for i in test_set.index.tolist()]
+        validation_index = [int(Path(test_set.pixels.samples[i][0]).stem.split("_")[-1]) - 1 for i in test_set.index.tolist()]
         chosen = [[int(label) for label in labels[i]] for i in validation_index]
         if min(validation_index) < 0 or not any(chosen):
             raise ValueError

@@ -1063,8 +1063,10 @@ def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
     with reading(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
-            (name,) = [k for k in ("image", "images", "data") if k in array.files][:1] or array.files
-            array = array[name]
+            names = [k for k in ("image", "images", "data") if k in array.files][:1] or array.files
+            if len(names) != 1:
+                raise ValueError("which are the images? Name them 'images'")
+            array = array[names[0]]
         if array.shape[3] == 3:
             array = array.transpose(0, 3, 1, 2)
         if array.dtype != np.uint8 or not len(array) or array.shape[1:] != (3, size, size):

@@ -247,8 +247,6 @@ def curves(results: list[dict]) -> list[Curve]:
         for name in dict.fromkeys(row["name"] for row in result["rows"]):
             ignored = NOT_THE_SETTING - ({"init"} if name.startswith("init ") else set())
             ignored = ignored - ({"data_dir"} if args["dataset"] == "folder" else set())
-            if args["pretrain"] != "none":
-                ignored = ignored - {"pretrain_eps", "pretrain_epochs"}
             same = {k: v for k, v in args.items() if k not in ignored} | {"task": result["script"], "name": name}
             key = json.dumps([same, dataset_name(result)], sort_keys=True)
             curve = found.setdefault(key, Curve(result["script"], name, args, describe(result), defaultdict(list), set()))

@@ -21,9 +21,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from at_step import add_work, count_flops, in_turns, print_rows, write_json  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from chen_pretrain_finetune import TASKS, Args, Objective, Pretext, log_det, make_view, task_loss  # noqa: E402
+from chen_pretrain_finetune import TASKS, Args, Objective, Pretext, fast_second_derivatives, input_gradients_only, log_det, make_view, task_loss  # noqa: E402
 from common import (  # noqa: E402
-    IMAGENET_STATS, Network, batchnorm_mode, choose_device, fast_second_derivatives, input_gradients_only,
+    IMAGENET_STATS, Network, batchnorm_mode, choose_device,
     jigsaw_permutations, pgd, place_model,
 )  # fmt: skip
 

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
-from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, patchify, perturb, recipe_of, target_of  # noqa: E402
+from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, patchify, perturb, recipe_of, target_of, transformed  # noqa: E402
 from common import (  # noqa: E402
-    batches, build_model, choose_device, image_uniform, l2_norm, open_folder, place_model, sincos_positions, transformed,
+    batches, build_model, choose_device, image_uniform, l2_norm, open_folder, place_model, sincos_positions,
 )  # fmt: skip
 
 

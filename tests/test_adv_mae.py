@@ -1,5 +1,6 @@
 """adv_mae.py: masks, targets, the attack on visible patches, fine-tuning with layer-wise decay, ImageNet's variants, published checkpoints."""
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -17,13 +18,15 @@ from torch import nn
 
 import adv_mae
 import byorl
+from common import old_parse_args as parse_args
 from adv_mae import (
+    load_vit, transformed,
     CONFLICT, PAPER, ChooseAmong, Args, Recipe, filters, groups_of, image_seeds, layer_of, main, masked_autoencoder, masked_task, mix, open_variants,
     paper_number, parameter_groups, patchify, perturb, real_labels, recipe_of, rotation_task, target_of, unpatchify,
 )  # fmt: skip
 from common import (
     IMAGENET_STATS, Images, UserError, batches, build_model, build_trunk, drop_path, image_uniform, l2_norm, load_checkpoint, load_data, load_model,
-    load_vit, open_folder, parse_args, pgd, rotate, sincos_positions, split_epoch, transformed,
+    open_folder, pgd, rotate, sincos_positions, split_epoch,
 )  # fmt: skip
 
 CPU = torch.device("cpu")
@@ -275,11 +278,11 @@ def test_augmentation_depends_on_image_and_seed_alone(tmp_path):
 
 def test_streamed_folder_is_cropped_from_the_original(tmp_path):
     """Small crops of a large image show detail that an image reduced beforehand has lost."""
-    for split in ("train", "test"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        stripes = np.zeros((640, 640, 3), np.uint8)
-        stripes[:, np.arange(640) % 8 < 4] = 255
-        Image.fromarray(stripes).save(tmp_path / split / "a" / "x.png")
+    stripes = np.zeros((640, 640, 3), np.uint8)
+    stripes[:, np.arange(640) % 8 < 4] = 255
+    for split, name in itertools.product(("train", "test"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.fromarray(stripes).save(tmp_path / split / name / "x.png")
     train, _ = load_data("folder", str(tmp_path), CPU, image_size=64, stream=True)
     crop = adv_mae.augmentation(Recipe(**PLAIN, crop=0.01), tiny(dataset="folder", image_size=64))
     contrast = [next(batches(transformed(train, crop, seed=s), 1, CPU, workers=0))[0].std().item() for s in range(60)]
@@ -446,7 +449,7 @@ def keep(self, count, **values):
     losses.append(float(values["loss"]) * count)
     update(self, count, **values)
 common.Epoch.update = keep
-common.cli(adv_mae.main, adv_mae.Args)
+common.old_cli(adv_mae.main, adv_mae.Args)
 """
 
 
@@ -459,7 +462,7 @@ import torch.distributed as dist
 from pathlib import Path
 Path(f"losses-{common.world()[0]}.json").write_text(json.dumps(losses))
 """
-    code = code.replace("common.cli(adv_mae.main, adv_mae.Args)", "args = common.parse_args(adv_mae.Args)\nadv_mae.main(args)")
+    code = code.replace("common.old_cli(adv_mae.main, adv_mae.Args)", "args = common.old_parse_args(adv_mae.Args)\nadv_mae.main(args)")
     script = tmp_path / "steps.py"
     script.write_text(code)
     two = subprocess.run(
@@ -844,7 +847,7 @@ def test_published_checkpoints(tmp_path):
     [
         (lambda w: w | {"blocks.3.ls1.gamma": torch.ones(384)}, "blocks.3.ls1.gamma"), (lambda w: w | {"dist_token": torch.ones(1, 1, 384)}, "dist_token"),
         (lambda w: {k: v for k, v in w.items() if k != "blocks.5.mlp.fc2.bias"}, "blocks.5.mlp.fc2.bias"),
-        (lambda w: w | {"blocks.0.attn.qkv.bias": torch.ones(7)}, "blocks.0.attn.qkv.bias has shape"), (lambda w: {k: v for k, v in w.items() if k != "cls_token"}, "no Vision Transformer"),
+        (lambda w: w | {"blocks.0.attn.qkv.bias": torch.ones(7)}, "blocks.0.attn.qkv.bias: copying a param with shape"), (lambda w: {k: v for k, v in w.items() if k != "cls_token"}, "no Vision Transformer"),
         (lambda w: published(dim=1024, depth=2, decoder=False), "none of vit_b16"), (lambda w: {"a": 1}, "no Vision Transformer"), (lambda w: [1], "no Vision Transformer"),
     ],
 )  # fmt: skip
@@ -868,7 +871,7 @@ def test_fine_tuning_a_published_checkpoint(tmp_path):
     [
         ({"stage": "finetune"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"), ({"init": "x.pt"}, "takes no --init"), ({"layer_decay": "0.5,2"}, "from 0 to 1"),
         ({"layer_decay": "x"}, "not a list"), ({"layer_decay": "0.75,0.75"}, "same gamma twice"), ({"norm": "linf"}, "radius of its own"), ({"mask_ratio": 0.99}, "none visible"), ({"mask_ratio": 0.0}, "none to paint"),
-        ({"accumulate": 1000}, "cannot be cut"), ({"decoder_heads": 3}, "multiple of 4"), ({"image_size": 18}, "no multiple of 4"), ({"stage": "finetune", "init": "no.pt"}, "no checkpoint"),
+        ({"accumulate": 1000}, "cannot be cut"), ({"decoder_heads": 3}, "multiple of 4"), ({"image_size": 18}, "no multiple of 4"), ({"stage": "finetune", "init": "no.pt"}, "there is no no.pt"),
         ({"eval_data": "nowhere"}, "no images in nowhere"), ({"eval_norm": "linf", "eval_eps": Args.eval_eps}, "radii of its own"), ({"real": "nowhere.json"}, "cannot read nowhere.json"), ({"eval_crop": 0.0}, "must be between"), ({"smoothing": 1.0}, "must be between"),
     ],
 )  # fmt: skip

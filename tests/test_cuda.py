@@ -1,4 +1,6 @@
 """What only a GPU can tell: the same runs there, and whether attacks in mixed precision are as strong as in float32."""
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from conftest import TINY
 import adv_mae
 import mtl_reverse
 from common import (
-    batches, batchnorm_mode, build_model, full_precision, image_uniform, load_checkpoint, load_data, pgd, place_model, robust_accuracy,
+    Images, Run, batches, batchnorm_mode, build_model, full_precision, image_uniform, load_checkpoint, load_data, pgd, place_model, robust_accuracy,
 )  # fmt: skip
 from rotation_at import Args, main
 
@@ -17,11 +19,45 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 @pytest.mark.parametrize("variant", ["T0", "T3"])
 def test_a_run(tmp_path, amp, variant):
-    args = TINY | dict(device="cuda", amp=amp, variant=variant, width=0.25, epochs=6, label_fraction=1.0, eval_examples=0)
+    args = TINY | dict(device="cuda", amp=amp, variant=variant, width=0.25, epochs=6, val_fraction=0.15, eval_examples=0)
     results = main(Args(**args, out=str(tmp_path)))
     assert results["rows"][0]["accuracy"] > 50  # chance: 10
     assert load_checkpoint(tmp_path / "last.pt")["model"]["trunk.conv1.weight"].device.type == "cpu"
     main(Args(**args, out=str(tmp_path), resume=True))  # finished: only shows the table
+
+
+def test_the_peak_of_memory_is_that_of_the_epoch(tmp_path):
+    """Not of the whole process: an epoch of much memory leaves nothing in the line of the next."""
+    device = torch.device("cuda", 0)
+    model = place_model(build_model("resnet18", {"class": 2}, width=1 / 16), device, "off")
+    data = Images(torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=device), torch.zeros(8, dtype=torch.int64), ["a", "b"], torch.arange(8))
+    run = Run(tmp_path, device, "rotation_at", Args(device="cuda"))
+    for epoch in run.epochs("train", 2, model, torch.optim.SGD(model.parameters(), 0.1)):
+        if epoch == 0:
+            torch.empty(2**30, dtype=torch.uint8, device=device)
+            if torch.cuda.max_memory_allocated() < 2**30:
+                pytest.skip("this device does not count its memory")
+        for x, _ in run.batches(data, 4):
+            run.log(loss=x.mean())
+    assert run.history[0]["peak_gb"] >= 1 > run.history[1]["peak_gb"] > 0
+
+
+def test_what_waits_for_data_is_counted(tmp_path):
+    """A device that has nothing to do while a batch is read; one that still computes hides the reading."""
+    device = torch.device("cuda", 0)
+
+    class Slow(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            time.sleep(0.05)
+            return torch.zeros(3, 2, 2, dtype=torch.uint8), 0, ""
+
+    model = place_model(build_model("resnet18", {"class": 2}, width=1 / 16), device, "off")
+    run = Run(tmp_path, device, "rotation_at", Args(device="cuda", workers=0))
+    data = Images(Slow(), torch.zeros(8, dtype=torch.int64), ["a", "b"], torch.arange(8))
+    for _ in run.epochs("train", 1, model, torch.optim.SGD(model.parameters(), 0.1)):
+        for x, _ in run.batches(data, 4):
+            run.log(loss=x.mean())
+    assert run.history[0]["waiting"] > 0.5
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def checkpoint(tmp_path_factory):
     """A small network trained on digits, linf eps 0.1."""
     folder = tmp_path_factory.mktemp("trained") / "robust"
-    rotation_at.main(rotation_at.Args(**TINY | dict(variant="T0", epochs=4, label_fraction=1.0, out=str(folder))))
+    rotation_at.main(rotation_at.Args(**TINY | dict(variant="T0", epochs=4, val_fraction=0.15, out=str(folder))))
     return folder / "best.pt"
 
 
@@ -95,13 +95,13 @@ def test_damaged_sets_are_one_sentence(cifar_c, checkpoint, one_sentence, damage
     [
         ([], "at least one checkpoint"),
         (["nowhere.pt"], "no CIFAR-10-C in data"),
-        (["nowhere.pt", "--generate", "--dataset", "digits"], "no checkpoint nowhere.pt"),
+        (["nowhere.pt", "--generate", "--dataset", "digits"], "there is no nowhere.pt"),
         (["a.pt", "--generate", "--dataset", "digits", "--corruptions", "frost"], "no 'frost' here"),
         (["a.pt", "--dataset", "stl10"], "add --generate"),
         (["a.pt", "--dataset", "folder"], "<corruption>/<severity>/<class>"),
         (["a.pt", "--generate", "--dataset", "digits", "--severities", "0,1"], "numbers from 1 to 5"),
         (["a.pt", "--generate", "--dataset", "digits", "--image-size", "16"], "--image-size 32 or more"),
-        (["a.pt", "--eps", "-1"], "--eps -1 must be"),
+        (["a.pt", "--eps", "-1"], "--eps: invalid number value"),
         (["a.pt", "--flip"], "unrecognized"),
     ],
 )  # fmt: skip
@@ -423,7 +423,7 @@ def test_the_paper_stands_beside_its_own_setting_only():
 
     assert papers(own) == [("mean of 15", 76.52), ("mean of 19", 76.52), ("mean of 15", 38.33), ("mean of 19", 38.33)]
     for changed in ({"width": 0.5}, {"eps": 0.5, "attack_eps": 0.5}, {"epochs": 8}, {"dataset": "folder"}, {"stage": "plain"},
-                    {"task": "jigsaw"}, {"lambda2": 0.0}, {"attack_steps": 1}, {"label_fraction": 0.1}):  # fmt: skip
+                    {"task": "jigsaw"}, {"lambda2": 0.0}, {"attack_steps": 1}):  # fmt: skip
         assert all(p is None for _, p in papers(own | changed))
     assert all(p is None for _, p in papers(own, as_paper=False))
     assert [p for _, p in papers(own | {"attack_eps": 0.5})] == [76.52, 76.52, None, None]
@@ -454,7 +454,7 @@ def test_a_resumed_run_does_not_mix_networks(tmp_path, checkpoint):
 
 def test_without_matplotlib_there_is_no_picture_but_a_table(tmp_path, checkpoint):
     block = f"import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
-    code = block + "import common, eval_cifar10c; common.cli(eval_cifar10c.main, eval_cifar10c.Args)"
+    code = block + "import common, eval_cifar10c; common.old_cli(eval_cifar10c.main, eval_cifar10c.Args)"
     argv = [str(checkpoint), "--generate", "--dataset", "digits", "--corruptions", "fog", "--severities", "1", "--eval-attack", "none"]
     done = subprocess.run([sys.executable, "-c", code, *argv, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "no picture" in done.stdout and "fog" in done.stdout and not done.stderr
@@ -480,7 +480,7 @@ def patched(*a):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*a)
 eval_cifar10c.evaluate_cell = patched
-common.cli(eval_cifar10c.main, eval_cifar10c.Args)
+common.old_cli(eval_cifar10c.main, eval_cifar10c.Args)
 """
     flat = [*argv["checkpoints"], *flags({k: v for k, v in argv.items() if k != "checkpoints"}), "--out", str(tmp_path / "killed")]
     assert subprocess.run([sys.executable, "-c", code, *flat], capture_output=True, timeout=120).returncode == -9

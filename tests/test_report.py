@@ -15,7 +15,8 @@ import report
 import rotation_at
 from common import build_model, save_checkpoint
 from jigsaw_at import Args as JigsawArgs
-from rotation_at import PAPER, TABLE_EPS
+from report import PAPER
+from rotation_at import TABLE_EPS
 from rotation_at import Args as RotationArgs
 
 
@@ -78,7 +79,7 @@ def test_what_is_not_another_seed_is_not_averaged(capsys):
     (curve,) = report.curves(twice)
     assert len(curve.accuracy[0]) == 1 and "left out" in capsys.readouterr().out
     assert len(report.curves([result(name="init T0", init="a.pt"), result(name="init T0", init="b.pt", seed=1)])) == 2
-    assert len(report.curves([result(name="P1 T0", pretrain="l2", pretrain_eps=e, seed=s) for s, e in enumerate((0.0, 1.0))])) == 2
+    assert len(report.curves([result(name="P1 T0", pretrain="l2", epochs=e, seed=s) for s, e in enumerate((100, 50))])) == 2
     assert len(report.curves([result("jigsaw_at", grid=g) for g in (2, 4)])) == 2
 
 
@@ -640,7 +641,7 @@ def test_blocks_of_a_readme_are_made_from_files(tmp_path, command, capsys):
     code, _, _ = command(report, "--readme", page)
     text = page.read_text()
     assert code == 0 and text.startswith("one 99.99\n") and text.count("99.99") == 1
-    assert "T0        12.34   5.67" in text and "results.json" not in text
+    assert "T0, epoch 3  12.34   5.67" in text and "results.json" not in text
     assert "| `b.py` | ours | CPU, torch 2.14.1 | 12.5 | 3.00 | 1,234 | 2.5 | 61% of 0.9 TFLOP/s |" in text and "| other |" not in text
     assert "| a | b |\n|---|---|\n| 1 | 2 |" in text
     command(report, "--readme", page)
