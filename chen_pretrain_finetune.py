@@ -392,7 +392,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
             run.say("note: float16 has no place for second derivatives; this pre-training computes in float32.")
             model.amp = None
     count = args.num_permutations if "jigsaw" in tasks else 0
-    permutations = jigsaw_permutations(args.grid, count, "random", args.seed).to(run.device)
+    permutations = jigsaw_permutations(args.grid, count, args.seed).to(run.device)
     objective = Objective(model, permutations, args)
     opt = torch.optim.SGD(model.parameters(), high, momentum=0.9, weight_decay=decay)
     state = run.resume(name, model, opt)

@@ -56,44 +56,11 @@ class UserError(Exception):
 
 # ---- flags -------------------------------------------------------------------------------------------
 
-Positive = Annotated[int, "1 or more"]
-Share = Annotated[float, "between 0 and 1"]
-
-
-@dataclass
-class CommonArgs:
-    """Flags that say where and how to compute, the same in every script. A script's Args adds those of its
-    method."""
-
-    # run
-    seed: int = 0  # seed of the split, the weights, the order of images and the attacks
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
-    compile: bool = False  # torch.compile the trunk
-    workers: int = 2  # processes per GPU that read images (--dataset folder)
-    out: str = ""  # folder of the run; empty: a folder in runs/ named after script, norm, radius and seed
-    resume: bool = False  # continue the run in its folder, with the same flags, or start it
-    quick: bool = False  # a miniature on the bundled digits, a minute or two on two CPU cores
-    # data
-    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # images and labels
-    data_dir: str = "data"  # where data are or are downloaded to; folder: holds train/ and test/ or val/
-    data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
-    image_size: Positive = 32  # side in pixels; other images are resized
-    # evaluation
-    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # suite: see common.suite_attacks
-    eval_steps: Positive = 20  # steps of PGD in evaluation
-    eval_examples: int = 0  # test images to evaluate on, drawn at random once and for all; 0: all
-    eval_amp: bool = False  # evaluate in mixed precision instead of float32
-
-
-# Flags that a resumed run may change: they say where to compute, not what.
-FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "download", "workers", "compile"}
-
 
 def number(text: str) -> float:
     """Read 0.5, 1e-4, 8/255 or 1.25/255. Raises ValueError for anything else and for negative numbers."""
     top, _, bottom = text.partition("/")
-    value = float(top) / (float(bottom or 1) or math.nan)
+    value = float(top) / (float(bottom or 1) or math.nan)  # x/0 becomes NaN, which is refused
     if not 0 <= value < math.inf:
         raise ValueError(text)
     return value
@@ -113,9 +80,7 @@ def whole_number(text: str) -> int:
 
 def positive(text: str) -> int:
     """Read 1, 2, 3, ... Raises ValueError for anything else."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+    return whole_number(text) or whole_number("-1")
 
 
 def share(text: str) -> float:
@@ -125,10 +90,37 @@ def share(text: str) -> float:
     return number(text)
 
 
-def eps_name(eps: float) -> str:
-    """A radius as papers write it: 8/255 -> '8/255', 0.5 -> '0.5'."""
-    k, short = eps * 255, f"{eps:g}"
-    return f"{round(k)}/255" if len(short) > 5 and abs(k - round(k)) < 1e-6 else short
+Positive = Annotated[int, positive]
+Share = Annotated[float, share]
+
+
+@dataclass
+class CommonArgs:
+    """Flags that say where and how to compute, the same in every script; each script's Args adds its own."""
+
+    # run
+    seed: int = 0  # seed of the split, the weights, the order of images and the attacks
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
+    compile: bool = False  # torch.compile the trunk
+    workers: int = 2  # processes per GPU that read images (--dataset folder)
+    out: str = ""  # folder of the run; empty: a folder in runs/ named after script, norm, radius and seed
+    resume: bool = False  # continue the run in its folder, with the same flags, or start it
+    quick: bool = False  # a miniature on the bundled digits, a minute or two on two CPU cores
+    # data
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # images and labels
+    data_dir: str = "data"  # data folder, also for downloads; folder: it holds train/ and test/ or val/
+    data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
+    image_size: Positive = 32  # side in pixels; other images are resized
+    # evaluation
+    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # suite: AutoPGD, MultiTargeted, Square
+    eval_steps: Positive = 20  # steps of PGD in evaluation
+    eval_examples: int = 0  # random test images to evaluate on, the same in every run; 0: all
+    eval_amp: bool = False  # evaluate in mixed precision instead of float32
+
+
+# Flags that a resumed run may change: they say where to compute, not what.
+FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "download", "workers", "compile"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,11 +129,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def given_flags(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
-    """The flags on the command line, {field: value}, for a dataclass: one flag per field. The type says how
-    it is read, its trailing comment is its help, a comment on a line of its own is the heading of those below
-    it. A field of type tuple[str, ...] takes the words without a flag."""
-    readers = {int: whole_number, Positive: positive, float: number, Share: share, str: str}
-    readers[tuple[float, ...]] = numbers
+    """Read the command line for a dataclass, one flag per field. Returns {field: value} of the flags given.
+
+    A field's type says how its flag is read, its trailing comment is the help, and a comment on a line of its
+    own is a heading. A field of type tuple[str, ...] takes the words without a flag. Exits for a wrong flag.
+    """
+    readers = {int: whole_number, float: number, str: str, tuple[float, ...]: numbers}
     parser = _Parser(
         description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
         usage=f"python {_script_of(cls)}.py [--flag value ...]",
@@ -158,8 +151,8 @@ def given_flags(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
         f = field.pop(name)
         values = [("default", f.default)] + ([("--quick", quick[name])] if name in quick else [])
         told = "; ".join(f"{of}: {_shown(v)}" for of, v in values if v not in ("", ()))
-        more: dict[str, Any] = {"help": f"{note} ({told})" if told else note, "default": argparse.SUPPRESS}
-        more["help"] = more["help"].replace("%", "%%")
+        text = (f"{note} ({told})" if told else note).replace("%", "%%")
+        more: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if f.type == tuple[str, ...]:
             group.add_argument(name, nargs="*", metavar=name.upper(), **more)
             continue
@@ -168,7 +161,8 @@ def given_flags(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
         elif get_origin(f.type) is Literal:
             more["choices"] = get_args(f.type)
         else:
-            more |= {"type": readers[f.type], "metavar": "S" if f.type is str else "N"}
+            more["type"] = get_args(f.type)[1] if get_origin(f.type) is Annotated else readers[f.type]
+            more["metavar"] = "S" if f.type is str else "N"
         group.add_argument("--" + name.replace("_", "-"), **more)
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
 
@@ -181,9 +175,14 @@ def _shown(value: Any) -> str:
     return eps_name(value) if isinstance(value, float) else str(value)
 
 
+def eps_name(eps: float) -> str:
+    """A radius as papers write it: 8/255 -> '8/255', 0.5 -> '0.5'."""
+    k, short = eps * 255, f"{eps:g}"  # 0.0313725 is 8/255, but 0.2 stays 0.2 and is not 51/255
+    return f"{round(k)}/255" if len(short) > 5 and abs(k - round(k)) < 1e-6 else short
+
+
 def parse_args(cls: type, argv: list[str] | None = None) -> Any:
-    """An instance of the dataclass `cls`: flags win over `cls.QUICK` (with --quick), which wins over the
-    defaults."""
+    """An instance of the dataclass `cls`: flags win over `cls.QUICK` (if --quick), that over defaults."""
     given = given_flags(cls, argv)
     return cls(**((cls.QUICK if given.get("quick") else {}) | given))
 
@@ -194,15 +193,15 @@ def _script_of(cls: type) -> str:
 
 
 def check_radii(args: Any) -> None:
-    """Raise UserError for a radius that cannot be meant: a linf radius above 1, or one meant for the other
-    norm."""
-    usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
+    """Raise UserError for a linf radius above 1, and for the default radius of the other norm."""
     for name, value in vars(args).items():
-        if (name == "eps" or name.endswith("_eps")) and args.norm == "linf":
-            radii = value if isinstance(value, tuple) else numbers(str(value))
+        if args.norm == "linf" and (name == "eps" or name.endswith("_eps")):
+            value = numbers(value) if isinstance(value, str) else value
+            radii = value if isinstance(value, tuple) else (value,)
             if max(radii, default=0) > 1:
                 flag = f"--{name.replace('_', '-')} {max(radii):g}"
                 raise UserError(f"{flag}: images are in [0, 1], so a linf radius is a number such as 8/255.")
+    usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     if args.norm != usual["norm"] and usual["eps"] and args.eps == usual["eps"]:
         such_as = "0.5" if args.norm == "l2" else "8/255"
         raise UserError(f"--norm {args.norm} needs a radius of its own: give one, such as --eps {such_as}.")
@@ -210,8 +209,7 @@ def check_radii(args: Any) -> None:
 
 @contextlib.contextmanager
 def errors_in_one_sentence() -> Iterator[None]:
-    """Exit with one line for what a user can mend. Whatever else is raised keeps its traceback: it is a
-    bug."""
+    """Exit with one line for what a user can mend. Any other exception is a bug and keeps its traceback."""
     try:
         yield
     except BrokenPipeError:  # `| head`: nobody reads what is printed
@@ -232,17 +230,17 @@ def errors_in_one_sentence() -> Iterator[None]:
 
 
 def cli(main: Callable, args_class: type) -> None:
-    """Run a script: `main(parse_args(args_class))`. Exit codes: 0 done, 1 a mistake that the user can mend,
-    told in one line, 2 a wrong flag, 130 Ctrl-C. A traceback means a bug."""
+    """Run a script: `main(parse_args(args_class))`.
+
+    Exit codes: 0 done, 1 a mistake that the user can mend, told in one line, 2 a wrong flag, 130 Ctrl-C. A
+    traceback means a bug.
+    """
     with errors_in_one_sentence():
         try:
             main(parse_args(args_class))
         except KeyboardInterrupt:
             if world()[0] == 0:
-                print(
-                    "\ninterrupted: the same command with --resume goes on after its last epoch",
-                    file=sys.stderr,
-                )
+                print("\ninterrupted: continue after the last epoch with --resume", file=sys.stderr)
             sys.exit(130)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while another still works would be taken for dead
@@ -253,7 +251,10 @@ def cli(main: Callable, args_class: type) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU. Under torchrun each rank takes its own GPU."""
+    """'auto' is CUDA where there is one, else the CPU. Under torchrun each rank takes its own GPU.
+
+    Raises UserError if the device cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
@@ -276,6 +277,12 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def seed_step(seed: int, epoch: int, step: int) -> None:
+    """Seed torch for one step, differently for each step and rank, so no random state has to be saved."""
+    # One number from four: the factors are primes larger than what is added.
+    torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_009 + world()[0]) % 2**63)
+
+
 def learning_rate(highest: float, step: int, warmup: int, steps: int, lowest: float = 0.0) -> float:
     """Linear from 0 to `highest` in `warmup` steps, then half a cosine to `lowest` at `steps`."""
     if step < warmup:
@@ -283,34 +290,23 @@ def learning_rate(highest: float, step: int, warmup: int, steps: int, lowest: fl
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def seed_step(seed: int, epoch: int, step: int) -> None:
-    """Seed torch for one step, differently for each step and rank, so that no random state has to be
-    saved."""
-    # One number from four: the factors are primes larger than what is added, so no two steps get the same
-    # one.
-    torch.manual_seed((((seed * 1_000_003 + epoch) * 1_000_003 + step) * 1_009 + world()[0]) % 2**63)
-
-
 def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
-    """Wrap for the weight update on several ranks (attack the bare `model`); on one rank `model` itself.
+    """Wrap `model` for the weight update on several ranks (attack the bare `model`); on one rank return it.
 
-    BatchNorm in train mode sees the images of all ranks, so their number changes no result.
+    BatchNorm in train mode uses the statistics of all ranks' images. Ranks draw different random numbers.
     """
     if world()[1] == 1:
         return model
     if sync_bn:
         sync_batchnorm(model)
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    names = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    flag = (
-        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    )  # new name, old name
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # older torch
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, **{flag: False})
 
 
 def sync_batchnorm(model: nn.Module) -> None:
-    """Let BatchNorm in `model` see the images of all ranks when in train mode; on one rank nothing
-    happens."""
+    """Let BatchNorm in `model` use the images of all ranks when in train mode; on one rank do nothing."""
     for m in model.modules() if world()[1] > 1 else []:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.__class__ = _SyncBatchNorm  # the same weights and buffers, another forward
@@ -342,9 +338,8 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+            running = self.running_mean, self.running_var
+            return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         z = x.float()  # (B, C, ...)
@@ -364,8 +359,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def all_ranks_fine(problem: str = "") -> None:
-    """Raise UserError on every rank if one of them has a problem: a rank that left alone would let the others
-    wait."""
+    """Raise UserError on every rank if one of them has a problem; if it left alone, the others would wait."""
     problems = [problem] * world()[1]
     if world()[1] > 1:
         dist.all_gather_object(problems, problem)
@@ -375,20 +369,11 @@ def all_ranks_fine(problem: str = "") -> None:
 
 # ---- the run -----------------------------------------------------------------------------------------
 
-
-LESS = "take a smaller learning rate (--lr or the like), or --amp off"
-
-
-def check_finite(name: str, weights: dict[str, Tensor]) -> None:
-    """Raise UserError, naming the file to be written, if weights are NaN or infinite."""
-    finite = [v.isfinite().all() for v in weights.values() if v.is_floating_point()]
-    if finite and not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
-        raise UserError(f"the weights became NaN or infinite, so {name} was not written; {LESS}.")
+ADVICE_ON_NAN = "take a smaller learning rate (--lr or the like), or --amp off"
 
 
 class Run:
-    """A run: its folder, its device, its flags, and where in the training it is. Rank 0 alone writes and
-    prints.
+    """A run: its folder, device, flags and training state. Only rank 0 writes files and prints.
 
         for epoch in run.epochs("train", args.epochs, model, opt):
             for x, y in run.batches(train_set, args.batch_size):
@@ -400,14 +385,15 @@ class Run:
     def __init__(self, folder: Path, device: torch.device, script: str, args: Any, lock: Any = None):
         self.folder, self.device, self.script, self.args, self.lock = folder, device, script, args, lock
         self.history: list[dict] = []  # a line for each finished epoch, as in metrics.jsonl
+        self.last: dict | None = None  # last.pt of a resumed run
         self.began = time.perf_counter()
-        if (folder / "last.pt").exists():  # the run is resumed
+        if (folder / "last.pt").exists():
             with reading(folder / "last.pt"):
-                last = self.load("last.pt")
-                self.history += last["history"]
+                self.last = self.load("last.pt")
+                self.history += self.last["history"]
                 self.began -= sum(line["seconds"] for line in self.history)
-                if (last["stage"], last["epoch"]) != (self.history[-1]["stage"], self.history[-1]["epoch"]):
-                    raise ValueError("history does not end with its epoch")
+                if any(self.last[key] != self.history[-1][key] for key in ("stage", "epoch")):
+                    raise ValueError("its history does not end with its epoch")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -420,17 +406,18 @@ class Run:
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
 
     def save(self, name: str, state: dict) -> None:
-        """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
-        good one."""
-        check_finite(name, state["model"])
+        """Write a checkpoint. Raises UserError, and keeps the old file, if weights are NaN or infinite."""
+        check_finite(name, state)
         if world()[0] == 0:
             save_checkpoint(self.folder / name, state | {"script": self.script, "args": asdict(self.args)})
         if world()[1] > 1:
             dist.barrier()  # else another rank could read the old file
 
     def load(self, name: str, **expected: Any) -> dict:
-        """A checkpoint that this run has written, on the CPU. Raises UserError if it is missing, damaged, of
-        another run, or has other entries than `expected`."""
+        """A checkpoint that this run has written, on the CPU.
+
+        Raises UserError if it is missing, damaged, of another run, or has other entries than `expected`.
+        """
         path = self.folder / name
         state = load_checkpoint(path)
         with reading(path):
@@ -443,7 +430,7 @@ class Run:
     def load_data(self) -> tuple["Images", "Images"]:
         """(training images, test images) of --dataset, the latter cut to --eval-examples.
 
-        Raises UserError if they cannot be had, or if the run was started with others.
+        Raises UserError if they cannot be had, or if the run was started with other file names or labels.
         """
         args = self.args
         train, test = load_data(
@@ -453,9 +440,9 @@ class Run:
         path, digest = self.folder / "config.json", train.digest + test.digest
         with reading(path):
             config = json.loads(path.read_text())
-            if config.setdefault("images", digest) != digest:
+            if config.get("images", digest) != digest:
                 raise UserError(f"the images are not those that the run in {self.folder} was started with.")
-        self.write("config.json", json.dumps(config, indent=1))
+        self.write("config.json", json.dumps(config | {"images": digest}, indent=1))
         return train, draw(test, min(args.eval_examples, len(test)), seed=0) if args.eval_examples else test
 
     def epochs(
@@ -464,60 +451,62 @@ class Run:
     ) -> Iterator[int]:  # fmt: skip
         """The epochs of the training `stage` that are left: 0, 1, ..., epochs - 1, fewer in a resumed run.
 
-        After each, last.pt is written and a line is logged. first_id: number of the first epoch among those of
-        all stages, so that no two draw the same random numbers. more: further modules to save and resume.
+        After each, last.pt is written and a line is logged. first_id: added to the epoch in random seeds;
+        every stage has its own. more: further modules to save and resume. Raises UserError for NaN losses or
+        weights, and if last.pt is of another network.
         """
-        self.stage, self.best = stage, -math.inf
-        modules = {"model": model} | more
-        if self.history and self.history[-1]["stage"] == stage:
-            last = self.load("last.pt", stage=stage, network=model.spec)
+        self.stage, self.best, modules = stage, -math.inf, {"model": model} | more
+        if self.last is not None and self.last["stage"] == stage:
             with reading(self.folder / "last.pt"):
-                opt.load_state_dict(last["optimizer"])
-                self.best = float(last["best"])
+                if self.last["network"] != model.spec:
+                    raise ValueError("it is of another network")
+                self.best = float(self.last["best"])
+                opt.load_state_dict(self.last["optimizer"])
                 for key, module in modules.items():
-                    module.load_state_dict(last[key])
+                    module.load_state_dict(self.last[key])
+            self.last = None
         for epoch in range(sum(line["stage"] == stage for line in self.history), epochs):
             began = time.perf_counter()
-            self.epoch, self.epoch_id, self.sums, self.notes = epoch, first_id + epoch, {}, {}
+            self.epoch, self.seed_epoch, self.sums, self.notes = epoch, first_id + epoch, {}, {}
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             yield epoch
             seconds = time.perf_counter() - began
             line = {"stage": stage, "epoch": epoch + 1, "lr": opt.param_groups[0]["lr"]}
-            line |= self.means() | self.notes | {"seconds": round(seconds, 1)}
-            self.history.append(line)
+            self.history.append(line | self.means() | self.notes | {"seconds": round(seconds, 1)})
             self.save("last.pt", {
                 "stage": stage, "epoch": epoch + 1, "network": model.spec, "optimizer": opt.state_dict(),
                 "best": self.best, "history": self.history,
             } | {key: module.state_dict() for key, module in modules.items()})  # fmt: skip
             self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
             left = seconds * (epochs - epoch - 1) / 60
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in ("stage", "epoch"))
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in list(self.history[-1].items())[2:])
             self.say(f"{stage} {epoch + 1}/{epochs}  {shown}" + f"  ({left:.0f} min left)" * (left > 1))
 
     def batches(self, data: "Images", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This epoch's batches in random order, see `batches`. Before each, and after the last, torch is
-        seeded anew: a resumed run draws what an uninterrupted one would have."""
-        order = self.args.seed * 1_000_003 + self.epoch_id
-        stream = batches(data, batch_size, self.device, shuffle=order, workers=self.args.workers)
+        """This epoch's batches in random order, see the function `batches`. Before each, and after the last,
+        torch is seeded anew, so that a resumed run draws what an uninterrupted one would have."""
+        shuffle = self.args.seed * 1_000_003 + self.seed_epoch
+        stream = batches(data, batch_size, self.device, shuffle=shuffle, workers=self.args.workers)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         began = asked = time.perf_counter()
         waited, step = 0.0, -1
         for step, (x, y) in enumerate(progress(stream, len(data), f"{self.stage} {self.epoch + 1}")):
-            if done is None or done.query():  # the device had nothing to do but to wait for this batch
+            if done is None or done.query():  # the device is idle, so this time was lost to data
                 waited += time.perf_counter() - asked
-            seed_step(self.args.seed, self.epoch_id, step)
+            seed_step(self.args.seed, self.seed_epoch, step)
             self.step, self.count = step, len(y)
             yield x, y
             asked = time.perf_counter()
             if done is not None:
                 done.record()
-        seed_step(self.args.seed, self.epoch_id, step + 1)
+        seed_step(self.args.seed, self.seed_epoch, step + 1)
         seconds = time.perf_counter() - began
         self.notes |= {"images_per_s": round(len(data) / seconds, 1), "waiting": round(waited / seconds, 3)}
 
     def log(self, **losses: Tensor) -> None:
-        """Add a step's mean losses to the epoch's. Raises UserError if they are NaN (on a GPU every 50 steps)."""
+        """Add a step's losses, means over this rank's images, to the epoch's: the same names in every step.
+        Raises UserError if they are NaN (looked at in every step on CPUs, in every 50th on GPUs)."""
         for key, value in (losses | {"images": torch.ones((), device=self.device)}).items():
             self.sums[key] = self.sums.get(key, 0) + value.detach().float() * self.count
         if self.device.type == "cpu" or self.step % 50 == 49:  # reading a number makes the CPU wait for a GPU
@@ -528,18 +517,19 @@ class Run:
         total = torch.stack(list(self.sums.values()))
         if every_rank and world()[1] > 1:
             dist.all_reduce(total)
-        total = total.tolist()
-        if not all(map(math.isfinite, total)):
-            where = f"epoch {self.epoch + 1}, at or just before step {self.step + 1}"
-            raise UserError(f"the loss became NaN or infinite in {where}; {LESS}.")
-        means = dict(zip(self.sums, (value / total[-1] for value in total), strict=True))
-        del means["images"]
+        sums = dict(zip(self.sums, total.tolist(), strict=True))
+        if not all(map(math.isfinite, sums.values())):
+            where = f"epoch {self.epoch + 1}, at or before step {self.step + 1}"
+            raise UserError(f"the loss became NaN or infinite in {where}; {ADVICE_ON_NAN}.")
+        images = sums.pop("images")
+        means = {key: value / images for key, value in sums.items()}
         if self.device.type == "cuda":
             means["peak_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         return means
 
     def keep_best(self, name: str, model: nn.Module, score: float, **metrics: float) -> None:
-        """Log the epoch's `metrics`. Write a checkpoint if `score` is higher than in all epochs before."""
+        """Log the epoch's `metrics`. Write a checkpoint if `score`, the same on all ranks, is higher than in
+        all epochs before: of equal epochs the earlier one is kept."""
         self.notes |= metrics
         if score > self.best:
             self.best = score
@@ -548,9 +538,7 @@ class Run:
 
     def finish(self, rows: list[dict]) -> dict:
         """Write results.json: what was run, where, and a row per accuracy (percent). Returns what it holds.
-
-        Its seconds count all finished epochs, and the rest of this sitting.
-        """
+        Its seconds are those of all finished epochs and the time since then in this process."""
         results = {
             "script": self.script, "args": asdict(self.args), "device": device_name(self.device),
             "torch": torch.__version__, "seconds": round(time.perf_counter() - self.began, 1), "rows": rows,
@@ -559,8 +547,7 @@ class Run:
         return results
 
     def finished(self) -> dict | None:
-        """What results.json holds, if a resumed run had reached its end. Raises UserError if that is
-        damaged."""
+        """What results.json holds if this run has finished, else None. Raises UserError if it is damaged."""
         path = self.folder / "results.json"
         if not path.exists():
             return None
@@ -569,6 +556,14 @@ class Run:
             check_same_run(path, results, self.script, self.args)
             results_table(results, self.args, "")  # raises if something is missing
         return results
+
+
+def check_finite(name: str, state: dict) -> None:
+    """Raise UserError, naming the file to be written, if dicts of weights in `state` hold NaN or infinity."""
+    weights = [v for part in state.values() if isinstance(part, dict) for v in part.values()]
+    finite = [v.isfinite().all() for v in weights if isinstance(v, Tensor) and v.is_floating_point()]
+    if finite and not torch.stack(finite).all():  # asked once: each answer makes the CPU wait for a GPU
+        raise UserError(f"the weights became NaN or infinite, so {name} was not written; {ADVICE_ON_NAN}.")
 
 
 def start_run(args: Any, name: str = "") -> Run:
@@ -592,73 +587,71 @@ def start_run(args: Any, name: str = "") -> Run:
         except (UserError, OSError) as e:
             problem = str(e)
     all_ranks_fine(problem)
-    all_ranks_fine("" if folder.is_dir() else f"not every machine sees {folder}: --out must be on a shared disk.")
+    seen = folder.is_dir()
+    all_ranks_fine("" if seen else f"not every machine sees {folder}: --out must be on a shared disk.")
     run = Run(folder, device, script, args, lock)
     run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     return run
 
 
 def _open_run(folder: Path, script: str, args: Any) -> Any:
-    """Make the run's folder with its config.json, or check that this run may go on in it; returns the folder's
-    lock. Raises UserError."""
+    """Make the run's folder with config.json, or check that this run may go on there. Returns its lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock, path = lock_folder(folder), folder / "config.json"
+    with reading(path):
+        saved = json.loads(path.read_text()) if path.exists() else None
+        if saved is not None:
+            saved["script"]  # raises if this is another program's config.json
     if not any(file.suffix == ".pt" or file.name == "results.json" for file in folder.iterdir()):
-        text = json.dumps({"script": script, "args": asdict(args), "ranks": world()[1]}, indent=1)
+        text = json.dumps({"script": script, "args": asdict(args)}, indent=1)
         write_atomically(path, lambda f: f.write(text.encode()))
     elif not args.resume:
         raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
+    elif saved is None:
+        raise UserError(f"there is no {path}, so nothing can be continued there: choose another --out.")
     else:
         with reading(path):
-            check_same_run(path, json.loads(path.read_text()), script, args)
+            check_same_run(path, saved, script, args)
     return lock
 
 
 def lock_folder(folder: Path) -> Any:
-    """Keep other processes from running in this folder while this one lives and the returned file is open. Raises
-    UserError if another one does."""
-    import fcntl
-
+    """Keep other processes from running in this folder as long as the returned file is open and this process
+    lives. Raises UserError if another process runs there."""
     lock = open(folder / ".lock", "w")
     try:
+        import fcntl
+
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is running in {folder}: wait for it, or choose another --out.") from None
-    except OSError:  # a file system without locks
+        raise UserError(f"another process is running in {folder}: wait, or choose another --out.") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return lock
 
 
 def check_same_run(path: Path, saved: dict, script: str, args: Any) -> None:
-    """Raise UserError unless `saved`, read from `path`, is of this script and of a run with the same
-    flags."""
+    """Raise UserError unless `saved`, read from `path`, is of this script and a run with the same flags."""
     if saved["script"] != script:
         raise UserError(f"{path} was written by {saved['script']}.py, not by {script}.py.")
-    for flag, value in json.loads(json.dumps(asdict(args))).items():
-        its = json.loads(json.dumps(saved["args"].get(flag)))
-        if its != value and flag not in FREE_ON_RESUME:
-            raise UserError(
-                f"{path} is of a run with --{flag.replace('_', '-')} {_shown(its)}, not {_shown(value)}."
-            )
+    its, ours = (json.loads(json.dumps(flags)) for flags in (saved["args"], asdict(args)))  # tuples as lists
+    for flag in ours.keys() - FREE_ON_RESUME:
+        if its.get(flag) != ours[flag]:
+            flag, a, b = flag.replace("_", "-"), _shown(its.get(flag)), _shown(ours[flag])
+            raise UserError(f"{path} is of a run with --{flag} {a}, not {b}.")
 
 
 def device_name(device: torch.device) -> str:
-    """'NVIDIA H200' or 'CPU (AMD EPYC, 2 threads)', for config.json and tables."""
+    """'NVIDIA H200' or 'CPU (AMD EPYC, 2 threads)', for tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = ""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line.split(":")[1].strip() + ", " for line in lines if line.startswith("model name")), ""
-        )
-    return f"CPU ({model}{torch.get_num_threads()} threads)"
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return f"CPU ({found[1] + ', ' if found else ''}{torch.get_num_threads()} threads)"
 
 
-def progress(
-    stream: Iterable[tuple[Tensor, Tensor]], total: int, label: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches, with a bar that counts images: with tqdm, on a terminal, on rank 0."""
+def progress(stream: Iterable, total: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches (x, y), with a bar that counts images: with tqdm, on a terminal, on rank 0."""
     bar = None
     if world()[0] == 0 and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
@@ -678,8 +671,7 @@ def progress(
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Raise UserError, naming the file, for whatever goes wrong inside: files are what users mix up and disks
-    damage."""
+    """Raise UserError, naming the file, for every exception raised inside."""
     try:
         yield
     except UserError:
@@ -688,14 +680,12 @@ def reading(path: str | Path) -> Iterator[None]:
         raise UserError(f"there is no {path}.") from None
     except Exception as e:  # torch.load and json raise a dozen kinds
         reason = " ".join(str(e).split())[:200]
-        raise UserError(
-            f"{path} is damaged, or not a file of the kind that is expected ({type(e).__name__}: {reason})."
-        ) from None
+        what = "is damaged, or not a file of the kind that is expected"
+        raise UserError(f"{path} {what} ({type(e).__name__}: {reason}).") from None
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`: a kill or a full disk leaves the old
-    file."""
+    """Write to a temporary file by `write(file)` and move it to `path`: a kill leaves the old file intact."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -719,18 +709,17 @@ def load_checkpoint(path: str | Path) -> dict:
     UserError if the file is missing, damaged or of some other program.
     """
     with reading(path):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for entry in ("network", "model"):
-            if not isinstance(state[entry], dict):
-                raise TypeError(f"'{entry}' is no dict")
+        if not isinstance(state["network"], dict) or not isinstance(state["model"], dict):
+            raise TypeError("'network' or 'model' is no dict")
     return state
 
 
 def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
-    """module.load_state_dict(weights), all keys and shapes as they should be. Raises UserError, naming
-    `source`."""
+    """module.load_state_dict(weights). Raises UserError, naming `source`, unless keys and shapes match."""
     with reading(source):
         module.load_state_dict(weights)
 
@@ -747,26 +736,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 
 def check_classifier(state: dict, source: str | Path) -> None:
-    """Raise UserError unless a checkpoint is a trained classifier: not pre-training's, and not a run's
-    last.pt."""
-    if (
-        state.get("stage") == "pretrain"
-        or "optimizer" in state
-        or not state["network"].get("heads", {}).get("class")
-    ):
-        raise UserError(
-            f"{source} is no finished classifier (but pre-training, a task's network, or a run's last state): "
-            "name a file such as best.pt or plain.pt."
-        )
+    """Raise UserError unless a checkpoint is a trained classifier: neither pre-training's nor a last.pt."""
+    heads = state["network"].get("heads", {})
+    if state.get("stage") == "pretrain" or "optimizer" in state or not heads.get("class"):
+        raise UserError(f"{source} is no finished classifier: name a file such as best.pt or plain.pt.")
 
 
 def rebuild(state: dict, source: str | Path) -> "Network":
-    """The network that the checkpoint `state` describes, with its weights. Raises UserError, naming
-    `source`."""
+    """The network that the checkpoint `state` describes, with its weights. Raises UserError."""
     with reading(source):
         model = build_model(**state["network"])
-        model.load_state_dict(state["model"])
+    load_weights(model, state["model"], source)
     return model
+
+
 # ======================================================================================================
 # 2. Data: digits, CIFAR, STL-10 and image folders; splits, batches, augmentation, self-supervised tasks
 # ======================================================================================================
@@ -838,10 +821,8 @@ def _to_images(
     pixels: Tensor, labels: Iterable[int], classes: list[str], device: torch.device, size: int
 ) -> Images:
     if (needed := len(pixels) * 3 * size * size) > IN_MEMORY_BYTES:
-        raise UserError(
-            f"{len(pixels):,} images of {size} pixels take {needed / 2**30:.0f} GiB, too much to keep on the device: "
-            "take a smaller --image-size, or unpack them into an image folder (--dataset folder), which is streamed."
-        )
+        needed = f"{len(pixels):,} images of {size} pixels take {needed / 2**30:.0f} GiB, too much to keep"
+        raise UserError(f"{needed}: unpack them into a folder (--dataset folder), which is streamed.")
     if pixels.shape[-2:] != (size, size):
         from torchvision.transforms.v2.functional import resize
 
@@ -873,44 +854,37 @@ def _load_torchvision(
 
     base = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[dataset]
     kind = type(base.__name__, (base,), {"url": f"{mirror.rstrip('/')}/{base.filename}"}) if mirror else base
+    splits = [{"split": s} if dataset == "stl10" else {"train": s == "train"} for s in ("train", "test")]
     timeout, sets = socket.getdefaulttimeout(), []
     socket.setdefaulttimeout(60)  # seconds without data; urllib's own default is to wait for ever
     try:
-        for name in ("train", "test"):
-            split = {"split": name} if dataset == "stl10" else {"train": name == "train"}
+        for split in splits:
             try:
-                d = base(data_dir, download=False, **split)  # files on disk: no network
+                sets.append(base(data_dir, download=False, **split))  # files on disk: no network
             except RuntimeError:
                 with contextlib.redirect_stdout(sys.stderr):
-                    d = kind(data_dir, download=True, **split)
-            pixels = (
-                d.data if dataset == "stl10" else d.data.transpose(0, 3, 1, 2)
-            )  # CIFAR is stored (N, H, W, 3)
-            labels = d.labels if dataset == "stl10" else d.targets
-            sets.append(
-                _to_images(torch.from_numpy(np.ascontiguousarray(pixels)), labels, d.classes, device, size)
-            )
-    except (
-        OSError,
-        http.client.HTTPException,
-        RuntimeError,
-        EOFError,
-        ValueError,
-    ) as e:  # URLError is an OSError
+                    sets.append(kind(data_dir, download=True, **split))
+    except (OSError, http.client.HTTPException, RuntimeError, EOFError, ValueError) as e:
         where = f"{Path(data_dir) / base.base_folder} and {Path(data_dir) / base.filename}"
+        reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(
-            f"no intact {dataset}: looked for {where}, then could not fetch {kind.url} "
-            f"({' '.join(str(e).split()) or type(e).__name__}); put the files there, name their folder with --data-dir "
-            "or another host with --data-mirror, or try --quick."
+            f"no intact {dataset}: looked for {where}, then could not fetch {kind.url} ({reason}); put the "
+            "files there, name their folder with --data-dir, another host with --data-mirror, or try --quick."
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-    return sets[0], sets[1]
+
+    def pack(d: Any) -> Images:
+        pixels = d.data if dataset == "stl10" else d.data.transpose(0, 3, 1, 2)  # CIFAR: (N, H, W, 3)
+        labels = d.labels if dataset == "stl10" else d.targets
+        return _to_images(torch.from_numpy(np.ascontiguousarray(pixels)), labels, d.classes, device, size)
+
+    return pack(sets[0]), pack(sets[1])
 
 
 def read_image(path: str) -> Any:
-    """The Pillow image in a file, as RGB with 8 bits. Raises Pillow's errors, and ValueError for 32-bit
-    pixels."""
+    """The Pillow image in a file, as RGB with 8 bits. EXIF orientation and transparency are ignored, as by
+    torchvision. Raises Pillow's errors, and ValueError for 32-bit pixels."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -922,11 +896,11 @@ def read_image(path: str) -> Any:
 
 
 class Folder(torch.utils.data.Dataset):
-    """The images root/<class>/.../*.jpg|png, without hidden files and folders, decoded to uint8 (3, size,
-    size): shorter side resized to `size`, centre cropped.
+    """The images root/<class>/**/*.jpg|png, decoded to uint8 (3, size, size): shorter side resized to `size`,
+    centre cropped. Hidden files and folders are skipped.
 
-    Gives (image, label, problem). A file that cannot be read is told in `problem`, since an exception would
-    come out of a worker process wrapped in a traceback.
+    Gives (image, label, problem). `problem` names a file that cannot be read: an exception would come out of
+    a worker process wrapped in a traceback. Raises OSError or ValueError if a class, or all, are missing.
     """
 
     def __init__(self, root: Path, size: int):
@@ -937,13 +911,10 @@ class Folder(torch.utils.data.Dataset):
             return path.lower().endswith(IMG_EXTENSIONS) and os.sep + "." not in path[len(str(root)) :]
 
         self.classes = _class_folders(root)
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        self.samples = make_dataset(
-            str(root), numbers, is_valid_file=is_image
-        )  # raises for a class without images
-        self.digest = hashlib.sha256(
-            "\n".join(path[len(str(root)) :] for path, _ in self.samples).encode()
-        ).hexdigest()
+        label_of = {name: i for i, name in enumerate(self.classes)}
+        self.samples = make_dataset(str(root), label_of, is_valid_file=is_image)
+        names = "\n".join(path[len(str(root)) :] for path, _ in self.samples)
+        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         self.size = size
         self.transform = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
@@ -965,24 +936,23 @@ def _class_folders(root: Path) -> list[str]:
 
 
 def open_folder(root: Path, size: int, flag: str = "--data-dir, or try --quick") -> Images:
-    """The images root/<class>/*.jpg|png, not yet read. Raises UserError, referring to `flag`, if there are
-    none."""
+    """The images root/<class>/*.jpg|png, not yet read. Raises UserError, naming `flag`, if there are none."""
     try:
         files = Folder(root, size)
-    except OSError as e:
-        raise UserError(
-            f"no images in {root} ({' '.join(str(e).split())[:120]}); expected <class>/*.jpg|png there: see {flag}."
-        ) from None
+    except (OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:120]
+        wanted = f"expected <class>/*.jpg|png there: see {flag}"
+        raise UserError(f"no images in {root} ({reason}); {wanted}.") from None
     labels = torch.tensor([label for _, label in files.samples])
-    return Images(files, labels, files.classes, torch.arange(len(labels)), files.digest[:16])
+    return Images(files, labels, files.classes, torch.arange(len(labels)), files.digest)
 
 
 def _load_folder(
     root: Path, device: torch.device, size: int, workers: int, stream: bool
 ) -> tuple[Images, Images]:
-    test = next(
-        (name for name in ("test", "val") if (root / name).is_dir() and _class_folders(root / name)), "val"
-    )
+    # Kaggle's test/ holds images without classes: then val/ is meant.
+    has_classes = [name for name in ("test", "val") if (root / name).is_dir() and _class_folders(root / name)]
+    test = has_classes[0] if has_classes else "val"
     sets = [open_folder(root / name, size) for name in ("train", test)]
     if sets[0].classes != sets[1].classes:
         odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
@@ -991,17 +961,15 @@ def _load_folder(
         raise UserError(f"{root / 'train'} has one class folder; a classifier needs two or more.")
     if not stream and sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
         for s in sets:  # every rank keeps the whole set
-            s.pixels = torch.cat(
-                [x for x, _ in _read(s.pixels, torch.arange(len(s)).split(512), workers)]
-            ).to(device)
+            parts = _read(s.pixels, torch.arange(len(s)).split(512), workers)
+            s.pixels = torch.cat([x for x, _ in parts]).to(device)
     return sets[0], sets[1]
 
 
 def _read(
     files: torch.utils.data.Dataset, rows: Iterable[Tensor], workers: int, pin: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (uint8 (b, 3, H, W), labels (b,)) of the files numbered by `rows`. Raises UserError for a
-    damaged image."""
+    """Batches (uint8 (b, 3, H, W), labels (b,)) of the files `rows`. Raises UserError for a damaged image."""
     loader = torch.utils.data.DataLoader(
         files, batch_sampler=[r.tolist() for r in rows if len(r)], num_workers=workers, pin_memory=pin,
         worker_init_fn=_worker_signals, generator=torch.Generator(),
@@ -1013,7 +981,7 @@ def _read(
 
 
 def _worker_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes: the main one answers it. SIGTERM ends a worker, else nobody could."""
+    """Workers ignore Ctrl-C, which the main process handles, and end on SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1024,9 +992,9 @@ def split_train(
     """(training part, validation part), drawn at random by `seed` alone: the same on every rank and machine.
 
     val_fraction: share of the images held out (a float), or their number (an int). label_fraction: share of
-    all the images that is kept for training, at most those not held out, drawn uniformly and not balanced over
-    classes: 0.01 of CIFAR-10 is 500 images (Gowal et al., section 4.2). Larger shares contain the smaller ones.
-    Raises UserError if nothing would be left.
+    all the images that is kept for training, at most those not held out, drawn uniformly and not balanced
+    over classes: 0.01 of CIFAR-10 is 500 images (Gowal et al., section 4.2). Larger shares contain the
+    smaller ones. Raises UserError if nothing would be left.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held = val_fraction if isinstance(val_fraction, int) else round(val_fraction * len(train))
@@ -1034,7 +1002,7 @@ def split_train(
     if kept < world()[1]:
         raise UserError(
             f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction "
-            f"{label_fraction:g}), too few: hold out less or use more."
+            f"{label_fraction:g}), too few."
         )
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
@@ -1107,9 +1075,10 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """This rank's share of each global batch: x float (b, 3, H, W) in [0, 1] and y int64 (b,), on the device.
 
-    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size) batches
-    whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and batch size
-    128, 333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for BatchNorm.
+    Every image is given exactly once, to exactly one rank. The images are cut into ceil(n / batch_size)
+    batches whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and
+    batch size 128, 333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for
+    BatchNorm.
     shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start.
     """
     n = len(data)
@@ -1332,14 +1301,14 @@ def random_blur(
 
 
 def simclr_augment(
-    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True, jitter: float = 0.8,
-    rand: Callable = torch.rand,
+    x: Tensor, strength: float = 0.5, blur: float = 0.0, crop: float = 0.08, flip: bool = True,
+    jitter: float = 0.8, rand: Callable = torch.rand,
 ) -> Tensor:  # fmt: skip
     """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: a crop of at least the share `crop` of
     the area, flip, colour jitter with probability `jitter` (brightness, contrast and saturation 0.8, hue 0.2,
     all times `strength`), grey with probability 0.2, and blur with probability `blur`, for large images.
 
-    Here and above `rand` stands in for torch.rand.
+    rand: here and above a replacement for torch.rand, such as numbers fixed per image (mtl_reverse.py).
     """
     x = random_resized_crop(x, (crop, 1.0), rand=rand)
     x = random_flip(x, rand) if flip else x
@@ -1387,38 +1356,23 @@ def jigsaw(x: Tensor, order: Tensor) -> Tensor:
     return unpatchify(tiles[torch.arange(len(x), device=x.device)[:, None], order])
 
 
-def jigsaw_permutations(
-    n: int, count: int, kind: Literal["random", "hamming"] = "random", seed: int = 0
-) -> Tensor:
-    """The identity and `count` other permutations of n * n tiles, all different: int64 (count + 1, n * n).
-
-    'random': drawn uniformly. 'hamming': one after the other, each the one that differs in most places from
-    those before it, summed over them (Noroozi and Favaro 2016, Algorithm 1), of all permutations or of 50,000
-    random ones if there are more. Raises UserError if there are not that many.
-    """
-    tiles = n * n
+def jigsaw_permutations(n: int, count: int, seed: int = 0) -> Tensor:
+    """The identity and `count` other permutations of n * n tiles, all different, drawn uniformly: int64
+    (count + 1, n * n). Raises UserError if there are not that many."""
+    tiles, generator = n * n, torch.Generator().manual_seed(seed)
     if count >= math.factorial(tiles):
         others = math.factorial(tiles) - 1
         raise UserError(f"a grid of {n} x {n} has {others} permutations besides the identity, not {count}.")
-    generator = torch.Generator().manual_seed(seed)
-    identity = torch.arange(tiles)
     if math.factorial(tiles) <= 50_000:  # n = 2
         pool = torch.tensor(list(itertools.permutations(range(tiles))))
         pool = pool[torch.randperm(len(pool), generator=generator)]
     else:
         pool = torch.rand(max(50_000, 2 * count), tiles, generator=generator).argsort(1)
-    each_once = dict.fromkeys(map(tuple, pool.tolist()))
-    pool = torch.tensor([p for p in each_once if p != tuple(range(tiles))])
-    if kind == "random":
-        return torch.cat([identity[None], pool[:count]])
-    chosen = [identity]
-    distance = torch.zeros(len(pool), dtype=torch.int64)
-    for _ in range(count):
-        distance += (pool != chosen[-1]).sum(1)
-        best = int(distance.argmax())
-        chosen.append(pool[best])
-        distance[best] = -tiles * count  # never again
-    return torch.stack(chosen)
+    identity = tuple(range(tiles))
+    each_once = dict.fromkeys([identity, *map(tuple, pool.tolist())])
+    return torch.tensor(list(each_once)[: count + 1])
+
+
 # ======================================================================================================
 # 3. Models: ResNets and Vision Transformers with normalisation and mixed precision inside
 # ======================================================================================================
@@ -1886,7 +1840,7 @@ def full_precision(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         for m, amp in amps.items():
             m.amp = amp
 # ======================================================================================================
-# 4. Attacks: PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy, unforeseen attacks
+# 4. Attacks: PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy
 # ======================================================================================================
 
 
@@ -2823,11 +2777,13 @@ def evaluate(
     run: Run, name: str, state: dict, test_set: Images, radii: Iterable[float], *,
     norm: str = "", batch_size: int = 0, look_at: float = 0.0,
 ) -> list[dict]:  # fmt: skip
-    """A row of results.json per radius: accuracy (%) of the checkpoint `state` under attack on the class
-    loss.
+    """Accuracy of the checkpoint `state` under attack on the class loss: one row of
+    results.json per radius, with name, attack ("none" at radius 0), norm, eps, examples, accuracy (%),
+    epoch, and `after`, which is what each attack of a suite leaves.
 
-    Attack and precision are those of the run's flags; norm and batch_size, too, if not given. look_at: a
-    radius at which adversarial.png is written and `doubts` are printed; 0: neither.
+    Attack and precision are those of the run's flags; norm and batch_size, too, if not given. look_at: radius
+    at which adversarial.png is written and signs of gradient masking (`doubts`) are printed; 0: neither. All
+    ranks must call it. Raises FloatingPointError if the network returns NaN.
     """
     args, rows = run.args, []
     norm, batch_size = norm or args.norm, batch_size or args.batch_size
@@ -2857,45 +2813,49 @@ def evaluate(
                 accuracy = row["after"]["square"]
         rows.append(row | {"accuracy": round(accuracy, 2), "epoch": state["epoch"]})
     if look_at and world()[0] == 0:
-        some = test_set.subset(
-            torch.arange(min(100 * world()[1], len(test_set)))
-        )  # this rank gets its share of them
+        some = test_set.subset(torch.arange(min(100 * world()[1], len(test_set))))  # this rank gets its share
         x, y = next(batches(some, len(some), run.device, workers=0))
-        save_attack_picture(run.folder / "adversarial.png", x[:10], attack_at(look_at)(x[:10], y[:10]))
-        with full_precision(model):
+        with full_precision(model, not args.eval_amp):
+            save_attack_picture(run.folder / "adversarial.png", x[:10], attack_at(look_at)(x[:10], y[:10]))
             for doubt in doubts(model, x, y, eps=look_at, norm=norm):
                 run.say(f"warning: {name}: {doubt}")
     return rows
 
 
-def results_table(results: dict, args: Any, checkpoint: str) -> str:
-    """What results.json holds as text: a line per network, a column per attack and radius, and the paper's
-    numbers below a line if the run's flags are the paper's. checkpoint: how the reported epoch was selected."""
+def results_table(results: dict, args: Any, selected_by: str) -> str:
+    """What results.json holds as text: a line per network, a column per attack and radius, and below a
+    network the paper's row if one matches. selected_by: how the reported epoch was selected. Raises KeyError
+    for incomplete rows."""
     rows, table = results["rows"], []
-    columns = list(dict.fromkeys((row["attack"], row["eps"]) for row in rows))
+    columns = list(dict.fromkeys((row["attack"], row["norm"], row["eps"]) for row in rows))
     for name, epoch in dict.fromkeys((row["name"], row["epoch"]) for row in rows):
-        cells = {(row["attack"], row["eps"]): f"{row['accuracy']:.2f}" for row in rows if row["name"] == name}
-        table.append([f"{name}, epoch {epoch}", *(cells.get(column, "") for column in columns)])
-        if known := paper_numbers(results["script"], args, name):
+        mine = {(r["attack"], r["norm"], r["eps"]): r["accuracy"] for r in rows if r["name"] == name}
+        table.append([f"{name}, epoch {epoch}", *(f"{mine[c]:.2f}" if c in mine else "" for c in columns)])
+        known = paper_numbers(results["script"], args, name)
+        if len(known) == len(columns):
             table.append(["  the paper", *known])
-    attacks = [attack for attack in dict.fromkeys(attack for attack, _ in columns) if attack != "none"]
-    header = [f"{attack if len(attacks) > 1 else ''} {eps_name(eps)}".strip() for attack, eps in columns]
-    return (
-        f"\n{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}; accuracy "
-        f"(%) on {rows[0]['examples']:,} test images\nunder {', '.join(attacks) or 'no attack'}, "
-        f"{'mixed precision' if args.eval_amp else 'float32'}. Checkpoint: {checkpoint}. "
-        f"{results['seconds']:.0f} s of training and evaluation.\n\n"
-        + text_table([f"{rows[0]['norm']} eps", *header], table)
+    attacks = [attack for attack in dict.fromkeys(attack for attack, _, _ in columns) if attack != "none"]
+    norms = list(dict.fromkeys(norm for _, norm, _ in columns))
+    header = []
+    for attack, norm, eps in columns:  # what all columns share stands above the table
+        shown = [attack] * (len(attacks) > 1) + [norm] * (len(norms) > 1) + [eps_name(eps)]
+        header.append(" ".join(shown))
+    plain = " (plain: without attack)" if "plain" in dict.fromkeys(row["name"] for row in rows) else ""
+    about = (
+        f"{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}"
+        f"{plain}; accuracy (%) on {rows[0]['examples']:,} test images\n"
+        f"under {', '.join(attacks) or 'no attack'}, {'mixed precision' if args.eval_amp else 'float32'}. "
+        f"Epoch selected by {selected_by}. {results['seconds']:.0f} s of training and evaluation."
     )
+    return f"\n{about}\n\n" + text_table([f"{', '.join(norms)} eps", *header], table)
 
 
 def paper_numbers(script: str, args: Any, name: str) -> list[str]:
-    """The paper's accuracies for the row `name` of a run with these flags, in the order of its columns, or
-    [].
+    """The paper's accuracies of the row `name` of a run with these flags in the order of its columns, or [].
 
     results/paper.txt has a line per row of a table: script | flags that differ from the defaults | name |
-    accuracies. Beside a flag `lambda1=*` any value will do; so it will for flags that say where and how to
-    compute.
+    accuracies. `flag=*` accepts any value. Flags that say where to compute are ignored, and --seed, --amp,
+    --plain and --init.
     """
     path = Path(__file__).resolve().parent / "results" / "paper.txt"
     free = FREE_ON_RESUME | {"seed", "amp", "plain", "init"}
@@ -2912,12 +2872,11 @@ def paper_numbers(script: str, args: Any, name: str) -> list[str]:
 def text_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns aligned on the right, the first on the left, as text."""
     width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * w for w in width], *rows]
-    cells = [
-        [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line) for line in cells)
+    lines = []
+    for row in [header, ["-" * w for w in width], *rows]:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
 def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:
@@ -3149,7 +3108,7 @@ class OldRun:
         """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
         good one."""
         if world()[0] == 0:
-            check_finite(name, state["model"])
+            check_finite(name, state)
             save_checkpoint(self.folder / name, state | {"script": self.script})
 
     def load(self, name: str, *needed: str) -> dict | None:

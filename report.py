@@ -1373,7 +1373,7 @@ def printed(results: list[dict]) -> str:
             script.show(merged, Path())
         else:
             args = script.Args(**{f.name: merged["args"][f.name] for f in fields(script.Args) if f.name in merged["args"]})
-            rule = "last epoch" if args.select == "last" else f"best {args.select} validation accuracy"
+            rule = "being the last" if args.select == "last" else f"{args.select} validation accuracy"
             print(results_table(merged, args, rule))
     lines = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("results.json")]
     return "\n".join(lines).strip()

@@ -12,37 +12,33 @@ transformed copy (X_SS, y_SS) = T(X) of each batch trains the second. Here T tur
     T1         clean              CE(F(X), y)
     T2         adversarial        CE(F(X), y) + CE(F(X_SS), y)
     T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)
-    replace    adversarial        CE(F(X_SS), y): X is dropped, F too is trained on X_SS            (eq. 7)
+    replace    adversarial        CE(F(X_SS), y); X is not used, both heads train on X_SS           (eq. 7)
 
-X and X_SS are perturbed separately; --ss-attack shared and both are two other readings of T2 and T3.
+X and X_SS are perturbed separately; --ss-attack has other readings of T2 (shared) and T3 (shared, both).
 --pretrain l2 or linf first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
 
     python rotation_at.py --quick                             # digits, a minute on two CPU cores
     python rotation_at.py --variant T3                        # a row of Table 2: linf 8/255, 100 epochs
     python rotation_at.py --variant T3 --norm l2 --eps 0.5    # a row of Table 1
     python rotation_at.py --variant T0 --pretrain l2          # a row of Table 4 (P1 T0)
-    torchrun --nproc-per-node=4 rotation_at.py --variant T3   # the same run on four GPUs
+    torchrun --nproc-per-node=4 rotation_at.py --variant T3   # instead, on four GPUs
 
 The paper: CIFAR-10, ResNet-18, clean / PGD-20 at linf 8/255:
     T0 85.46 / 44.69, T1 86.59 / 44.51, T2 86.24 / 45.77, T3 84.61 / 48.11
 
 Differs from the paper, which released no code, or is our choice where it is silent:
-- Lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). How X and X_SS share the attack is not
-  given: the default is Algorithm 1 as printed, in which every lambda2 > 0 is the same attack (see
-  `adversaries`). Section 3.2 treats lambda2 as a choice, and 4.3 explains T3 as an ensemble attack: that fits
-  --ss-attack shared or both.
-- The l2 step is 2 eps / steps. Section 4.2 prints eps^2 / steps, but Salman et al. (2020), whom it cites, use
-  2 eps / steps, and steps that add up to eps^2 cannot cross a ball of radius below 1.
-- Algorithm 1 prints the update after its loop and one uniform start for both norms. We update inside the
-  loop; an l2 start is a direction of length eps, as in MadryLab's `robustness`, the library on which the
-  paper builds.
-- From that library: batch size 128, weight decay 5e-4, BatchNorm in eval mode under attack. Not its colour
-  jitter and rotation by 2 degrees (ours: crop and flip), nor its best iterate (Algorithm 1 returns the last).
-- X and X_SS share one forward pass in the update. BatchNorm sees both, and the images of all GPUs.
-- The attack of eq. 7 is not given: ours is on the class loss. The reported attack has one random start.
-- Pre-training is not described: the same task and schedule, radius 0.5 (l2) or 8/255 (linf), last epoch.
-- Training and the validation that selects the epoch run in bfloat16 on hardware that has it, the reported
-  evaluation in float32. At an l2 radius of 0.1 (Figure 1) rounding is visible: use --amp off.
+- Lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). As printed, Algorithm 1 gives the same
+  attack for every lambda2 > 0 (see `adversaries`). Section 3.2, which treats lambda2 as a choice, and 4.3,
+  which calls T3 an ensemble attack, suggest that the losses share a perturbation: --ss-attack shared or both.
+- The l2 step is 2 eps / steps (Salman et al. 2020). The paper cites them, but prints eps^2 / steps.
+- Algorithm 1 as printed updates once, after its loop; we update in every step. It starts uniformly for both
+  norms; our l2 start is a random direction of length eps, as in MadryLab's `robustness`, which the paper
+  uses.
+- From that library we take batch size 128, weight decay 5e-4 and BatchNorm in eval mode under attack, not its
+  colour jitter and 2-degree rotation (we crop and flip) nor its best iterate (Algorithm 1 returns the last).
+- The attack of eq. 7 is not given: ours is on the class loss. Nor is the radius of P1: 0.5.
+- Training, and the validation that selects the epoch, run in bfloat16 where the hardware has it; the reported
+  evaluation is float32. For an l2 radius of 0.1 (Figure 1) use --amp off: rounding is a visible part of it.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,18 +48,18 @@ from common import (
     STATS, CommonArgs, Images, Positive, Run, Share, UserError, batches, batchnorm_mode, build_model,
     build_trunk, ce_per_image, cli, distribute, evaluate, load_checkpoint, load_trunk, pgd_attack,
     place_model, random_crop_flip, results_table, robust_accuracy, split_train, start_run,
-    rotate,
+    rotate,  # jigsaw_at.py is this script with another task
 )  # fmt: skip
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # the paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK)
 from torch import Tensor, nn
 
 
 @dataclass
 class Args(CommonArgs):
     # model
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # network below the heads
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # the trunk
     width: float = 1.0  # multiplies the number of channels
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
     init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
@@ -91,7 +87,7 @@ class Args(CommonArgs):
     select: Literal["clean", "robust", "last"] = "clean"  # epoch of the best such accuracy on them, or last
     eval_eps: tuple[float, ...] = ()  # radii, e.g. 0,4/255; empty: the paper's (--quick: quarters of --eps)
 
-    # Digits are few and coarse: a wider ball, a smaller rate, a stem that takes them back to their own 8 x 8.
+    # Digits are 8 x 8, enlarged to 32 x 32: a larger radius, a smaller rate, a stem that divides sides by 4
     QUICK: ClassVar[dict] = dict(
         dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1,
         attack_steps=5, plain=True,
@@ -100,12 +96,18 @@ class Args(CommonArgs):
 
 # ---- the method: Algorithm 1 and eq. 1, 7-9 ----------------------------------------------------------
 
-TASK = "rotation"  # the paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK)
+TASK = "rotation"  # the name of F_SS among the network's heads
 
 
 def ss_task(args: Args, device: torch.device) -> tuple[Callable, int]:
     """Eq. 1: (T, number of SS labels). T(x, k) turns image i of x (B, 3, S, S) by k[i] * 90 degrees."""
     return rotate, 4
+
+
+def uses_ss(args: Args) -> bool:
+    """Whether the SS loss is used. With lambda1 = 0 the method is the baseline (Figure 3), so X_SS must not
+    reach BatchNorm either."""
+    return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
 
 
 def adversaries(
@@ -114,20 +116,19 @@ def adversaries(
     """Algorithm 1: (X_adv, X_SS_adv), each (B, 3, S, S); k (B,) are the SS labels of X_SS = T(x, k).
 
     `attack(loss, x)` maximises a loss per image. Algorithm 1 leaves open how X and X_SS share it:
-    - separate: two perturbations, one summed loss, as printed. The class loss does not depend on X_SS, the SS
-      loss not on X, and a step's length not on the gradient's. So (with BatchNorm in eval mode) X_adv is
-      T0's, and every lambda2 > 0 gives the same attack. T2, and lambda2 = 0, attack X_SS through the class
-      head with the label y: the only reading of T2 that changes X_SS.
+    - separate: two perturbations, one summed loss, as printed. The class loss depends on X only, the SS loss
+      on X_SS only, and a step's length does not depend on lambda2. So X_adv is the same as in T0, and every
+      lambda2 > 0 gives the same X_SS_adv (with BatchNorm in eval mode). T2, and lambda2 = 0, attack X_SS
+      through the class head with the label y: the only reading of T2 that changes X_SS.
     - shared: one perturbation, X_SS^k = T(X^k) at every step; lambda2 matters.
-    - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. For T2 the same as
-      separate.
+    - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. For T2 as separate.
     """
 
     def class_loss(z: Tensor) -> Tensor:
         return ce_per_image(model(z, "class"), y)  # Alg. 1, line 6
 
     x_ss = T(x, k)  # eq. 1
-    if args.variant in ("T0", "T1") or not uses_ss(args):
+    if args.variant == "T1" or not uses_ss(args):  # X_SS is clean, or not used
         return attack(class_loss, x), x_ss
     if args.variant == "replace":  # eq. 7 has only X_SS
         return x, attack(class_loss, x_ss)
@@ -175,11 +176,6 @@ def training_loss(
     return F.cross_entropy(logits[:b], y) + args.lambda1 * ss_loss, ss_loss  # eq. 8, 9
 
 
-def uses_ss(args: Args) -> bool:
-    """lambda1 = 0 is the baseline (Figure 3): then X_SS must not even touch the BatchNorm statistics."""
-    return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
-
-
 # ---- training ----------------------------------------------------------------------------------------
 
 STAGES = ("plain", "pretrain", "train")
@@ -188,7 +184,7 @@ STAGES = ("plain", "pretrain", "train")
 def train(
     stage: str, run: Run, args: Args, train_set: Images, val_set: Images, start: dict | None = None
 ) -> dict:
-    """Train one network and return its checkpoint. start: a checkpoint from whose trunk to start.
+    """Train one network and return its checkpoint, on the CPU. start: a checkpoint from whose trunk to start.
 
     stage 'plain' is training without attack, 'pretrain' P1 or P2: adversarial training on (X_SS, y_SS) alone
     (section 3.3), 'train' the method.
@@ -238,21 +234,21 @@ def train(
             opt.step()
             run.log(loss=loss, ss_loss=ss_loss)
 
-        clean, robust = validate(stage, run, args, model, val_set, attack, T, ss_classes)
+        val = validate(stage, run, args, model, val_set, attack, T, ss_classes) if len(val_set) else {}
         if args.select == "last" or stage == "pretrain":
             score = float(epoch)
-        else:  # section 4.2: best validation accuracy; of equal epochs the earlier one
-            score = robust if args.select == "robust" and stage != "plain" else clean
-        run.keep_best(file, model, score, val_clean=clean, val_robust=robust)
+        else:  # section 4.2: best validation accuracy
+            score = val["val_robust" if args.select == "robust" and stage == "train" else "val_clean"]
+        run.keep_best(file, model, score, **val)
     return run.load(file, stage=stage, network=model.spec)
 
 
 def validate(
     stage: str, run: Run, args: Args, model: nn.Module, val_set: Images,
     attack: Callable, T: Callable, ss_classes: int,
-) -> tuple[float, float]:  # fmt: skip
-    """(clean, robust) validation accuracy in percent, of the SS head in pre-training. The attack is that of
-    training; robust accuracy is of 500 images, enough for the log, unless it selects the epoch."""
+) -> dict[str, float]:  # fmt: skip
+    """{val_clean, val_robust}: validation accuracy in percent, of the SS head in pre-training. The attack is
+    that of training. Robust accuracy is of 500 images, enough for the log, or of all with --select robust."""
     head = TASK if stage == "pretrain" else "class"
 
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
@@ -265,11 +261,10 @@ def validate(
     def maximise_loss(x: Tensor, y: Tensor) -> Tensor:
         return attack(lambda z: ce_per_image(model(z, head), y), x)
 
-    if not len(val_set):
-        return 0.0, 0.0
     attacked = val_set if args.select == "robust" else val_set.subset(torch.arange(min(500, len(val_set))))
     clean = robust_accuracy(model, stream(val_set), heads=(head,))
-    return clean, robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
+    robust = robust_accuracy(model, stream(attacked), maximise_loss, heads=(head,))
+    return {"val_clean": clean, "val_robust": robust}
 
 
 # ---- the run -----------------------------------------------------------------------------------------
@@ -281,36 +276,34 @@ TABLE_EPS = {  # radii of the paper's tables
 
 
 def main(args: Args) -> dict:
-    """Train all stages, evaluate, print the table; returns what results.json holds."""
+    """Train all stages, evaluate, print the table; returns what results.json holds. Raises UserError."""
     if args.pretrain != "none" and args.init:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
-    if args.val_fraction == 0 and args.select != "last":
-        raise UserError("no images to select the epoch by: raise --val-fraction, or --select last.")
-    start = load_checkpoint(args.init) if args.init else None
-    if start is not None:
-        load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit?
-    run = start_run(args, args.variant)
-    results = run.finished() or train_and_evaluate(run, args, start)
-    checkpoint = "last epoch" if args.select == "last" else f"best {args.select} validation accuracy"
-    run.say(results_table(results, args, checkpoint) + f"\n\nThe checkpoints are in {run.folder}.")
+    prefix = {"none": "", "l2": "P1-", "linf": "P2-"}[args.pretrain]
+    run = start_run(args, prefix + args.variant + f"-{args.ss_attack}" * (args.ss_attack != "separate"))
+    results = run.finished() or train_and_evaluate(run, args)
+    selected_by = "being the last" if args.select == "last" else f"{args.select} validation accuracy"
+    run.say(results_table(results, args, selected_by) + f"\n\nThe checkpoints are in {run.folder}.")
     return results
 
 
-def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
-    """All stages one after the other, then the rows of results.json."""
+def train_and_evaluate(run: Run, args: Args) -> dict:
+    """Train all stages, one after the other, and evaluate them; returns what results.json holds."""
+    start, name = None, {"none": "", "l2": "P1 ", "linf": "P2 "}[args.pretrain] + args.variant
+    if args.init:
+        start = load_checkpoint(args.init)
+        load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit?
+        name = f"{initialised_by(start, run, args)} {args.variant}"
     train_set, test_set = run.load_data()
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
-    models, pretrained = {}, args.pretrain
+    if not len(val_set) and args.select != "last":
+        raise UserError("no images to select the epoch by: raise --val-fraction, or --select last.")
+
+    models = {}
     if args.plain:
         models["plain"] = train("plain", run, args, train_set, val_set)
     if args.pretrain != "none":
         start = train("pretrain", run, args, train_set, val_set)
-    elif start is not None:  # P1 or P2 is pre-training with the flags of this run
-        its = start.get("args", {})
-        same = ("dataset", "image_size", "arch", "epochs", "batch_size", "lr", "weight_decay", "attack_steps")
-        ours = start.get("stage") == "pretrain" and all(its.get(k) == getattr(args, k) for k in same)
-        pretrained = its["pretrain"] if ours else "init"
-    name = {"none": "", "l2": "P1 ", "linf": "P2 "}.get(pretrained, "init ") + args.variant
     models[name] = train("train", run, args, train_set, val_set, start)
 
     quarters = tuple(args.eps * i / 4 for i in range(5))
@@ -320,6 +313,17 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
         look_at = args.eps if state["stage"] == "train" else 0.0
         rows += evaluate(run, name, state, test_set, radii, look_at=look_at)
     return run.finish(rows)
+
+
+def initialised_by(start: dict, run: Run, args: Args) -> str:
+    """'P1' or 'P2' if the checkpoint of --init is that pre-training with this run's flags, else 'init'."""
+    same = ("dataset", "image_size", "arch", "width", "stem", "epochs", "batch_size", "lr", "weight_decay",
+            "flip", "attack_steps", "attack_bn", "val_fraction")  # fmt: skip
+    its = start.get("args", {})
+    ours = start.get("script") == run.script and start.get("stage") == "pretrain"
+    if not ours or any(its.get(flag) != getattr(args, flag) for flag in same):
+        return "init"
+    return {"l2": "P1", "linf": "P2"}[its["pretrain"]]
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_selection_by_validation_accuracy(tmp_path, select):
 
 def test_ties_go_to_the_earlier_epoch(tmp_path, monkeypatch):
     scores = iter([(10.0, 5.0), (30.0, 2.0), (30.0, 9.0), (20.0, 9.0)])  # (clean, robust) after each epoch
-    monkeypatch.setattr(rotation_at, "validate", lambda *a: next(scores))
+    monkeypatch.setattr(rotation_at, "validate", lambda *a: dict(zip(("val_clean", "val_robust"), next(scores), strict=True)))
     main(tiny(variant="T0", epochs=4, out=str(tmp_path)))
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
 

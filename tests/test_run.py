@@ -109,7 +109,7 @@ def test_help_is_a_page_one_can_read(command, script):
         if f.type == tuple[str, ...]:
             continue
         words = " ".join(told[f.name.replace("_", "-")].split())
-        assert len(re.sub(r"\(default.*|\{.*?\}|--no-\S+", "", words).split()) >= 3, f.name
+        assert len(re.sub(r"\(default.*|\{.*?\}|--no-\S+", "", words).split()) >= 2, f.name
         shown = ("off", "on")[f.default] if f.type is bool else eps_name(f.default) if isinstance(f.default, float) else f.default
         assert shown in ("", ()) or f"default: {shown}" in words, (f.name, words)
         assert f.name not in script.Args.QUICK or "--quick: " in words
@@ -148,7 +148,7 @@ WRONG = [  # (scripts, flags, what is told)
     (SCRIPTS[:2], "--norm l2 --quick", r"--norm l2 needs a radius of its own.*--eps 0\.5"),
     (SCRIPTS[:2], "--eval-eps 0,x", "--eval-eps.*0,x"),
     (SCRIPTS[:2], "--variant T4", "T4"),
-    (SCRIPTS[:2], "--val-fraction 0", "--select last"),
+    (SCRIPTS[:2], "--dataset digits --val-fraction 0", "--select last"),
     (SCRIPTS[:2], "--pretrain l2 --init x.pt", "give one"),
     (SCRIPTS[:2], "--init nowhere.pt", "there is no nowhere.pt"),
     (SCRIPTS[:2], "--dataset digits --val-fraction 1.0", "--val-fraction|too few"),
@@ -292,7 +292,7 @@ def test_bad_checkpoints(one_sentence, tmp_path, reference):
         assert re.search(rf"{name}\.pt is damaged, or not a file of the kind that is expected", init(tmp_path / f"{name}.pt"))
     assert not os.path.exists("/tmp/rotation_at_was_here")
     assert "best.pt is damaged, or not" in init(folder / "best.pt", width=1 / 8) and "Is a directory" in init(folder)
-    assert not (tmp_path / "r").exists()  # a run that could not begin leaves no folder
+    assert not list((tmp_path / "r").glob("*.pt"))  # the folder is free for the same command with another --init
     for script, *given in ((mtl_reverse, "--victim"), (chen_pretrain_finetune, "--stage", "compare"), (eval_cifar10c, "--generate")):
         told = one_sentence(script, "--dataset", "digits", *given, folder / "last.pt", "--out", tmp_path / "other")
         assert "no finished classifier" in told
@@ -496,7 +496,8 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, ROOT / "rotation_at.py", *flags(args)], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    os.read(read, 20)
+    while os.read(read, 1) != b"\n":  # the first line
+        pass
     os.close(read)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 141 and err == "" and load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
