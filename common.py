@@ -836,9 +836,7 @@ def _load_digits(device: torch.device, size: int) -> tuple[Images, Images]:
     path = Path(__file__).resolve().parent / "assets" / "digits.npz"
     with reading(path), np.load(path, allow_pickle=False) as z:
         pixels, labels = torch.from_numpy(z["images"]), torch.from_numpy(z["labels"].astype(np.int64))
-    grey = F.interpolate(
-        pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear"
-    )  # (N, 1, 8, 8) -> size
+    grey = F.interpolate(pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear")  # (N, 1, S, S)
     rgb = grey.round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
     classes = [str(i) for i in range(10)]
     train, test = (
@@ -1008,8 +1006,7 @@ def split_train(
 
 
 class _Array(torch.utils.data.Dataset):
-    """Images (N, 3, S, S) of an array in memory or on the disk, read as they are needed; gives what `Folder`
-    gives."""
+    """Images (N, 3, S, S) of an array in memory or on the disk, read when needed; gives what `Folder` does."""
 
     def __init__(self, pixels: np.ndarray | Tensor):
         self.pixels = pixels
@@ -1047,8 +1044,7 @@ def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
 
 
 def join(a: Images, b: Images) -> Images:
-    """The images of both, with the classes of `a`: on the device if both are there and small enough, else
-    streamed."""
+    """The images of both, with the classes of `a`: on the device if both are and fit, else streamed."""
     n = len(a.pixels)
     in_memory = isinstance(a.pixels, Tensor) and isinstance(b.pixels, Tensor)
     if in_memory and a.pixels.nbytes + b.pixels.nbytes <= IN_MEMORY_BYTES:
@@ -1086,8 +1082,7 @@ def batches(
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     shares = [data.index[order[positions]] for positions in split_epoch(n, batch_size)[skip:]]
     shares = [rows for rows in shares if len(rows)]
-    # Labels and order are copied to the device once, not batch by batch: a small copy makes the CPU wait for
-    # a GPU.
+    # Labels and order are copied once: small copies, batch by batch, would make the CPU wait for a GPU.
     labels = data.labels.to(device)
     rows_there = torch.cat([order[:0], *shares]).to(device).split([len(rows) for rows in shares])
     if isinstance(data.pixels, Tensor):
@@ -1095,27 +1090,24 @@ def batches(
     else:
         pixels = (x for x, _ in _read(data.pixels, shares, workers, pin=device.type == "cuda"))
     for rows, x in zip(rows_there, pixels, strict=True):
-        yield (
-            x.to(device, non_blocking=True).float().div_(255),
-            labels[rows],
-        )  # read images are in pinned memory
+        x = x.to(device, non_blocking=True)  # images that were read are in pinned memory
+        yield x.float().div_(255), labels[rows]
 
 
 def split_epoch(n: int, batch_size: int) -> list[Tensor]:
     """For each batch of an epoch over n images, the positions, in the epoch's order, that this rank gets."""
     rank, ranks = world()
-    return [
-        cut.tensor_split(ranks)[rank] for cut in torch.arange(n).tensor_split(count_batches(n, batch_size))
-    ]
+    cuts = torch.arange(n).tensor_split(count_batches(n, batch_size))
+    return [cut.tensor_split(ranks)[rank] for cut in cuts]
 
 
 def count_batches(n: int, batch_size: int) -> int:
-    """Number of batches an epoch over n images is cut into: no fewer images in each than there are ranks, if
-    possible."""
+    """Number of batches in an epoch over n images: if possible, each has an image for every rank."""
     return max(1, min(math.ceil(n / batch_size), n // world()[1]))
+
+
 def image_uniform(seeds: Tensor, n: int) -> Tensor:
-    """n uniform numbers in (0, 1) for each of the seeds, int64 (B,): float (B, n). Row i depends on seeds[i]
-    alone.
+    """n uniform numbers in (0, 1) for each of the seeds, int64 (B,): float (B, n), row i from seeds[i] alone.
 
     The same on every device, in whatever batches and on whatever ranks the images are (SplitMix64; Steele et
     al. 2014). Seeds that are counted up must be multiplied by a large odd number first, else their rows are
@@ -1156,9 +1148,7 @@ def map_images(
 
     f takes images (b, 3, H, W) and, if `indexed`, their positions in the set, int64 (b,); it gives (b, ...).
     """
-    position = torch.zeros_like(
-        images.labels
-    )  # stands in for the label: a batch tells which images are in it
+    position = torch.zeros_like(images.labels)  # in place of the label: it tells which images a batch has
     position[images.index] = torch.arange(len(images))
     out = None
     for x, i in batches(replace(images, labels=position), batch_size, run.device, workers=run.args.workers):
@@ -1182,8 +1172,7 @@ def random_resized_crop(
     x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
     rand: Callable = torch.rand,
 ) -> Tensor:  # fmt: skip
-    """Cut a random box out of each image and enlarge it to the image's size, bicubic; x (B, C, H, W) in [0,
-    1].
+    """Cut a random box out of each image of x (B, C, H, W) in [0, 1] and enlarge it to full size, bicubic.
 
     The box: `scale` is its share of the area, `ratio` its width over its height, log-uniform. The first of 10
     draws that fits into the image is taken, else the whole image. As torchvision's, but at the box's border
@@ -1208,9 +1197,8 @@ def random_resized_crop(
 
 
 def crop_resize(x: Tensor, boxes: Tensor) -> Tensor:
-    """The box (left, top, width, height) of each image, in pixels, resized to the image's size, bicubic,
-    clipped to [0, 1]. x: (B, C, H, W); boxes: (B, 4).
-    """
+    """The box (left, top, width, height), in pixels, of each image, resized to the image's size, bicubic,
+    clipped to [0, 1]. x: (B, C, H, W); boxes: (B, 4)."""
     _, _, h, w = x.shape
     left, top, width, height = boxes.to(x.dtype)[:, :, None].unbind(1)  # (B, 1)
     across = (torch.arange(w, device=x.device) + 0.5) / w * width + left  # (B, W), where to look
@@ -1243,8 +1231,7 @@ def to_grey(x: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of x (B, 3, H, W) in [0, 1] by `shift` (B, 1, 1, 1) turns; 0.5 gives the opposite
-    colour."""
+    """Turn the hue of x (B, 3, H, W) in [0, 1] by `shift` (B, 1, 1, 1) turns: 0.5 is the opposite colour."""
     r, g, b = x.unbind(1)
     high, low = x.amax(1), x.amin(1)
     span = high - low
@@ -1287,8 +1274,8 @@ def color_jitter(
 def random_blur(
     x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), rand: Callable = torch.rand
 ) -> Tensor:
-    """With probability p, smooth an image with a Gaussian of its own sigma, kernel a tenth of its side
-    (SimCLR)."""
+    """With probability p, smooth each image of x (B, C, H, W) in [0, 1] with a Gaussian of its own sigma, with
+    a kernel of a tenth of its side (SimCLR)."""
     b, c, h, w = x.shape
     radius = max(h // 20, 1)
     s = sigma[0] + (sigma[1] - sigma[0]) * rand(b, 1, device=x.device)
@@ -1537,9 +1524,8 @@ def sincos_positions(dim: int, rows: int, cols: int, device: torch.device | str 
     encodes the column, the second the row, each as the sines, then the cosines, of position / 10000^(i / n),
     i = 0 ... n - 1, n = dim / 4 (MAE)."""
     rate = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
-    col, row = (
-        torch.arange(n, dtype=torch.float64, device="cpu")[:, None] * rate for n in (cols, rows)
-    )  # (n, dim / 4)
+    places = [torch.arange(n, dtype=torch.float64, device="cpu")[:, None] for n in (cols, rows)]
+    col, row = (place * rate for place in places)  # (n, dim / 4)
     col, row = (torch.cat([t.sin(), t.cos()], 1) for t in (col, row))  # (n, dim / 2)
     return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float().to(device)
 
@@ -1580,8 +1566,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 class Block(nn.Module):
-    """Transformer block with LayerNorm before each part (Dosovitskiy et al. 2021, eq. 2, 3). `drop_path`: a
-    rate."""
+    """Transformer block with LayerNorm first (Dosovitskiy et al. 2021, eq. 2, 3). `drop_path` is a rate."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -1597,8 +1582,7 @@ class Block(nn.Module):
 
 
 def init_transformer(module: nn.Module) -> None:
-    """MAE's initial weights: Xavier for linear layers and the patches' convolution, biases of linear layers
-    0."""
+    """MAE's initial weights: Xavier for linear layers and convolutions, 0 for biases of linear layers."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
@@ -1630,9 +1614,8 @@ class ViT(nn.Module):
         self.pos_embed = None
         if learned:
             start = sincos_positions(dim, math.isqrt(learned), math.isqrt(learned))
-            self.pos_embed = nn.Parameter(
-                torch.cat([torch.zeros(1, dim), start])[None]
-            )  # (1, 1 + N, dim), class first
+            start = torch.cat([torch.zeros(1, dim), start])[None]  # (1, 1 + N, dim), the class token's first
+            self.pos_embed = nn.Parameter(start)
         init_transformer(self)
 
     def positions(self, rows: int, cols: int) -> Tensor:
@@ -1658,8 +1641,7 @@ class ViT(nn.Module):
         return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:])
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """The class token, then the tokens (B, n, dim) of all patches or some, through the blocks: (B, 1 + n,
-        dim)."""
+        """The class token, then the tokens (B, n, dim) of all patches or some, after all blocks."""
         first = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         return self.blocks(torch.cat([first.expand(len(tokens), -1, -1), tokens], 1))
 
@@ -1747,8 +1729,7 @@ class Network(nn.Module):
         return _ScaleGradient.apply(h, scale) if scale != 1 else h
 
     def forward(self, x: Tensor, *heads: str) -> Tensor | tuple[Tensor, ...]:
-        """Logits (B, n) of the first head; of the head named; or, if several are named, a tuple of their
-        logits."""
+        """Logits (B, n) of the head named, by default the first; a tuple of them if several are named."""
         h = self.features(x)
         out = tuple(self.heads[name](h) for name in heads or list(self.heads)[:1])
         return out if len(heads) > 1 else out[0]
@@ -1800,8 +1781,7 @@ def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype for --amp: 'auto' is bf16 where the hardware computes in it, else fp16 on CUDA and float32 on
-    CPUs."""
+    """The dtype for --amp. 'auto': bf16 where the hardware has it, else fp16 on CUDA and float32 on CPUs."""
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
@@ -1810,8 +1790,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def place_model(model: Network, device: torch.device, amp: str = "auto", compile: bool = False) -> Network:
-    """Move to the device in channels_last layout, set mixed precision, optionally compile the trunk in
-    place."""
+    """Move to the device in channels_last layout, set mixed precision, perhaps compile the trunk in place."""
     model.to(device, memory_format=torch.channels_last)
     model.amp = amp_dtype(amp, device)
     if compile:
