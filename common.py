@@ -1005,19 +1005,6 @@ def split_train(
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
 
-class _Array(torch.utils.data.Dataset):
-    """Images (N, 3, S, S) of an array in memory or on the disk, read when needed; gives what `Folder` does."""
-
-    def __init__(self, pixels: np.ndarray | Tensor):
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        return torch.as_tensor(np.array(self.pixels[i])), -1, ""
-
-
 def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
     """Images without labels (all -1) from FILE.npy, uint8 (N, size, size, 3) or (N, 3, size, size), or from
     FILE.npz, which holds such an array by the name of `image`, `images` or `data`, or nothing else.
@@ -1026,33 +1013,28 @@ def load_extra(path: str | Path, size: int, device: torch.device) -> Images:
     host's memory. Raises UserError if the file is missing, damaged, or holds something else.
     """
     with reading(path):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
             names = [k for k in ("image", "images", "data") if k in array.files][:1] or array.files
             if len(names) != 1:
                 raise ValueError("which are the images? Name them 'images'")
             array = array[names[0]]
-        if array.shape[3] == 3:
-            array = array.transpose(0, 3, 1, 2)
+        array = array.transpose(0, 3, 1, 2) if array.shape[3] == 3 else array
         if array.dtype != np.uint8 or not len(array) or array.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"{array.dtype} {array.shape}, but uint8 images (N, {size}, {size}, 3) are expected"
-            )
-    in_memory = array.size <= IN_MEMORY_BYTES
-    pixels = torch.from_numpy(np.array(array, order="C")).to(device) if in_memory else _Array(array)
+            raise ValueError(f"{array.dtype} {array.shape}, not uint8 images (N, {size}, {size}, 3)")
+        pixels = torch.from_numpy(array)
+    pixels = pixels.contiguous().to(device) if pixels.nbytes <= IN_MEMORY_BYTES else pixels
     return Images(pixels, torch.full((len(array),), -1), [], torch.arange(len(array)), str(array.shape))
 
 
 def join(a: Images, b: Images) -> Images:
-    """The images of both, with the classes of `a`: on the device if both are and fit, else streamed."""
-    n = len(a.pixels)
-    in_memory = isinstance(a.pixels, Tensor) and isinstance(b.pixels, Tensor)
-    if in_memory and a.pixels.nbytes + b.pixels.nbytes <= IN_MEMORY_BYTES:
-        pixels: Any = torch.cat([a.pixels, b.pixels])
-    else:
-        parts = [_Array(s.pixels.cpu()) if isinstance(s.pixels, Tensor) else s.pixels for s in (a, b)]
-        pixels = torch.utils.data.ConcatDataset(parts)
-    labels, index = torch.cat([a.labels, b.labels]), torch.cat([a.index, b.index + n])
+    """The images of both, with the classes of `a`: on the device if they fit, else in the host's memory.
+    Raises UserError if they are streamed from files."""
+    if not isinstance(a.pixels, Tensor) or not isinstance(b.pixels, Tensor):
+        raise UserError("--extra-data cannot be added to a folder that is too large to be kept in memory.")
+    device = a.pixels.device if a.pixels.nbytes + b.pixels.nbytes <= IN_MEMORY_BYTES else "cpu"
+    pixels = torch.cat([a.pixels.to(device), b.pixels.to(device)])
+    labels, index = torch.cat([a.labels, b.labels]), torch.cat([a.index, b.index + len(a.pixels)])
     return Images(pixels, labels, a.classes, index, a.digest + b.digest)
 
 
@@ -1086,7 +1068,8 @@ def batches(
     labels = data.labels.to(device)
     rows_there = torch.cat([order[:0], *shares]).to(device).split([len(rows) for rows in shares])
     if isinstance(data.pixels, Tensor):
-        pixels = (data.pixels[rows.to(data.pixels.device)].to(device) for rows in rows_there)
+        where = shares if data.pixels.device.type == "cpu" else rows_there
+        pixels = (data.pixels[rows].to(device) for rows in where)
     else:
         pixels = (x for x, _ in _read(data.pixels, shares, workers, pin=device.type == "cuda"))
     for rows, x in zip(rows_there, pixels, strict=True):
@@ -1274,8 +1257,8 @@ def color_jitter(
 def random_blur(
     x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), rand: Callable = torch.rand
 ) -> Tensor:
-    """With probability p, smooth each image of x (B, C, H, W) in [0, 1] with a Gaussian of its own sigma, with
-    a kernel of a tenth of its side (SimCLR)."""
+    """With probability p, smooth each image of x (B, C, H, W) in [0, 1] by a Gaussian of its own sigma; its
+    kernel is a tenth of the side (SimCLR)."""
     b, c, h, w = x.shape
     radius = max(h // 20, 1)
     s = sigma[0] + (sigma[1] - sigma[0]) * rand(b, 1, device=x.device)
