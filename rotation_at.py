@@ -282,7 +282,8 @@ def main(args: Args) -> dict:
     prefix = {"none": "", "l2": "P1-", "linf": "P2-"}[args.pretrain]
     run = start_run(args, prefix + args.variant + f"-{args.ss_attack}" * (args.ss_attack != "separate"))
     results = run.finished() or train_and_evaluate(run, args)
-    selected_by = "being the last" if args.select == "last" else f"{args.select} validation accuracy"
+    by = {"clean": "clean validation accuracy", "robust": "robust validation accuracy (plain: clean)"}
+    selected_by = by.get(args.select, "being the last")
     run.say(results_table(results, args, selected_by) + f"\n\nThe checkpoints are in {run.folder}.")
     return results
 
