@@ -485,7 +485,9 @@ class Run:
 
     def batches(self, data: "Images", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This epoch's batches in random order, see the function `batches`. Before each, and after the last,
-        torch is seeded anew, so that a resumed run draws what an uninterrupted one would have."""
+        torch is seeded anew, so that a resumed run draws what an uninterrupted one would have. Raises
+        UserError for a damaged image, and if a rank would get a single image."""
+        check_batches(len(data), batch_size)
         shuffle = self.args.seed * 1_000_003 + self.seed_epoch
         stream = batches(data, batch_size, self.device, shuffle=shuffle, workers=self.args.workers)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -1087,6 +1089,12 @@ def split_epoch(n: int, batch_size: int) -> list[Tensor]:
 def count_batches(n: int, batch_size: int) -> int:
     """Number of batches in an epoch over n images: if possible, each has an image for every rank."""
     return max(1, min(math.ceil(n / batch_size), n // world()[1]))
+
+
+def check_batches(n: int, batch_size: int) -> None:
+    """Raise UserError if a training step on n images would leave a rank with one image."""
+    if n // (count_batches(n, batch_size) * world()[1]) < 2:
+        raise UserError("BatchNorm needs at least 2 images per rank and step: raise --batch-size.")
 
 
 def image_uniform(seeds: Tensor, n: int) -> Tensor:
@@ -3397,14 +3405,6 @@ def progress_bar(total: int, label: str, unit: str = "img") -> Any:
     except ImportError:
         return None
     return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True)
-
-
-def check_batches(n: int, batch_size: int) -> None:
-    """Raise UserError if a training step on n images would leave a process with one image."""
-    if n // (count_batches(n, batch_size) * world()[1]) < 2:
-        raise UserError(
-            "BatchNorm needs at least 2 images per process and step: raise --batch-size, or use more images."
-        )
 
 
 def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images]:

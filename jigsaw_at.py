@@ -316,12 +316,12 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         start = train("pretrain", run, args, train_set, val_set)
     models[name] = train("train", run, args, train_set, val_set, start)
 
-    quarters = tuple(args.eps * i / 4 for i in range(5))
+    quarters = [args.eps * i / 4 for i in range(5)]
     radii = args.eval_eps or (quarters if args.quick else TABLE_EPS[args.norm])
     rows = []
     for name, state in models.items():
         look_at = args.eps if state["stage"] == "train" else 0.0
-        rows += evaluate(run, name, state, test_set, radii, look_at=look_at)
+        rows += evaluate(run, name, state, test_set, dict.fromkeys(radii), look_at=look_at)  # each once
     return run.finish(rows)
 
 

@@ -151,7 +151,8 @@ WRONG = [  # (scripts, flags, what is told)
     (SCRIPTS[:2], "--dataset digits --val-fraction 0", "--select last"),
     (SCRIPTS[:2], "--pretrain l2 --init x.pt", "give one"),
     (SCRIPTS[:2], "--init nowhere.pt", "there is no nowhere.pt"),
-    (SCRIPTS[:2], "--dataset digits --val-fraction 1.0", "--val-fraction|too few"),
+    (SCRIPTS[:2], "--dataset digits --val-fraction 1.0", "too few"),
+    (SCRIPTS[:2], "--quick --batch-size 1", "at least 2 images per rank"),
 ]
 
 
