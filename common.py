@@ -204,7 +204,8 @@ def check_radii(args: Any) -> None:
     usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     if args.norm != usual["norm"] and usual["eps"] and args.eps == usual["eps"]:
         such_as = "0.5" if args.norm == "l2" else "8/255"
-        raise UserError(f"--norm {args.norm} needs a radius of its own: give one, such as --eps {such_as}.")
+        other = f"--eps {eps_name(args.eps)} is the default for {usual['norm']}"
+        raise UserError(f"--norm {args.norm} needs a radius of its own, such as --eps {such_as}: {other}.")
 
 
 @contextlib.contextmanager
@@ -593,6 +594,9 @@ def start_run(args: Any, name: str = "") -> Run:
     all_ranks_fine("" if seen else f"not every machine sees {folder}: --out must be on a shared disk.")
     run = Run(folder, device, script, args, lock)
     run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
+    if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < args.eps:
+        reach = f"{args.attack_steps} steps of {args.step_size:g} cannot reach the surface of the ball"
+        run.say(f"warning: {reach} from its centre (--step-size, --eps).")
     return run
 
 
@@ -2792,10 +2796,10 @@ def evaluate(
     return rows
 
 
-def results_table(results: dict, args: Any, selected_by: str) -> str:
+def results_table(results: dict, args: Any, reported: str) -> str:
     """What results.json holds as text: a line per network, a column per attack and radius, and below a
-    network the paper's row if one matches. selected_by: how the reported epoch was selected. Raises KeyError
-    for incomplete rows."""
+    network the paper's row if one matches. reported: which epoch that is. Raises KeyError for
+    incomplete rows."""
     rows, table = results["rows"], []
     columns = list(dict.fromkeys((row["attack"], row["norm"], row["eps"]) for row in rows))
     for name, epoch in dict.fromkeys((row["name"], row["epoch"]) for row in rows):
@@ -2815,7 +2819,7 @@ def results_table(results: dict, args: Any, selected_by: str) -> str:
         f"{args.dataset}, {args.arch} x{args.width:g}, trained with {args.norm} eps {eps_name(args.eps)}"
         f"{plain}; accuracy (%) on {rows[0]['examples']:,} test images\n"
         f"under {', '.join(attacks) or 'no attack'}, {'mixed precision' if args.eval_amp else 'float32'}. "
-        f"Epoch selected by {selected_by}. {results['seconds']:.0f} s of training and evaluation."
+        f"Epoch reported: {reported}. {results['seconds']:.0f} s of training and evaluation."
     )
     return f"\n{about}\n\n" + text_table([f"{', '.join(norms)} eps", *header], table)
 
@@ -2829,7 +2833,8 @@ def paper_numbers(script: str, args: Any, name: str) -> list[str]:
     """
     path = Path(__file__).resolve().parent / "results" / "paper.txt"
     free = FREE_ON_RESUME | {"seed", "amp", "plain", "init"}
-    changed = {k: str(v) for k, v in asdict(args).items() if k not in free and v != getattr(type(args)(), k)}
+    usual = asdict(type(args)())
+    changed = {k: _shown(v) for k, v in asdict(args).items() if k not in free and v != usual[k]}
     for line in path.read_text().splitlines() if path.exists() else []:
         of, flags, row, accuracies = line.split("|") if line.count("|") == 3 else ("", "", "", "")
         wanted = dict(flag.split("=") for flag in flags.split())

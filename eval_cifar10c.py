@@ -575,7 +575,7 @@ def summarise(rows: list[dict], networks: dict, as_paper: bool) -> list[dict]:
                 of = " of 15" if which == "benchmark" and len(types) < 15 else ""
                 is_paper = as_paper and len(types) in (15, 19) and all(trained.get(k) == v for k, v in PAPER_RUN.items())
                 is_paper = is_paper and trained.get("lr_step", 0) in (0, 40) and (trained["variant"] == "T0" or trained["lambda1"] > 0)
-                is_paper = is_paper and (trained["variant"] != "T3" or trained["lambda2"] > 0)  # as rotation_at.paper_row
+                is_paper = is_paper and (trained["variant"] != "T3" or trained["lambda2"] > 0)  # then it is T2
                 own = trained["attack_eps"] == trained.get("eps") and trained["attack_norm"] == trained.get("norm")
                 known = PAPER.get((trained.get("norm"), trained.get("eps"), trained.get("variant")), (None, None))
                 means.append({

@@ -32,15 +32,19 @@ Differs from the paper, which released no code, or is our choice where it is sil
 - Lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). As printed, Algorithm 1 gives the same
   attack for every lambda2 > 0 (see `adversaries`). Section 3.2, which treats lambda2 as a choice, and 4.3,
   which calls T3 an ensemble attack, suggest that the losses share a perturbation: --ss-attack shared or both.
-- The l2 step is 2 eps / steps (Salman et al. 2020). The paper cites them, but prints eps^2 / steps.
-- Algorithm 1 as printed updates once, after its loop; we update in every step. It starts uniformly for both
-  norms; our l2 start is a random direction of length eps, as in MadryLab's `robustness`, which the paper
-  uses.
+- T2's attack on X_SS and eq. 7's attack are not given: ours are on the class loss.
+- The l2 step is 2 eps / steps (Salman et al. 2020). The paper cites them, but prints eps^2 / steps, and such
+  steps cannot cross a ball of radius below 1.
+- Algorithm 1 as printed updates X once, after its loop; we update X and X_SS in every step. It starts
+  uniformly and steps by the sign for both norms; our l2 start is a random direction of length eps, our l2
+  step follows the normalised gradient, as in MadryLab's `robustness`, which the paper uses.
 - From that library we take batch size 128, weight decay 5e-4 and BatchNorm in eval mode under attack, not its
-  colour jitter and 2-degree rotation (we crop and flip) nor its best iterate (Algorithm 1 returns the last).
-- The attack of eq. 7 is not given: ours is on the class loss. Nor is the radius of P1: 0.5.
-- Training, and the validation that selects the epoch, run in bfloat16 where the hardware has it; the reported
-  evaluation is float32. For an l2 radius of 0.1 (Figure 1) use --amp off: rounding is a visible part of it.
+  colour jitter and 2-degree rotation (we crop and flip), its best iterate (Algorithm 1 returns the last), or
+  its BatchNorm per GPU (ours is over all GPUs, and over X and X_SS, which share one pass in the update).
+- Pre-training is not described: the same task and schedule, radius 0.5 or 8/255, last epoch, trunk only.
+- The reported attack has one random start and is float32. Training, and the validation that selects the
+  epoch, run in bfloat16 (float16 on GPUs without it). At an l2 radius of 0.1 (Figure 1) rounding is visible:
+  --amp off.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,21 +77,21 @@ class Args(CommonArgs):
     flip: bool = True  # mirror images at random
     # attack in training (section 4.2)
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
-    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, 0.1, 1.0)
-    attack_steps: Positive = 10  # steps of PGD
-    step_size: float = 0.0  # length of a step; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
+    eps: float = 8 / 255  # its radius, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, also 0.1 and 1)
+    attack_steps: Positive = 10  # steps of PGD (paper: 10)
+    step_size: float = 0.0  # of a training step; 0: linf 2/255 (more if eps is large), l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "eval"  # mode of BatchNorm under attack
     # method (section 3)
     variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which images are attacked by which loss
     ss_attack: Literal["separate", "shared", "both"] = "separate"  # how X and X_SS share T2's and T3's attack
     grid: Positive = 4  # tiles along each side, n
     num_permutations: Positive = 30  # orders of the tiles besides the identity, J
-    lambda1: float = 0.5  # weight of the SS loss in training
-    lambda2: float = 0.5  # weight of the SS loss in the attack of T3
-    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training first: P0, P1, P2
+    lambda1: float = 0.5  # weight of the SS loss in training (paper: not given)
+    lambda2: float = 0.5  # weight of the SS loss in T3's attack (separate: all > 0 are equal, 0 is T2)
+    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training: P0, P1 (0.5), P2 (8/255)
     plain: bool = False  # also train a network without attack, for comparison
     # evaluation
-    val_fraction: Share = 0.15  # share of the training images held out to select the epoch
+    val_fraction: Share = 0.15  # share of the training images held out to select the epoch (paper: 15%)
     select: Literal["clean", "robust", "last"] = "clean"  # epoch of the best such accuracy on them, or last
     eval_eps: tuple[float, ...] = ()  # radii, e.g. 0,4/255; empty: the paper's (--quick: quarters of --eps)
 
@@ -111,7 +115,7 @@ def ss_task(args: Args, device: torch.device) -> tuple[Callable, int]:
 
 
 def uses_ss(args: Args) -> bool:
-    """Whether the SS loss is used. With lambda1 = 0 the method is the baseline (Figure 3), so X_SS must not
+    """Whether the SS loss is used. lambda1 = 0 is the baseline (Figure 3, section 4.3): then X_SS must not
     reach BatchNorm either."""
     return args.variant == "replace" or (args.variant != "T0" and args.lambda1 > 0)
 
@@ -125,7 +129,7 @@ def adversaries(
     - separate: two perturbations, one summed loss, as printed. The class loss depends on X only, the SS loss
       on X_SS only, and a step's length does not depend on lambda2. So X_adv is the same as in T0, and every
       lambda2 > 0 gives the same X_SS_adv (with BatchNorm in eval mode). T2, and lambda2 = 0, attack X_SS
-      through the class head with the label y: the only reading of T2 that changes X_SS.
+      through the class head with the label y: else its own perturbation would have no loss.
     - shared: one perturbation, X_SS^k = T(X^k) at every step; lambda2 matters.
     - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. For T2 as separate.
     """
@@ -164,7 +168,8 @@ def adversaries(
 def training_loss(
     ddp: nn.Module, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 7-9: (the loss to minimise, its SS part), averaged over the batch. Weight decay is the optimiser's.
+    """Eq. 4 (T0), 7-9: (the loss to minimise, its SS part), means over the batch (eq. 10). Weight decay, part
+    of the paper's L (footnote 2), is the optimiser's.
 
     `ddp` is the network, wrapped in DistributedDataParallel if there are several ranks. X and X_SS go through
     the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
@@ -243,7 +248,7 @@ def train(
         val = validate(stage, run, args, model, val_set, attack, T, ss_classes) if len(val_set) else {}
         if args.select == "last" or stage == "pretrain":
             score = float(epoch)
-        else:  # section 4.2: best validation accuracy
+        else:  # section 4.2: best clean validation accuracy
             score = val["val_robust" if args.select == "robust" and stage == "train" else "val_clean"]
         run.keep_best(file, model, score, **val)
     return run.load(file, stage=stage, network=model.spec)
@@ -287,12 +292,13 @@ def main(args: Args) -> dict:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
     if args.image_size % args.grid:
         raise UserError(f"--grid {args.grid} does not divide images of {args.image_size} pixels.")
-    prefix = {"none": "", "l2": "P1-", "linf": "P2-"}[args.pretrain]
-    run = start_run(args, prefix + args.variant + f"-{args.ss_attack}" * (args.ss_attack != "separate"))
+    first = {"none": "init" * bool(args.init), "l2": "P1", "linf": "P2"}[args.pretrain]
+    last = args.ss_attack if args.variant in ("T2", "T3") and args.ss_attack != "separate" else ""
+    run = start_run(args, "-".join(filter(None, (first, args.variant, last))))
     results = run.finished() or train_and_evaluate(run, args)
-    by = {"clean": "clean validation accuracy", "robust": "robust validation accuracy (plain: clean)"}
-    selected_by = by.get(args.select, "being the last")
-    run.say(results_table(results, args, selected_by) + f"\n\nThe checkpoints are in {run.folder}.")
+    plain = " (plain: clean)" * (args.plain and args.select == "robust")
+    reported = "the last" if args.select == "last" else f"best {args.select} validation accuracy{plain}"
+    run.say(results_table(results, args, reported) + f"\n\nThe checkpoints are in {run.folder}.")
     return results
 
 
@@ -327,10 +333,11 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
 
 def initialised_by(start: dict, run: Run, args: Args) -> str:
     """'P1' or 'P2' if the checkpoint of --init is that pre-training with this run's flags, else 'init'."""
-    same = ("dataset", "image_size", "arch", "width", "stem", "epochs", "batch_size", "lr", "weight_decay",
-            "flip", "attack_steps", "attack_bn", "val_fraction")  # fmt: skip
-    its = start.get("args", {})
-    ours = start.get("script") == run.script and start.get("stage") == "pretrain"
+    same = ("seed", "dataset", "image_size", "arch", "width", "stem", "epochs", "batch_size", "lr", "flip",
+            "weight_decay", "attack_steps", "attack_bn", "val_fraction",
+            "grid", "num_permutations")  # fmt: skip
+    its, finished = start.get("args", {}), start.get("epoch") == args.epochs and "optimizer" not in start
+    ours = finished and (start.get("script"), start.get("stage")) == (run.script, "pretrain")
     if not ours or any(its.get(flag) != getattr(args, flag) for flag in same):
         return "init"
     return {"l2": "P1", "linf": "P2"}[its["pretrain"]]

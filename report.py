@@ -135,7 +135,8 @@ def read(paths: tuple[str, ...]) -> list[dict]:
             if result["script"] not in SCRIPTS:
                 print(f"left out: {file} is of {result['script']}.py, which report.py does not know.")
                 continue
-            needed = {"name", "attack", "norm", "eps", "examples", "accuracy", "paper"}
+            needed = {"name", "attack", "norm", "eps", "examples", "accuracy"}
+            needed |= {"paper"} if result["script"] not in EITHER else set()
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
             if result["script"] == "adv_mae":
                 needed |= {"set", "layer_decay", "pretrained", "checkpoint"}
@@ -1373,7 +1374,7 @@ def printed(results: list[dict]) -> str:
             script.show(merged, Path())
         else:
             args = script.Args(**{f.name: merged["args"][f.name] for f in fields(script.Args) if f.name in merged["args"]})
-            rule = "being the last" if args.select == "last" else f"{args.select} validation accuracy"
+            rule = "the last" if args.select == "last" else f"best {args.select} validation accuracy"
             print(results_table(merged, args, rule))
     lines = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("results.json")]
     return "\n".join(lines).strip()

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, TINY, flags
 
 import adv_mae
 import byorl
@@ -61,6 +61,12 @@ def test_tables_hold_the_papers_numbers_and_ours():
     for table in ("Table 1", "Table 2", "Table 3", "Table 4"):  # a well-formed Markdown table
         rows = [x for x in text.split(f"## {table}")[1].split("\n## ")[0].splitlines() if x.startswith("|")]
         assert len({row.count("|") for row in rows}) == 1 and set(rows[1]) == {"|", "-"}
+
+
+def test_a_run_as_it_is_written_can_be_read(tmp_path):
+    rotation_at.main(rotation_at.Args(**TINY | {"epochs": 1, "out": str(tmp_path / "run")}))
+    (found,) = report.read((str(tmp_path / "run"),))
+    assert len(found["rows"]) == 2 and report.tables(report.curves([found]))
 
 
 def test_seeds_are_averaged_and_settings_are_not():
