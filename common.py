@@ -80,7 +80,9 @@ def whole_number(text: str) -> int:
 
 def positive(text: str) -> int:
     """Read 1, 2, 3, ... Raises ValueError for anything else."""
-    return whole_number(text) or whole_number("-1")
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def share(text: str) -> float:
@@ -193,17 +195,17 @@ def _script_of(cls: type) -> str:
 
 
 def check_radii(args: Any) -> None:
-    """Raise UserError for a linf radius above 1, and for the default radius of the other norm."""
+    """Raise UserError for a radius or step longer than any image's, and for the default of the other norm."""
+    such_as, longest = ("8/255", 1.0) if args.norm == "linf" else ("0.5", 3**0.5 * (args.image_size or 224))
     for name, value in vars(args).items():
-        if args.norm == "linf" and (name == "eps" or name.endswith("_eps")):
+        if name in ("eps", "step_size") or name.endswith("_eps"):
             value = numbers(value) if isinstance(value, str) else value
             radii = value if isinstance(value, tuple) else (value,)
-            if max(radii, default=0) > 1:
+            if max(radii, default=0) > longest:
                 flag = f"--{name.replace('_', '-')} {max(radii):g}"
-                raise UserError(f"{flag}: images are in [0, 1], so a linf radius is a number such as 8/255.")
+                raise UserError(f"{flag}: images are in [0, 1], so take {args.norm} radii such as {such_as}.")
     usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     if args.norm != usual["norm"] and usual["eps"] and args.eps == usual["eps"]:
-        such_as = "0.5" if args.norm == "l2" else "8/255"
         other = f"--eps {eps_name(args.eps)} is the default for {usual['norm']}"
         raise UserError(f"--norm {args.norm} needs a radius of its own, such as --eps {such_as}: {other}.")
 
@@ -481,13 +483,14 @@ class Run:
             } | {key: module.state_dict() for key, module in modules.items()})  # fmt: skip
             self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
             left = seconds * (epochs - epoch - 1) / 60
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in list(self.history[-1].items())[2:])
+            shown = {k: v for k, v in self.history[-1].items() if k not in ("stage", "epoch")}
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
             self.say(f"{stage} {epoch + 1}/{epochs}  {shown}" + f"  ({left:.0f} min left)" * (left > 1))
 
     def batches(self, data: "Images", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This epoch's batches in random order, see the function `batches`. Before each, and after the last,
-        torch is seeded anew, so that a resumed run draws what an uninterrupted one would have. Raises
-        UserError for a damaged image, and if a rank would get a single image."""
+        torch is seeded anew, so that a resumed run on as many ranks draws what an uninterrupted one would.
+        Raises UserError for a damaged image, and if a rank would get a single image."""
         check_batches(len(data), batch_size)
         shuffle = self.args.seed * 1_000_003 + self.seed_epoch
         stream = batches(data, batch_size, self.device, shuffle=shuffle, workers=self.args.workers)
@@ -612,7 +615,8 @@ def _open_run(folder: Path, script: str, args: Any) -> Any:
         text = json.dumps({"script": script, "args": asdict(args)}, indent=1)
         write_atomically(path, lambda f: f.write(text.encode()))
     elif not args.resume:
-        raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out.")
+        how = "continue it with --resume and the same flags, or choose another --out"
+        raise UserError(f"{folder} already holds a run: {how}.")
     elif saved is None:
         raise UserError(f"there is no {path}, so nothing can be continued there: choose another --out.")
     else:
@@ -641,7 +645,7 @@ def check_same_run(path: Path, saved: dict, script: str, args: Any) -> None:
     if saved["script"] != script:
         raise UserError(f"{path} was written by {saved['script']}.py, not by {script}.py.")
     its, ours = (json.loads(json.dumps(flags)) for flags in (saved["args"], asdict(args)))  # tuples as lists
-    for flag in ours.keys() - FREE_ON_RESUME:
+    for flag in sorted(ours.keys() - FREE_ON_RESUME):
         if its.get(flag) != ours[flag]:
             flag, a, b = flag.replace("_", "-"), _shown(its.get(flag)), _shown(ours[flag])
             raise UserError(f"{path} is of a run with --{flag} {a}, not {b}.")
@@ -2755,7 +2759,7 @@ def evaluate(
     results.json per radius, with name, attack ("none" at radius 0), norm, eps, examples, accuracy (%),
     epoch, and `after`, which is what each attack of a suite leaves.
 
-    Attack and precision are those of the run's flags; norm and batch_size, too, if not given. look_at: radius
+    Attack and precision are those of the flags, also norm and batch_size if not given. look_at: radius
     at which adversarial.png is written and signs of gradient masking (`doubts`) are printed; 0: neither. All
     ranks must call it. Raises FloatingPointError if the network returns NaN.
     """

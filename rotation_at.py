@@ -91,8 +91,8 @@ class Args(CommonArgs):
     select: Literal["clean", "robust", "last"] = "clean"  # epoch of the best such accuracy on them, or last
     eval_eps: tuple[float, ...] = ()  # radii, e.g. 0,4/255; empty: the paper's (--quick: quarters of --eps)
 
-    # Digits are 8 x 8, enlarged to 32 x 32: a larger radius, a smaller rate, a stem that divides sides by 4
     QUICK: ClassVar[dict] = dict(
+        # Digits are 8 x 8, enlarged to 32 x 32: a larger radius, a smaller rate, a stem that divides by 4
         dataset="digits", flip=False, width=0.25, stem="imagenet", epochs=12, batch_size=64, lr=0.02, eps=0.1,
         attack_steps=5, plain=True,
     )  # fmt: skip
@@ -201,7 +201,7 @@ def train(
     attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size)
     T, ss_classes = ss_task(args, run.device)
 
-    torch.manual_seed(args.seed)  # every stage and variant starts from the same weights
+    torch.manual_seed(args.seed)  # every stage and variant starts from the same weights, but for `start`
     mean, std = STATS[args.dataset]
     heads = {"class": len(train_set.classes), TASK: ss_classes}
     model = build_model(args.arch, heads, width=args.width, stem=args.stem, mean=mean, std=std)
@@ -253,7 +253,7 @@ def validate(
     attack: Callable, T: Callable, ss_classes: int,
 ) -> dict[str, float]:  # fmt: skip
     """{val_clean, val_robust}: validation accuracy in percent, of the SS head in pre-training. The attack is
-    that of training. Robust accuracy is of 500 images, enough for the log, or of all with --select robust."""
+    that of training, for plain too. Robust accuracy is of 500 images, or of all with --select robust."""
     head = TASK if stage == "pretrain" else "class"
 
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
@@ -314,11 +314,11 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     models[name] = train("train", run, args, train_set, val_set, start)
 
     quarters = [args.eps * i / 4 for i in range(5)]
-    radii = args.eval_eps or (quarters if args.quick else TABLE_EPS[args.norm])
+    radii = list(dict.fromkeys(args.eval_eps or (quarters if args.quick else TABLE_EPS[args.norm])))
     rows = []
     for name, state in models.items():
         look_at = args.eps if state["stage"] == "train" else 0.0
-        rows += evaluate(run, name, state, test_set, dict.fromkeys(radii), look_at=look_at)  # each once
+        rows += evaluate(run, name, state, test_set, radii, look_at=look_at)
     return run.finish(rows)
 
 

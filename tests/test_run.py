@@ -139,6 +139,8 @@ WRONG = [  # (scripts, flags, what is told)
     (SCRIPTS, "--eps abc", "--eps.*abc"),
     (SCRIPTS, "--eps -1", "--eps"),
     (SCRIPTS, "--norm linf --eps 8", r"--eps 8: .* such as 8/255"),
+    (SCRIPTS[:4], "--norm l2 --eps 128", r"--eps 128: .* such as 0\.5"),
+    (SCRIPTS[:2], "--step-size 2", r"--step-size 2: .* such as 8/255"),
     (SCRIPTS, "--norm l1", "--norm.*l1.*linf"),
     (SCRIPTS[:6], "--device gpu", "--device gpu cannot be used"),
     (SCRIPTS, "--epoch 3", "unrecognized.*--epoch"),
@@ -160,7 +162,7 @@ WRONG = [  # (scripts, flags, what is told)
 def test_wrong_flags(one_sentence, tmp_path, monkeypatch, scripts, argv, told):
     monkeypatch.chdir(tmp_path)
     for script in scripts:
-        if argv.startswith("--norm linf") and script is eval_cifar10c:
+        if argv.startswith("--norm l") and script is eval_cifar10c:
             argv += " --dataset digits --generate"
         assert re.search(told, one_sentence(script, *argv.split()))
 
