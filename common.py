@@ -101,7 +101,7 @@ class CommonArgs:
     """Flags that say where and how to compute, the same in every script; each script's Args adds its own."""
 
     # run
-    seed: int = 0  # seed of the split, the weights, the order of images and the attacks
+    seed: int = 0  # seed of the split, the weights, the order of images, the task and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk
@@ -430,6 +430,15 @@ class Run:
                     raise UserError(f"{path} has the {key} {state[key]}, not {value}: is it another file?")
         return state
 
+    def remember(self, key: str, value: str) -> None:
+        """Keep `value` in config.json. Raises UserError if the run was started with another one."""
+        path = self.folder / "config.json"
+        with reading(path):
+            config = json.loads(path.read_text())
+            if config.get(key, value) != value:
+                raise UserError(f"the {key} are not those that the run in {self.folder} was started with.")
+        self.write("config.json", json.dumps(config | {key: value}, indent=1))
+
     def load_data(self) -> tuple["Images", "Images"]:
         """(training images, test images) of --dataset, the latter cut to --eval-examples.
 
@@ -440,12 +449,7 @@ class Run:
             args.dataset, args.data_dir, self.device,
             image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers,
         )  # fmt: skip
-        path, digest = self.folder / "config.json", train.digest + test.digest
-        with reading(path):
-            config = json.loads(path.read_text())
-            if config.get("images", digest) != digest:
-                raise UserError(f"the images are not those that the run in {self.folder} was started with.")
-        self.write("config.json", json.dumps(config | {"images": digest}, indent=1))
+        self.remember("images", train.digest + test.digest)
         return train, draw(test, min(args.eval_examples, len(test)), seed=0) if args.eval_examples else test
 
     def epochs(

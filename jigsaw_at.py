@@ -27,24 +27,28 @@ The paper: CIFAR-10, ResNet-18, clean / PGD-20 at linf 8/255:
     T0 85.46 / 44.69, T3 83.90 / 47.57
 
 Differs from the paper, which released no code, or is our choice where it is silent:
-- The grid and the number of orders are not given. Ours: 4 x 4 tiles, since the 3 x 3 of Carlucci et al.
-  (2019), whom the paper cites, does not divide 32; 30 random orders (their number) besides the identity.
-- Lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). As printed, Algorithm 1 gives the same
-  attack for every lambda2 > 0 (see `adversaries`). Section 3.2, which treats lambda2 as a choice, and 4.3,
-  which calls T3 an ensemble attack, suggest that the losses share a perturbation: --ss-attack shared or both.
-- T2's attack on X_SS and eq. 7's attack are not given: ours are on the class loss.
+- The grid and J are not given: 4 x 4 tiles, since the 3 x 3 of Carlucci et al. (2019), whom the paper cites,
+  does not divide 32; their J = 30, besides the identity, drawn at random as in section 3.1, by --seed.
+- The tables' lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). As printed, Algorithm 1 gives
+  the same attack for every lambda2 > 0 (see `adversaries`). Section 3.2, which treats lambda2 as a choice,
+  and 4.3, which calls T3 an ensemble attack, suggest that the losses share a perturbation: --ss-attack shared
+  or both.
+- T2 attacks by the supervised loss; that it attacks X_SS, too, with the label y, is our reading. So is eq.
+  7's attack on the class loss. Attacks sum the losses of images where eq. 10 averages: the steps are the
+  same.
 - The l2 step is 2 eps / steps (Salman et al. 2020). The paper cites them, but prints eps^2 / steps, and such
-  steps cannot cross a ball of radius below 1.
+  steps cannot reach the surface of a ball of radius below 1 from its centre.
 - Algorithm 1 as printed updates X once, after its loop; we update X and X_SS in every step. It starts
   uniformly and steps by the sign for both norms; our l2 start is a random direction of length eps, our l2
   step follows the normalised gradient, as in MadryLab's `robustness`, which the paper uses.
 - From that library we take batch size 128, weight decay 5e-4 and BatchNorm in eval mode under attack, not its
   colour jitter and 2-degree rotation (we crop and flip), its best iterate (Algorithm 1 returns the last), or
   its BatchNorm per GPU (ours is over all GPUs, and over X and X_SS, which share one pass in the update).
-- Pre-training is not described: the same task and schedule, radius 0.5 or 8/255, last epoch, trunk only.
+- Pre-training (section 3.3) has the same task and schedule, a fixed radius of 0.5 or 8/255, the last epoch,
+  of which we keep the trunk only: the paper does not say.
 - The reported attack has one random start and is float32. Training, and the validation that selects the
-  epoch, run in bfloat16 (float16 on GPUs without it). At an l2 radius of 0.1 (Figure 1) rounding is visible:
-  --amp off.
+  epoch, run in bfloat16 where the hardware has it (else float16 on GPUs). At an l2 radius of 0.1 (Figure 1)
+  rounding is visible: --amp off.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,17 +83,17 @@ class Args(CommonArgs):
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
     eps: float = 8 / 255  # its radius, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, also 0.1 and 1)
     attack_steps: Positive = 10  # steps of PGD (paper: 10)
-    step_size: float = 0.0  # of a training step; 0: linf 2/255 (more if eps is large), l2 2 eps / steps
+    step_size: float = 0.0  # in training, not pre-training; 0: linf 2/255 or more, l2 2 eps / steps
     attack_bn: Literal["eval", "train"] = "eval"  # mode of BatchNorm under attack
     # method (section 3)
     variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which images are attacked by which loss
     ss_attack: Literal["separate", "shared", "both"] = "separate"  # how X and X_SS share T2's and T3's attack
     grid: Positive = 4  # tiles along each side, n
     num_permutations: Positive = 30  # orders of the tiles besides the identity, J
-    lambda1: float = 0.5  # weight of the SS loss in training (paper: not given)
+    lambda1: float = 0.5  # weight of the SS loss in training (paper: not given); 0: T0
     lambda2: float = 0.5  # weight of the SS loss in T3's attack (separate: all > 0 are equal, 0 is T2)
     pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training: P0, P1 (0.5), P2 (8/255)
-    plain: bool = False  # also train a network without attack, for comparison
+    plain: bool = False  # also train a network without attack, from random weights, for comparison
     # evaluation
     val_fraction: Share = 0.15  # share of the training images held out to select the epoch (paper: 15%)
     select: Literal["clean", "robust", "last"] = "clean"  # epoch of the best such accuracy on them, or last
@@ -102,7 +106,7 @@ class Args(CommonArgs):
     )  # fmt: skip
 
 
-# ---- the method: Algorithm 1 and eq. 1, 7-9 ----------------------------------------------------------
+# ---- the method: Algorithm 1 and eq. 1, 4, 7-10 ------------------------------------------------------
 
 TASK = "jigsaw"  # the name of F_SS among the network's heads
 
@@ -155,7 +159,7 @@ def adversaries(
         on_x = ce_per_image(logits[:b], y)  # line 6
         on_x_ss = lambda2 * ce_per_image(ss_logits[b:], k)  # line 8
         if args.ss_attack == "both" or lambda2 == 0:
-            on_x_ss = on_x_ss + ce_per_image(logits[b:], y)
+            on_x_ss = on_x_ss + ce_per_image(logits[b:], y)  # line 6 with X_SS
         return torch.cat([on_x, on_x_ss])
 
     if args.ss_attack == "shared":
@@ -179,7 +183,7 @@ def training_loss(
         ss_loss = F.cross_entropy(ss_logits, k)
         return F.cross_entropy(logits, y) + args.lambda1 * ss_loss, ss_loss  # eq. 7
     if not uses_ss(args):
-        loss = F.cross_entropy(ddp(x_adv, "class"), y)
+        loss = F.cross_entropy(ddp(x_adv, "class"), y)  # eq. 4
         return loss, torch.zeros_like(loss)
     b = len(x_adv)
     logits, ss_logits = ddp(torch.cat([x_adv, x_ss]), "class", TASK)
@@ -227,11 +231,11 @@ def train(
         model.train()
         for x, y in run.batches(train_set, args.batch_size):  # (B, 3, S, S), (B,)
             x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
-            k = torch.randint(0, ss_classes, y.shape, device=y.device)  # one transformation per image
+            k = torch.randint(0, ss_classes, y.shape, device=y.device)  # one per image (section 4.2)
 
             if stage == "plain":
                 loss, ss_loss = F.cross_entropy(ddp(x, "class"), y), torch.zeros((), device=x.device)
-            elif stage == "pretrain":
+            elif stage == "pretrain":  # section 3.3
                 with batchnorm_mode(model, args.attack_bn):
                     x_ss = attack(lambda z: ce_per_image(model(z, TASK), k), T(x, k))
                 loss = ss_loss = F.cross_entropy(ddp(x_ss, TASK), k)
@@ -280,7 +284,7 @@ def validate(
 
 # ---- the run -----------------------------------------------------------------------------------------
 
-TABLE_EPS = {  # radii of the paper's tables
+TABLE_EPS = {  # radii of Table 1 (l2) and Tables 2 to 4 (linf)
     "l2": (0, 0.01, 0.03, 0.05, 0.07, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0),
     "linf": (0, *(k / 255 for k in range(3, 11))),
 }
@@ -309,6 +313,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         start = load_checkpoint(args.init)
         load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit?
         name = f"{initialised_by(start, run, args)} {args.variant}"
+        run.remember("initial weights", name)
     ss_task(args, run.device)  # are there so many permutations? Ask before training
     train_set, test_set = run.load_data()
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, same_state
+from conftest import TINY, replace, same_state
 
 import common
 import jigsaw_at
@@ -292,8 +292,13 @@ def test_pretraining_that_is_not_finished_is_no_row_of_table_4(tmp_path):
     state = load_checkpoint(tmp_path / "first" / "pretrain.pt")
     state["args"]["epochs"] = 2
     save_checkpoint(tmp_path / "half.pt", state)
-    rows = main(tiny(out=str(tmp_path / "second"), epochs=2, init=str(tmp_path / "half.pt")))["rows"]
-    assert {row["name"] for row in rows} == {"init T3"}
+    args = tiny(out=str(tmp_path / "second"), epochs=2, init=str(tmp_path / "half.pt"))
+    assert {row["name"] for row in main(args)["rows"]} == {"init T3"}
+    # Nor does it become one when the run is resumed after the pre-training has ended.
+    save_checkpoint(tmp_path / "half.pt", state | {"epoch": 2})
+    (tmp_path / "second" / "results.json").unlink()
+    with pytest.raises(UserError, match="the initial weights are not those"):
+        main(replace(args, resume=True))
 
 
 def test_steps_that_are_too_short_are_told(tmp_path, capsys):
