@@ -698,7 +698,8 @@ def test_a_dead_rank_ends_the_run(tmp_path):
 
 
 def test_nothing_happens_at_import(tmp_path):
-    code = HEAD + "print(torch.cuda.is_initialized(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    code = "import signal; before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]\n" + HEAD
+    code += "print(torch.cuda.is_initialized(), before == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert out.stdout.strip() == "False True" and list(tmp_path.iterdir()) == []
 
