@@ -235,8 +235,8 @@ def errors_in_one_sentence() -> Iterator[None]:
 def cli(main: Callable, args_class: type) -> None:
     """Run a script: `main(parse_args(args_class))`.
 
-    Exit codes: 0 done, 1 a mistake that the user can mend, told in one line, 2 a wrong flag, 130 Ctrl-C. A
-    traceback means a bug.
+    Exit codes: 0 done, 1 a mistake that the user can mend, told in one line, 2 a wrong flag, 130 Ctrl-C, 141
+    nobody reads the output. A traceback means a bug.
     """
     with errors_in_one_sentence():
         try:
@@ -397,6 +397,7 @@ class Run:
                 self.began -= sum(line["seconds"] for line in self.history)
                 if any(self.last[key] != self.history[-1][key] for key in ("stage", "epoch")):
                     raise ValueError("its history does not end with its epoch")
+            self.write_history()  # a kill may have come between last.pt and metrics.jsonl
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -407,6 +408,10 @@ class Run:
         """Write a text file of the run atomically."""
         if world()[0] == 0:
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
+
+    def write_history(self) -> None:
+        """Write metrics.jsonl: a line for each finished epoch."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
     def save(self, name: str, state: dict) -> None:
         """Write a checkpoint. Raises UserError, and keeps the old file, if weights are NaN or infinite."""
@@ -485,7 +490,7 @@ class Run:
                 "stage": stage, "epoch": epoch + 1, "network": model.spec, "optimizer": opt.state_dict(),
                 "best": self.best, "history": self.history,
             } | {key: module.state_dict() for key, module in modules.items()})  # fmt: skip
-            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+            self.write_history()
             left = seconds * (epochs - epoch - 1) / 60
             shown = {k: v for k, v in self.history[-1].items() if k not in ("stage", "epoch")}
             shown = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())

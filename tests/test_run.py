@@ -218,6 +218,16 @@ def test_a_run_is_not_overwritten(one_sentence, command, reference):
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def test_a_kill_before_the_last_line_of_the_log_loses_nothing(tmp_path):
+    """last.pt is written, metrics.jsonl not yet: resuming writes it, even if no epoch is left."""
+    main(tiny(epochs=2, out=str(tmp_path)))
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole.splitlines()[0] + "\n")
+    (tmp_path / "results.json").unlink()
+    main(tiny(epochs=2, out=str(tmp_path), resume=True))
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
 def test_results_without_a_run_are_left_alone(one_sentence, tmp_path, reference):
     text = (reference[0] / "results.json").read_text()
     (tmp_path / "results.json").write_text(text)
