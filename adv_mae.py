@@ -71,7 +71,7 @@ from common import (
     IMAGENET_STATS, STATS, VITS, Block, Epoch, Folder, Images, Network, OldRun as Run, UserError, ViT,
     batches, batchnorm_mode, build_model, build_trunk, check_args, old_cli as cli, count_batches,
     distribute, draw, eps_name, old_evaluate as evaluate, full_precision, image_uniform, init_transformer,
-    learning_rate, load_checkpoint, load_data, load_trunk, load_weights, map_images, old_numbers as
+    l2_norm, learning_rate, load_checkpoint, load_data, load_trunk, load_weights, map_images, old_numbers as
     numbers, open_folder, overruled, patchify, pgd, place_model, print_table, reading, rebuild,
     robust_accuracy, rotate, save_image_grid, seed_step, sincos_positions, split_epoch, old_start_run as
     start_run, unpatchify, progress as with_progress, words, world, write_results,
@@ -137,7 +137,7 @@ class Args:
     eval_data: str = ""  # comma-separated folders DIR/<class>/* to score as well: ImageNet-A, -R, -V2, -Sketch, Conflict Stimuli
     real: str = ""  # real.json of ImageNet-ReaL, to score the test images (ILSVRC2012_val_*) by it as well
     eval_crop: float = 0.875  # share of an image's shorter side that the evaluated central crop has (1: all; adamw and sgd squeeze the whole image)
-    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
+    eval_attack: Literal["pgd20", "suite", "suite-fast", "standard"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; standard: AutoAttack without FAB
     eval_steps: int = 20  # PGD steps in evaluation
     eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
     eval_eps: str = "0.25,0.5,1,2"  # comma-separated radii at which the fine-tuned networks are attacked; empty: none
@@ -319,11 +319,12 @@ def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) ->
     """eq. 2: PGD on what a task gives. The start depends on the image's seed alone."""
     noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1  # + 1: other numbers than the mask's
     if args.norm == "l2":
-        noise = torch.erfinv(noise)  # Gaussian of variance 1/2; `pgd` gives it the length eps
+        noise = torch.erfinv(noise)  # Gaussian
+        noise = noise / l2_norm(noise)
     with batchnorm_mode(model, "eval"):  # for ViTs: without drop path
         return pgd(
             lambda v: loss(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps,
-            step_size=args.step_size or 5 / 8 * args.eps, noise=noise,
+            step_size=args.step_size or 5 / 8 * args.eps, start=z + args.eps * noise,
         )
 
 

@@ -31,7 +31,7 @@ Differs from the paper, whose code is not public, or is our choice where it is s
   with --extra-data (else 1,000 epochs would take eleven times as long);
 - the attack through the target network, and through the online one for the clean view too (section 3.3), are not
   implemented: the paper gives no numbers;
-- AutoPGD halves its step where its paper, not its code, says so (--apgd-checkpoints), and starts on the ball's surface;
+- AutoPGD halves its step where its paper, not its code, says so, and starts on the ball's surface;
 - the suite's MultiTargeted has 20 starts in all, the targets in turn; PGD-20 goes first;
 - LARS as in BYOL's code, without weight decay on biases and BatchNorm; the MLPs' last layers have no bias, as there;
 - views as in SimCLR: colour jitter 0.8, 0.8, 0.8, 0.2 times "strength 0.5" (BYOL has 0.4, 0.4, 0.2, 0.1);
@@ -53,6 +53,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -64,7 +65,7 @@ from common import (
     STATS, Epoch, Images, Network, OldRun as Run, UserError, apgd, batches, batchnorm_mode, build_model,
     ce_per_image, check_args, check_batches, old_cli as cli, count_batches, distribute, draw, eps_name,
     old_evaluate as evaluate, join, learning_rate, load_checkpoint, load_data, load_extra, load_trunk,
-    load_weights, map_images, old_numbers as numbers, overruled, pgd_attack, place_model, print_table,
+    load_weights, map_images, old_numbers as numbers, overruled, pgd, place_model, print_table,
     random_crop_flip, rebuild, robust_accuracy, save_image_grid, seed_step, simclr_augment, split_train,
     old_start_run as start_run, sync_batchnorm, sync_buffers, world, write_results,
 )  # fmt: skip
@@ -109,7 +110,6 @@ class Args:
     attack: Literal["apgd", "pgd"] = "apgd"  # AutoPGD, or PGD (Table 4)
     attack_steps: int = 40  # steps in pre-training (paper: 40; Table 4: 5 to 60)
     step_size: float = 0.0  # length of a step of PGD in pre-training; 0: linf 2/255 (or more if eps is large), l2 2 eps / steps
-    apgd_checkpoints: Literal["paper", "code"] = "paper"  # where AutoPGD may halve its step, see common.apgd_checkpoints
     # method
     method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, adversarial training with fixed targets (a teacher's labels), a network per share of labels
     tau: float = 0.996  # tau: share of the old target network that a step keeps, at the start; rises to 1 (ImageNet: 0.999)
@@ -129,7 +129,7 @@ class Args:
     uat_lr: float = 0.2  # highest learning rate of UAT-FT
     # evaluation
     val_images: int = 1024  # training images held out to choose the epoch of each head
-    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "suite"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
+    eval_attack: Literal["pgd20", "suite", "suite-fast", "standard"] = "suite"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; standard: AutoAttack without FAB
     eval_steps: int = 20  # PGD steps in evaluation
     eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
@@ -186,10 +186,8 @@ def attack_view(online: Online, v: Tensor, z_other: Tensor, args: Args) -> Tenso
 
     with batchnorm_mode(online, "train"):  # the batch's statistics, as in the update; the running ones stay as they are
         if args.attack == "pgd":
-            return pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size, generator=generator)(loss, v)
-        return apgd(
-            loss, v, eps=args.eps, norm=args.norm, steps=args.attack_steps, checkpoints=args.apgd_checkpoints, generator=generator
-        )
+            return pgd(loss, v, norm=args.norm, eps=args.eps, steps=args.attack_steps, step_size=args.step_size)
+        return apgd(loss, v, norm=args.norm, eps=args.eps, steps=args.attack_steps, generator=generator)
 
 
 class LARS(torch.optim.Optimizer):
@@ -341,7 +339,7 @@ def train_classifier(
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(model, args.sync_bn and not frozen)
     eps = head_eps(args)
-    attack = pgd_attack(args.norm, eps, args.probe_steps)
+    attack = partial(pgd, norm=args.norm, eps=eps, steps=args.probe_steps)
     steps = count_batches(epoch_size, args.batch_size)
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
@@ -477,8 +475,9 @@ def retrieve(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, 
         model = place_model(rebuild(state, name), run.device, args.amp).eval()
         gallery = F.normalize(map_images(model.features, test_set, run, args.batch_size))  # (N, dim)
         x_adv = apgd(
-            lambda z: F.cosine_similarity(model.features(z), gallery[others]), x, eps=head_eps(args), norm=args.norm, steps=40
-        )
+            lambda z: F.cosine_similarity(model.features(z), gallery[others]), x, eps=head_eps(args), norm=args.norm,
+            generator=torch.Generator(x.device).manual_seed(args.seed), steps=40,
+        )  # fmt: skip
         for how, query in ("clean", x), ("attacked", x_adv):
             with torch.no_grad():
                 cosines = F.normalize(model.features(query)) @ gallery.T  # (n, N)
@@ -564,7 +563,7 @@ linf 2 0      apgd-60 cifar10  byorl  robust 1     80.69 43.64
 """
 # Flags of pre-training alone, which are those of --init's checkpoint where there is one.
 PRETRAINING = (
-    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "step_size", "apgd_checkpoints", "tau", "hidden", "projection",
+    "epochs", "warmup_epochs", "lr", "attack", "attack_steps", "step_size", "tau", "hidden", "projection",
     "jitter_strength", "blur", "crop",
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ it).
     python chen_pretrain_finetune.py --table3                               # all 24 (20 runs: P1 has no task), then Tables 4-6
     python chen_pretrain_finetune.py --task ensemble                        # Table 5: AP+DPE; AP+SE: --dpe-lambda 0
     python chen_pretrain_finetune.py --stage compare runs/X/*P3F4.ta.pt     # Tables 4 and 6, Figure 5, of any checkpoints
-    python chen_pretrain_finetune.py --stage compare A.pt B.pt --unforeseen all    # Figures 3 and 4, Kang et al.'s attacks
+    python eval_unforeseen.py runs/X/rotation-P3F4.ta.pt                    # Figures 3 and 4, Kang et al.'s attacks
     torchrun --nproc-per-node=8 chen_pretrain_finetune.py --table3
 
 The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Selfie 86.02 / 51.05, of three models 86.04
@@ -50,7 +50,7 @@ Differs from the paper, or from its published code where that says more, or is o
   0.1 besides, as many of each turn in a batch, Selfie with a smaller crop and no flip;
 - averaged models (Table 6): the mean of their probabilities, attacked through its logarithm;
 - Table 7's images are from 80 Million Tiny Images, which has been withdrawn (ours: CIFAR-10's own and --extra-data),
-  and its task is not named (ours: --task), nor are Figure 3's twelve attacks (Kang et al., whom it cites, have ten);
+  and its task is not named (ours: --task);
 - RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither);
 - rates: batch 256; fine-tuning 0.1, divided by 10 at epochs 30 and 50; pre-training 0.1, Selfie 0.025, ensemble 0.001,
   cosine: so the published version's section 4.2, from memory, as our copy lacks it; a warm-up of 200 steps (not for
@@ -64,6 +64,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,13 +75,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    IMAGENET_STATS, UNFORESEEN, Epoch, Images, Network, OldRun as Run, UserError, batches, batchnorm_mode,
+    IMAGENET_STATS, Epoch, Images, Network, OldRun as Run, UserError, batches, batchnorm_mode,
     build_model, build_trunk, ce_per_image, check_args, check_batches, check_classifier, old_cli as cli,
     count_batches, distribute, draw, eps_name, old_evaluate as evaluate, full_precision, jigsaw,
     jigsaw_permutations, join, learning_rate, load_checkpoint, load_extra, load_splits, load_weights,
-    old_numbers as numbers, patchify, pgd_attack, place_model, print_table, random_crop_flip, rebuild,
-    robust_accuracy, rotate, seed_step, old_start_run as start_run, sync_buffers, unforeseen, progress as
-    with_progress, words, world, write_results,
+    old_numbers as numbers, patchify, pgd, place_model, print_table, random_crop_flip, rebuild,
+    robust_accuracy, rotate, seed_step, old_start_run as start_run, sync_buffers, progress as
+    with_progress, world, write_results,
 )  # fmt: skip
 
 TASKS = ("selfie", "rotation", "jigsaw")
@@ -147,19 +148,15 @@ class Args:
     # evaluation
     val_fraction: float = 0.1  # share of the training images held out to select the model (section 4.1)
     select: Literal["clean", "robust"] = "clean"  # print and compare the epoch of best clean (TA) or of best robust (RA) validation accuracy; both are kept and evaluated
-    eval_attack: Literal["pgd20", "suite", "suite-fast"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it
+    eval_attack: Literal["pgd20", "suite", "suite-fast", "standard"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; standard: AutoAttack without FAB
     eval_steps: int = 20  # PGD steps in evaluation (paper: 20)
     eval_examples: int = 0  # test images to evaluate on, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
-    unforeseen: str = ""  # attacks of Kang et al. that the networks meet besides (P3F4 if there are any, or MODELS): comma-separated (l1, elastic, ...; `all`)
-    unforeseen_steps: int = 200  # steps of the attacks --unforeseen
-    targeted: bool = True  # --unforeseen aims at one random wrong class, as Kang et al.'s attacks do; off: away from the right class, which is stronger
 
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all", finetune="all", epochs=7, batch_size=128,
         lr_steps="4,6", warmup_steps=10, pretrain_epochs=5, eps=0.1, attack_steps=5, num_permutations=10, val_fraction=0.06, eval_steps=10,
         eval_examples=240,
-        unforeseen_steps=20,
     )  # fmt: skip
 
 
@@ -399,7 +396,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(objective, args.sync_bn)
     steps = count_batches(len(images), args.batch_size)
-    attack = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.attack_steps, step_size=args.step_size)
     low_memory = args.low_memory and len(tasks) > 1
 
     def perturb(views: Views) -> Views:
@@ -524,8 +521,8 @@ def finetune(name: str, pair: str, run: Run, args: Args, start: dict | None, tra
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(model, args.sync_bn)
     steps = count_batches(len(train_set), args.batch_size)
-    train_attack = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
-    val_attack = pgd_attack(args.norm, args.eps, args.eval_steps)
+    train_attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.attack_steps, step_size=args.step_size)
+    val_attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.eval_steps)
 
     def freeze() -> None:
         for part in shared_parts(model) if frozen else []:
@@ -641,19 +638,18 @@ def transfer(models: list[nn.Module], data: Iterable[tuple[Tensor, Tensor]], att
 
 
 def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> list[dict]:
-    """Tables 4 and 6, Figure 5 and the unforeseen attacks, for any classifiers: rows of results.json."""
+    """Tables 4 and 6 and Figure 5 for any classifiers: rows of results.json."""
     models = {}
     for name, state in states.items():
         models[name] = place_model(rebuild(state, name), run.device, args.amp).eval()
-    generator = torch.Generator(run.device)
-    attack = pgd_attack(args.norm, args.eps, args.eval_steps, generator=generator)
+    attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.eval_steps)
     about = {"attack": f"pgd-{args.eval_steps}", "norm": args.norm, "eps": args.eps, "examples": len(test_set)}
     usual = as_usual(vars(args), EVALUATION) and all(as_usual(state.get("args", {}), TRAINING) and state.get("pick") == "ta" for state in states.values())
     tasks = {name: str(state.get("name")).removesuffix("-P3F4") if usual else "" for name, state in states.items()}
     usual = usual and len(set(tasks.values())) == len(tasks)  # not two networks of one task
 
     def stream(label: str) -> Iterable[tuple[Tensor, Tensor]]:
-        generator.manual_seed(args.seed + world()[0])
+        torch.manual_seed(args.seed + world()[0])
         return with_progress(batches(test_set, args.batch_size, run.device, workers=args.workers), len(test_set), label)
 
     rows = []
@@ -682,55 +678,7 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
             robust = robust_accuracy(average, stream(row["name"]), lambda x, y: attack(lambda z: ce_per_image(average(z), y), x))  # noqa: B023
             rows.append(row | {"attack": "none", "eps": 0, "accuracy": round(clean, 2), "paper": known[0]})
             rows.append(row | {"accuracy": round(robust, 2), "paper": known[1]})
-        if args.unforeseen:
-            rows += meet_unforeseen(run, args, models, test_set)
     return rows
-
-
-def meet_unforeseen(run: Run, args: Args, models: dict[str, Network], test_set: Images) -> list[dict]:
-    """Accuracy under each attack named by --unforeseen at its six radii, and without attack. Written after each: it takes long."""
-    rows = run.rows("unforeseen.json")
-    generator, seen = torch.Generator(run.device), {(row["name"], row["norm"], row["eps"]) for row in rows}
-
-    def attacked(model: Network, kind: str, eps: float) -> Callable:
-        generator.manual_seed(args.seed + world()[0])
-
-        def attack(x: Tensor, y: Tensor) -> Tensor:
-            classes = len(test_set.classes)
-            target = (y + torch.randint(1, classes, y.shape, generator=generator, device=y.device)) % classes
-            sign, goal = (-1, target) if args.targeted else (1, y)
-            return unforeseen(lambda z: sign * ce_per_image(model(z), goal), x, kind, eps, args.unforeseen_steps, generator)
-
-        return attack
-
-    for name, model in models.items():
-        todo = [("none", 0, 0.0, None)]
-        for kind in unforeseen_kinds(args):
-            radii, ata, large = UNFORESEEN[kind]
-            comparable = args.dataset == "cifar10" and args.image_size == 32 and args.targeted and args.unforeseen_steps == 200 and not args.eval_amp
-            ata = ata if comparable else None
-            for i, eps in enumerate(radii if args.image_size < 64 else large):
-                todo.append((kind, i + 1, float(eps), ata and ata[i]))
-        for kind, strength, eps, ata in todo:
-            if (name, kind, eps) in seen:
-                continue
-            stream = batches(test_set, args.batch_size, run.device, workers=args.workers)
-            stream = with_progress(stream, len(test_set), f"{name}, {kind} {eps:g}")
-            accuracy = robust_accuracy(model, stream, attacked(model, kind, eps) if strength else None)
-            rows.append({
-                "kind": "unforeseen", "name": name, "attack": kind, "norm": kind, "eps": eps, "strength": strength, "steps": args.unforeseen_steps,
-                "targeted": args.targeted, "examples": len(test_set), "accuracy": round(accuracy, 2), "ata": ata, "paper": None,
-            })  # fmt: skip
-            run.keep("unforeseen.json", rows)
-    return rows
-
-
-def unforeseen_kinds(args: Args) -> list[str]:
-    """The attacks named by --unforeseen. Raises UserError for one that there is not."""
-    kinds = list(UNFORESEEN) if "all" in words(args.unforeseen) else words(args.unforeseen)
-    if wrong := [kind for kind in kinds if kind not in UNFORESEEN]:
-        raise UserError(f"--unforeseen {wrong[0]} is not known; there are {', '.join(UNFORESEEN)}, and `all`.")
-    return kinds
 
 
 # ---- the paper's numbers, the tables -------------------------------------------------------------------------------
@@ -845,8 +793,8 @@ def show_cells(mine: dict, args: dict) -> None:
 
 
 def show_compared(rows: list[dict]) -> None:
-    """Tables 4 and 6, the numbers of Figure 5 and the unforeseen attacks."""
-    kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("transfer", "venn", "average", "unforeseen")}
+    """Tables 4 and 6 and the numbers of Figure 5."""
+    kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("transfer", "venn", "average")}
     rate = {(row["source"], row["target"]): 100 - row["accuracy"] for row in kinds["transfer"]}
     names = list(dict.fromkeys(source for source, _ in rate))
     if rate:
@@ -868,17 +816,6 @@ def show_compared(rows: list[dict]) -> None:
             table += [["  the paper", f"{clean['paper']:.2f}", f"{robust['paper']:.2f}"]] if clean["paper"] is not None else []
         print("\nTable 6, averaged predictions\n")
         print_table(["models", "TA", "RA"], table)
-    attacks = list(dict.fromkeys(row["attack"] for row in kinds["unforeseen"] if row["strength"]))
-    if attacks:
-        first, table = kinds["unforeseen"][0], []
-        for attack, name in itertools.product(attacks, dict.fromkeys(row["name"] for row in kinds["unforeseen"])):
-            mine = [row for row in kinds["unforeseen"] if (row["attack"], row["name"]) == (attack, name)]
-            total = sum(row["accuracy"] for row in mine)
-            uar = f"{100 * total / sum(row['ata'] for row in mine):.1f}" if mine[0]["ata"] else ""
-            table.append([attack, name, *(f"{row['accuracy']:.2f}" for row in mine), f"{total / len(mine):.2f}", uar])
-        aim = "at a random wrong class" if first["targeted"] else "away from the right class"
-        print(f"\nUnforeseen attacks (Kang et al.), accuracy (%), {first['steps']} steps {aim}, {first['examples']:,} test images\n")
-        print_table(["attack", "", *(f"radius {i}" for i in range(1, 7)), "mean", "UAR"], table)
 
 
 # ---- layers with second derivatives that are worth their time: PyTorch's take several times as long -----------------------
@@ -1051,12 +988,11 @@ def check(args: Args) -> None:
         raise UserError("--stage compare wants checkpoints: python chen_pretrain_finetune.py --stage compare runs/X/*.ta.pt")
     if args.models and args.stage != "compare":
         raise UserError(f"{args.models[0]}: checkpoints are for --stage compare (--init takes a pre-trained trunk).")
-    unforeseen_kinds(args)  # raises if there is no such attack
     if args.stage == "compare":
         if args.init:
             raise UserError("--init is for fine-tuning; --stage compare takes the checkpoints themselves.")
         if args.eval_attack != "pgd20":
-            raise UserError("--stage compare attacks by PGD (--eval-steps) and by --unforeseen: leave out --eval-attack.")
+            raise UserError("--stage compare attacks by PGD (--eval-steps): leave out --eval-attack.")
         return
     tasks = {task for task, _ in cells(args)} - {""}
     selfie, puzzle = bool(tasks & {"selfie", "ensemble"}), bool(tasks & {"jigsaw", "ensemble"})
@@ -1152,8 +1088,8 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         return {}
     began = time.perf_counter() - judging  # last.pt has the time of training
     finals = {name: state for name, state in models.items() if name.endswith("P3F4")}  # of Tables 4 and 6
-    if len(finals) > 1 or args.unforeseen:
-        rows = rows + compare(run, args, finals or models, test_set)
+    if len(finals) > 1:
+        rows = rows + compare(run, args, finals, test_set)
     return write_results(run, rows, began)
 
 

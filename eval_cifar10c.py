@@ -38,6 +38,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 
 from common import (
     Images, OldRun as Run, UserError, batches, ce_per_image, check_args, check_classifier, old_cli as cli,
-    draw, eps_name, full_precision, load_checkpoint, load_data, open_folder, pgd_attack, place_model,
+    draw, eps_name, full_precision, load_checkpoint, load_data, open_folder, pgd, place_model,
     plasma, print_table, progress_bar, rebuild, robust_accuracy, old_start_run as start_run,
     suite_accuracy, suite_attacks, progress as with_progress, words, world, write_atomically,
     write_results,
@@ -79,7 +80,7 @@ class Args:
     # evaluation
     norm: Literal["own", "linf", "l2"] = "own"  # norm of the ball that the attack stays in; own: that of the checkpoint's training
     eps: float = 0.0  # radius of that ball, in [0, 1] pixel units, such as 8/255; 0: that of the checkpoint's training
-    eval_attack: Literal["pgd20", "suite", "suite-fast", "none"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; none: clean accuracy only
+    eval_attack: Literal["pgd20", "suite", "suite-fast", "standard", "none"] = "pgd20"  # pgd20: PGD with --eval-steps; suite: AutoPGD, MultiTargeted and Square in turn on what still stands; suite-fast: a tenth of it; standard: AutoAttack without FAB; none: clean accuracy only
     eval_steps: int = 20  # PGD steps in evaluation
     eval_examples: int = 0  # test images to attack, of each type and severity, drawn once and for all; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
@@ -544,11 +545,11 @@ def evaluate_cell(model: nn.Module, trained: dict, images: Images, args: Args, r
         if args.eval_attack != "none":
             if 0 < args.eval_examples < len(images):
                 images = draw(images, args.eval_examples, seed=0)
-            generator = torch.Generator(run.device).manual_seed(args.seed + world()[0])
+            torch.manual_seed(args.seed + world()[0])
             norm, eps = trained["attack_norm"], trained["attack_eps"]
             if args.eval_attack == "pgd20":
                 name = f"pgd-{args.eval_steps}"
-                attack = pgd_attack(norm, eps, args.eval_steps, generator=generator)
+                attack = partial(pgd, norm=norm, eps=eps, steps=args.eval_steps)
                 accuracy = robust_accuracy(model, stream(images), lambda x, y: attack(lambda z: ce_per_image(model(z), y), x))
             else:
                 name, attacks = args.eval_attack, suite_attacks(args.eval_attack, norm, eps, args.seed)

@@ -50,14 +50,15 @@ Differs from the paper, which released no code, or is our choice where it is sil
   epoch, run in bfloat16 where the hardware has it (else float16 on GPUs). At an l2 radius of 0.1 (Figure 1)
   rounding is visible: --amp off.
 """
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common import (
     STATS, CommonArgs, Images, Positive, Run, Share, UserError, batches, batchnorm_mode, build_model,
-    build_trunk, ce_per_image, cli, distribute, evaluate, load_checkpoint, load_trunk, pgd_attack,
-    place_model, random_crop_flip, results_table, robust_accuracy, split_train, start_run,
+    build_trunk, ce_per_image, cli, distribute, evaluate, load_checkpoint, load_trunk, pgd, place_model,
+    random_crop_flip, results_table, robust_accuracy, split_train, start_run,
     jigsaw, jigsaw_permutations,  # rotation_at.py is this script with another task
 )  # fmt: skip
 
@@ -208,7 +209,7 @@ def train(
     norm, eps, step_size = args.norm, args.eps, args.step_size
     if stage == "pretrain":
         norm, eps, step_size = args.pretrain, 0.5 if args.pretrain == "l2" else 8 / 255, 0.0
-    attack = pgd_attack(norm, eps, args.attack_steps, step_size=step_size)
+    attack = functools.partial(pgd, eps=eps, norm=norm, steps=args.attack_steps, step_size=step_size)
     T, ss_classes = ss_task(args, run.device)
 
     torch.manual_seed(args.seed)  # every stage and variant starts from the same weights, but for `start`

@@ -81,7 +81,7 @@ from common import (
     STATS, Epoch, Images, Network, OldRun as Run, UserError, batches, batchnorm_mode, build_model,
     ce_per_image, check_args, check_batches, check_classifier, old_cli as cli, count_batches, distribute,
     draw, eps_name, full_precision, image_uniform, learning_rate, load_checkpoint, load_data, load_trunk,
-    load_weights, map_images, old_numbers as numbers, pgd_attack, place_model, print_table,
+    load_weights, map_images, old_numbers as numbers, pgd, place_model, print_table,
     random_crop_flip, reading, rebuild, save_image_grid, seed_step, simclr_augment, split_train,
     old_start_run as start_run, suite_attacks, sum_over_ranks, sync_buffers, words, world, write_results,
 )  # fmt: skip
@@ -144,7 +144,7 @@ class Args:
     as_published: bool = False  # also evaluate what the authors' code computes, with its own weights and negatives
     commit: Literal["b8f5ea7", "855d32d"] = "b8f5ea7"  # which commit of the authors' code --as-published follows. b8f5ea7: the last, which increases the losses; 855d32d: an earlier one that decreases them. Which one made Table 1 is not known
     # attackers
-    attacks: str = "pgd,aware,bpda,unrolled"  # attacks besides pgd: aware (keeps L low), bpda and unrolled (go through the reversal), suite and suite-fast (on F alone)
+    attacks: str = "pgd,aware,bpda,unrolled"  # attacks besides pgd: aware (keeps L low), bpda and unrolled (go through the reversal), suite, suite-fast and standard (on F alone)
     lambdas: str = "0.5,1,2,5,10"  # lambda of the attack aware: comma-separated, one attack for each (0 is pgd)
     adaptive_steps: int = 20  # PGD steps of bpda and unrolled, from where pgd ended; the point of highest loss counts
     eot: int = 4  # draws of the defence over which bpda and unrolled average their loss and its gradient
@@ -599,16 +599,17 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defe
     if kind == "none":
         return x
     u = image_uniform(mix_seeds(seeds, FOR_START), x.shape[1:].numel()).view_as(x)
-    noise = 2 * u - 1 if args.norm == "linf" else torch.erfinv(2 * u - 1)
-    by_pgd = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    noise = 2 * u - 1 if args.norm == "linf" else F.normalize(torch.erfinv(2 * u - 1).flatten(1)).view_as(x)
+    by_pgd = partial(pgd, norm=args.norm, eps=args.eps, step_size=args.step_size)
+    start, steps = x + args.eps * noise, args.attack_steps
     if kind == "aware" and lam > 0:
-        return by_pgd(lagrangian, x, noise)
-    x_adv = by_pgd(class_loss, x, noise)
+        return by_pgd(lagrangian, x, steps=steps, start=start)
+    x_adv = by_pgd(class_loss, x, steps=steps, start=start)
     if kind.startswith("suite"):
         return suite(kind, x, x_adv, y, lambda z: logits_of(victim, z, args), args)
     if kind in ("bpda", "unrolled"):
-        onward = pgd_attack(args.norm, args.eps, args.adaptive_steps, step_size=args.step_size, keep_best=True)
-        return onward(straight_through if kind == "bpda" else unrolled, x, start=x_adv)
+        loss = straight_through if kind == "bpda" else unrolled
+        return by_pgd(loss, x, steps=args.adaptive_steps, start=x_adv, keep_best=True)
     return x_adv
 
 
@@ -658,7 +659,7 @@ def train(name: str, run: Run, args: Args, net: nn.Module, trained: nn.Module, a
     history, began = state["history"], time.perf_counter() - state["seconds"]
     ddp = distribute(net, args.sync_bn)
     steps = count_batches(len(train_set), batch_size)
-    train_attack = pgd_attack(args.norm, args.eps, args.attack_steps, step_size=args.step_size)
+    train_attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.attack_steps, step_size=args.step_size)
 
     def loss_of(net: nn.Module, bare: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # (B,)
         if name != "classifier":
@@ -814,7 +815,7 @@ def make_defences(run: Run, args: Args, branches: dict[str, nn.Module], train_se
 
 def jobs(defences: list[Defence]) -> list[tuple[str, float, list[Defence]]]:
     """(attack, its lambda, the defences to judge by its images). Attacks that know F only are made once for all."""
-    args, known = defences[0].args, ("none", "pgd", "suite", "suite-fast")
+    args, known = defences[0].args, ("none", "pgd", "suite", "suite-fast", "standard")
     kinds = ["none", "pgd", *words(args.attacks)]
     attacked = [d for d in defences if not d.published]  # which PGD is enough for
     todo = [(kind, 0.0, defences if kind in ("none", "pgd") else attacked) for kind in known if kind in kinds]
@@ -911,8 +912,8 @@ def accuracy(bits: Tensor) -> dict[str, float]:
 
 # The columns of the table: which attacks each is the strongest of. An adaptive attacker has them all.
 COLUMNS = {
-    "clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "suite": ("suite", "suite-fast"),
-    "adaptive": ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast"),
+    "clean": ("none",), "pgd": ("pgd",), "defence-aware": ("pgd", "aware"), "suite": ("suite", "suite-fast", "standard"),
+    "adaptive": ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast", "standard"),
 }  # fmt: skip
 
 
@@ -921,7 +922,7 @@ def columns(bits: dict[tuple[str, str, float], Tensor]) -> list[dict]:
     defences: mean and standard error of the difference per image. bits: (defence, attack, lambda): (n,) 1 where right."""
     rows, chosen = [], {}
     names, made = list(dict.fromkeys(name for name, _, _ in bits)), {kind for _, kind, _ in bits}
-    shown = {"clean", "pgd"} | ({"defence-aware"} if "aware" in made else set()) | ({"suite"} if {"suite", "suite-fast"} & made else set())
+    shown = {"clean", "pgd"} | ({"defence-aware"} if "aware" in made else set()) | ({"suite"} if {"suite", "suite-fast", "standard"} & made else set())
     shown |= {"adaptive"} if {"bpda", "unrolled"} & made else set()
     for column in [c for c in COLUMNS if c in shown]:
         for name in names:
@@ -1090,7 +1091,7 @@ def check(args: Args) -> None:
     """Raise UserError for flags that are wrong or do not go together."""
     check_args(args)
     tasks, attacks = words(args.tasks), words(args.attacks)
-    kinds = ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast")
+    kinds = ("pgd", "aware", "bpda", "unrolled", "suite", "suite-fast", "standard")
     if not tasks or not set(tasks) <= set(TASKS) or len(set(tasks)) < len(tasks):
         raise UserError(f"--tasks {args.tasks!r}: give one or more of {','.join(TASKS)}, each once.")
     if not set(attacks) <= set(kinds):

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import batchnorm_mode, build_model, l2_norm, pgd, robust_accuracy
+from common import (
+    apgd, batchnorm_mode, build_model, check_attack, l2_norm, multi_targeted, pgd, project, robust_accuracy, square,
+    suite_accuracy,
+)  # fmt: skip
 
 torch.manual_seed(0)
 W = torch.randn(3, 8, 8, dtype=torch.float64)
@@ -100,10 +103,10 @@ def test_robust_accuracy_of_a_linear_classifier_is_the_closed_form(norm, dual):
 def test_the_result_is_in_the_ball_and_in_the_box(norm, eps, steps):
     model = small_net().eval()
     x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
-    for start, best in itertools.product((True, False), repeat=2):
+    for start, best in itertools.product((None, x, torch.rand(8, 3, 16, 16)), (True, False)):
         x_adv = pgd(
             lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=eps, norm=norm, steps=steps,
-            step_size=3 * eps, random_start=start, keep_best=best,
+            step_size=3 * eps, start=start, keep_best=best,
         )  # fmt: skip
         delta = x_adv - x
         size = delta.abs().amax() if norm == "linf" else l2_norm(delta).amax()
@@ -121,13 +124,24 @@ def test_random_starts_are_those_of_the_fact_sheet():
     assert linf.var().item() == pytest.approx(0.1**2 / 3, rel=0.02)  # uniform in [-eps, eps]
     l2 = l2_norm(pgd(zero, x, eps=0.1, norm="l2", steps=0) - x)
     assert torch.allclose(l2, torch.full_like(l2, 0.1), atol=1e-5)  # exactly on the sphere
-    assert torch.equal(pgd(zero, x, eps=0.1, steps=0, random_start=False), x)
+    assert torch.equal(pgd(zero, x, eps=0.1, steps=0, start=x), x)
+
+
+def test_the_default_step_is_the_papers():
+    """linf 2/255, l2 2 eps / steps; in a ball that steps of 2/255 cannot cross, 2 eps / steps."""
+    x = torch.full((1, 3, 4, 4), 0.5)
+    for norm, eps, steps, want in ("linf", 4 / 255, 10, 2 / 255), ("linf", 0.1, 5, 0.04), ("l2", 0.5, 10, 0.1):
+        seen = []
+        pgd(lambda z: seen.append(z.detach()) or z.sum((1, 2, 3)), x, eps=eps, norm=norm, steps=steps, start=x)
+        moved = seen[1] - seen[0]
+        length = moved.abs().max() if norm == "linf" else moved.norm()
+        assert length.item() == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_zero_gradients_do_no_harm(norm):
     x = torch.rand(4, 3, 8, 8)
-    x_adv = pgd(lambda z: 0 * z.sum((1, 2, 3)), x, eps=0.1, norm=norm, random_start=False)
+    x_adv = pgd(lambda z: 0 * z.sum((1, 2, 3)), x, eps=0.1, norm=norm, start=x)
     assert torch.allclose(x_adv, x, atol=1e-7)
 
 
@@ -138,7 +152,7 @@ def test_an_image_is_attacked_the_same_in_any_batch(norm):
 
     def attack(rows):
         loss = lambda z: F.cross_entropy(model(z), y[rows], reduction="none")  # noqa: E731
-        return pgd(loss, x[rows], eps=0.1, norm=norm, steps=5, random_start=False)
+        return pgd(loss, x[rows], eps=0.1, norm=norm, steps=5, start=x[rows])
 
     whole = attack(torch.arange(7))
     parts = torch.cat([attack(torch.tensor([i])) for i in range(7)])
@@ -152,20 +166,14 @@ def test_the_attack_beats_noise_and_keep_best_is_no_worse(norm):
     x, y = torch.rand(32, 3, 32, 32), torch.randint(0, 10, (32,))
     eps = {"linf": 0.05, "l2": 1.0}[norm]
     loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
-    gen = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    noise = pgd(loss, x, eps=eps, norm=norm, steps=0, generator=gen())
-    few = pgd(loss, x, eps=eps, norm=norm, steps=3, generator=gen())
-    many = pgd(loss, x, eps=eps, norm=norm, steps=20, generator=gen())
-    best = pgd(loss, x, eps=eps, norm=norm, steps=20, generator=gen(), keep_best=True)
+
+    def attack(steps, **more):
+        torch.manual_seed(0)
+        return pgd(loss, x, eps=eps, norm=norm, steps=steps, step_size=2 * eps / max(steps, 1), **more)
+
+    noise, few, many, best = attack(0), attack(3), attack(20), attack(20, keep_best=True)
     assert loss(x).mean() < loss(few).mean() < loss(many).mean() and loss(noise).mean() < loss(few).mean()
     assert (loss(best) >= loss(many) - 1e-5).all()
-
-
-def test_a_generator_leaves_the_global_one_alone():
-    before = torch.get_rng_state()
-    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    a = [pgd(lambda z: z.sum((1, 2, 3)), x, eps=0.1, steps=1, generator=torch.Generator().manual_seed(5)) for _ in "ab"]
-    assert torch.equal(a[0], a[1]) and torch.equal(before, torch.get_rng_state())
 
 
 def test_wrong_use_is_told():
@@ -173,16 +181,76 @@ def test_wrong_use_is_told():
     loss = lambda z: z.sum((1, 2, 3))  # noqa: E731
     with pytest.raises(ValueError, match="norm"):
         pgd(loss, x, eps=0.1, norm="l1")
-    with pytest.raises(ValueError, match="negative"):
-        pgd(loss, x, eps=-0.1)
+    for eps in -0.1, math.nan:
+        with pytest.raises(ValueError, match="eps 0 or more"):
+            pgd(loss, x, eps=eps)
     with pytest.raises(ValueError, match="one value per image"):
         pgd(lambda z: z.sum(), x, eps=0.1)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         pgd(loss, 2 * x, eps=0.1)
-    with pytest.raises(ValueError, match="gradient"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         pgd(lambda z: loss(z.detach()), x, eps=0.1)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        pgd(loss, x, eps=0.1)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         robust_accuracy(small_net(), [(2 * x.repeat(1, 1, 8, 8), torch.tensor([0, 1]))])
+
+
+# ---- what robust_accuracy takes and refuses ----
+
+
+def accuracy_of(data, model=None, attack=None):
+    """By robust_accuracy, and by suite_accuracy with the same attack."""
+    model = model or nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    attacks = [("attack", 1, lambda model, x, y, start: attack(x, y))] if attack else []
+    both = robust_accuracy(model, data(), attack), list(suite_accuracy(model, data(), attacks).values())[-1]
+    assert both[0] == pytest.approx(both[1])
+    return both[0]
+
+
+def test_wrong_data_and_networks_are_refused():
+    x, y = torch.rand(30, 3, 4, 4), torch.arange(30) % 10
+    used = iter([(x, y)])
+    next(used)
+    one_logit = nn.Sequential(nn.Flatten(), nn.Linear(48, 1))
+    for accuracy in robust_accuracy, lambda model, data: suite_accuracy(model, data, []):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+        with pytest.raises(ValueError, match="no images: .* used before"):
+            accuracy(net, used)
+        for labels in y[:, None], y[:10], F.one_hot(y).float():
+            with pytest.raises(ValueError, match="labels"):
+                accuracy(net, [(x, labels)])
+        with pytest.raises(ValueError, match="2 classes or more"):
+            accuracy(one_logit, [(x, 0 * y)])
+
+
+def test_labels_of_any_integer_type_and_functions_instead_of_modules():
+    torch.manual_seed(0)
+    w = torch.randn(48, 10)
+    f = lambda x: (x - 0.5).flatten(1) @ w  # noqa: E731
+    x = torch.rand(200, 3, 4, 4)
+    y = f(x).argmax(1)
+    y[:50] = (y[:50] + 1) % 10
+
+    class Module(nn.Module):  # without parameters
+        def forward(self, x):
+            return f(x)
+
+    for attack in None, lambda x, y: pgd(lambda z: F.cross_entropy(f(z), y, reduction="none"), x, eps=0.02, start=x):
+        expected = accuracy_of(lambda: [(x[:80], y[:80]), (x[80:], y[80:])], f, attack)
+        assert expected == 75 if attack is None else 5 < expected < 70
+        for kind in torch.int32, torch.uint8:
+            assert accuracy_of(lambda: [(x, y.to(kind))], Module(), attack) == expected  # noqa: B023
+
+
+def test_a_gradient_has_the_layout_of_its_image():
+    """Attack libraries call .view on it."""
+    model = small_net().eval()
+    x = torch.rand(2, 3, 32, 32)
+    for layout in torch.contiguous_format, torch.channels_last:
+        z = x.to(memory_format=layout, copy=True).requires_grad_()
+        (grad,) = torch.autograd.grad(model(z).logsumexp(1).sum(), z)
+        assert grad.is_contiguous(memory_format=layout) and grad.stride() == z.stride()
 
 
 # ---- what is left behind ----
@@ -242,20 +310,39 @@ def test_nan_logits_are_refused_even_where_only_wrong_images_have_them():
         robust_accuracy(HalfNaN(), [(x, y)], lambda x, y: x[:1].expand_as(x))
 
 
-def test_the_functions_work_when_copied_out():
-    """As the docstring of common.py says: these four and torch are enough."""
-    source = "import contextlib, math\nfrom collections.abc import Callable, Iterable, Iterator\nfrom typing import Literal\n"
-    source += "import torch\nimport torch.distributed as dist\nfrom torch import Tensor, nn\n"
-    source += "\n".join(inspect.getsource(f) for f in (pgd, l2_norm, batchnorm_mode, robust_accuracy))
+def test_pgd_works_when_copied_out():
+    """As the docstring of common.py says: with its three helpers, torch and two imports."""
+    source = "import math\nfrom collections.abc import Callable\nimport torch\nfrom torch import Tensor\n"
+    source += "\n".join(inspect.getsource(f) for f in (l2_norm, project, check_attack, pgd))
     names = {}
     exec(source, names)
     model, x, y = small_net(), torch.rand(4, 3, 32, 32), torch.arange(4)
     loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
     model.eval()
     for norm in ("linf", "l2"):
-        a, b = (f(loss, x, eps=0.1, norm=norm, generator=torch.Generator().manual_seed(0), keep_best=True) for f in (names["pgd"], pgd))
-        assert torch.equal(a, b)
-    assert names["robust_accuracy"](model, [(x, y)], lambda x, y: x) == robust_accuracy(model, [(x, y)])
+        found = []
+        for f in names["pgd"], pgd:
+            torch.manual_seed(0)
+            found.append(f(loss, x, eps=0.1, norm=norm, keep_best=True))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(3, 5, 9), (1, 1, 1), (2, 2, 7), (1, 16, 4)])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_every_attack_takes_images_of_any_shape(norm, shape, batch):
+    torch.manual_seed(0)
+    x, y = torch.rand(batch, *shape), torch.arange(batch)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 5))
+    loss = lambda z: F.cross_entropy(net(z), y, reduction="none")  # noqa: E731
+    ball = {"eps": 0.1, "norm": norm}
+    for x_adv in (
+        pgd(loss, x, steps=3, **ball), apgd(loss, x, steps=5, **ball), multi_targeted(net, x, y, steps=3, **ball),
+        square(net, x, y, queries=20, **ball),
+    ):  # fmt: skip
+        delta = x_adv - x
+        size = delta.flatten(1).norm(math.inf if norm == "linf" else 2, dim=1)
+        assert x_adv.shape == x.shape and (size <= 0.1 + 1e-6).all() and ((x_adv >= 0) & (x_adv <= 1)).all()
 
 
 def test_batchnorm_under_attack():
