@@ -10,8 +10,8 @@
 
 Conventions: images are (B, 3, H, W) floats in [0, 1]; a network normalises them itself and returns logits;
 `eps` and step sizes are in the same [0, 1] units; accuracies are in percent. Importing this file only defines
-things. To use the attack elsewhere, copy `pgd` with `l2_norm`, and `robust_accuracy` with `batchnorm_mode`:
-together they need nothing but torch and some imports of the standard library.
+things. To use PGD elsewhere, copy `pgd` with `l2_norm`, `project` and `check_attack`: they need only torch and
+two imports of the standard library.
 """
 import argparse
 import contextlib
@@ -627,7 +627,7 @@ def _open_run(folder: Path, script: str, args: Any) -> Any:
         saved = json.loads(path.read_text()) if path.exists() else None
         if saved is not None:
             saved["script"]  # raises if this is another program's config.json
-    if not any(file.suffix == ".pt" or file.name == "results.json" for file in folder.iterdir()):
+    if not any(f.suffix in (".pt", ".json") and f.name != "config.json" for f in folder.iterdir()):
         text = json.dumps({"script": script, "args": asdict(args)}, indent=1)
         write_atomically(path, lambda f: f.write(text.encode()))
     elif not args.resume:

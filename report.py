@@ -20,10 +20,9 @@ Gowal et al. 2021 (byorl.py):
 
 Chen et al. 2020 (chen_pretrain_finetune.py):
 
-    chen-tables.md           Tables 3-8 and the unforeseen attacks, as far as there are runs of ours, below the paper's rows
+    chen-tables.md           Tables 3-8, as far as there are runs of ours, below the paper's rows
     chen-summary-*.png       Figure 1: robust over clean accuracy; the larger a marker, the more epochs; hollow: the paper
     chen-venn-*.png          Figure 5: which images, attacked for one model, fool two others; one picture per results.json
-    chen-unforeseen-*.png    like Figures 3 and 4 for the attacks of Kang et al. (on corruptions they are kucer-corruptions-*.png)
 
 Rebuffi et al. 2023 (adv_mae.py; byorl.py's encoders fine-tuned by it):
 
@@ -100,12 +99,12 @@ NAMED = {"dataset", "arch", "width", "epochs", "norm", "eps", "variant", "eval_s
 JIGSAW_ONLY = {"grid", "num_permutations", "permutations"}
 # chen_pretrain_finetune.py: which cells a run fills or compares, and what matters to some of them only (see `text_of`).
 CHEN_CELLS = {
-    "task", "pretrain", "finetune", "table3", "dpe_lambda", "frames", "models", "stage", "init", "low_memory", "unforeseen", "unforeseen_steps", "targeted",
+    "task", "pretrain", "finetune", "table3", "dpe_lambda", "frames", "models", "stage", "init", "low_memory",
 }  # fmt: skip
 # What its rows hold besides, by kind; those of Table 3 have none.
 CHEN_ROWS = {
     None: {"task", "pair", "pick", "best_epoch", "images"}, "transfer": {"source", "target"}, "venn": {"source", "target", "other"},
-    "average": {"models"}, "unforeseen": {"strength", "steps", "targeted", "ata"},
+    "average": {"models"},
 }  # fmt: skip
 # The same of mtl_reverse.py.
 LAWHON_ROWS = {
@@ -677,7 +676,6 @@ def landscape_figure(checkpoint: str, out: Path, taken: list[Path], images: int 
 CHEN_TABLE5 = {task: CHEN_PAPER[task, "P3F4"] for task in TASKS} | {"jigsaw": PAPER_TABLE5_JIGSAW}
 CHEN_TABLE5 |= {"AP+SE": CHEN_PAPER["se", "P3F4"], "AP+DPE": CHEN_PAPER["dpe", "P3F4"]}
 CHEN_TABLE6 = {tuple(sorted(names)): known for names, known in PAPER_TABLE6.items()}
-STRENGTHS = range(1, 7)  # of Kang et al.'s attacks
 Values = dict[tuple, dict[int, float]]  # {what (see `measured`): {seed: value}}
 
 
@@ -723,9 +721,6 @@ def measured(result: dict, row: dict) -> dict[tuple, float]:
         return {(row["source"], row["target"]): 100 - value}
     if kind == "average":
         return {(tuple(row["models"]), "TA" if clean else "RA"): value}
-    if kind == "unforeseen":
-        aim = ", targeted" if row["targeted"] else ""
-        return {(row["name"], row["attack"], f"{row['steps']} steps{aim}", row["examples"], row["strength"], row["eps"], row["ata"]): value}
     return {}  # of "venn" there is a picture per run, not a table
 
 
@@ -824,41 +819,8 @@ def size_rows(settings: list[Setting]) -> list[list[str]]:
     return rows + [row for _, row in sorted(sized, key=lambda of: of[0])]
 
 
-def by_attack(values: Values) -> dict[tuple, dict[int, tuple]]:
-    """Accuracies under unforeseen attacks: {(model, attack, how, examples): {strength: (radius, ATA, {seed: accuracy})}}"""
-    found = defaultdict(dict)
-    for (*key, strength, eps, ata), seeds in values.items():
-        found[tuple(key)][strength] = (eps, ata, seeds)
-    return found
-
-
-def uar(strengths: dict[int, tuple]) -> list[float]:
-    """Kang et al.'s UAR (%) per seed: the sum of the accuracies over that of networks trained against each strength (ATA)."""
-    if not all(k in strengths and strengths[k][1] for k in STRENGTHS):
-        return []
-    _, ata, accuracies = zip(*(strengths[k] for k in STRENGTHS), strict=True)
-    return [100 * sum(a[seed] for a in accuracies) / sum(ata) for seed in accuracies[0] if all(seed in a for a in accuracies)]
-
-
-def unforeseen_rows(settings: list[Setting]) -> list[list[str]]:
-    """A row per model and attack: clean accuracy, that at each strength, UAR."""
-    rows = []
-    for setting in settings:
-        for text, values in setting.of("unforeseen"):
-            found = by_attack(values)
-            clean = {model: next(iter(strengths.values()))[2] for (model, attack, *_), strengths in found.items() if attack == "none"}
-            for (model, attack, how, _), strengths in found.items():
-                numbers = [strengths[k][2] if k in strengths else {} for k in STRENGTHS]
-                if attack == "none" or not any(numbers):
-                    continue
-                radii = ", ".join(f"{strengths[k][0]:g}" for k in STRENGTHS if k in strengths)
-                shown = [mean_sd(n.values()) for n in (clean.get(model, {}), *numbers)]
-                rows.append([attack, model, ours(text, *numbers), how, radii, *shown, mean_sd(uar(strengths))])
-    return sorted(rows, key=lambda row: list(dict.fromkeys(r[0] for r in rows)).index(row[0]))  # the models of an attack together
-
-
 def chen_tables(settings: list[Setting]) -> str:
-    """Tables 3-8 and the unforeseen attacks in Markdown: those of which there is something of ours; '' if there is nothing."""
+    """Tables 3-8 in Markdown: those of which there is something of ours; '' if there is nothing."""
     cells = dict.fromkeys(what[:2] for setting in settings for _, values in setting.of("cell") for what in values)
     by_task = [f"{task.capitalize()} {what}" for task in TASKS for what in ("TA", "RA", "epochs")]
 
@@ -879,9 +841,6 @@ def chen_tables(settings: list[Setting]) -> str:
             ["images", "setting", *(f"{pair} {what}" for pair in ("P3F2", "P3F4") for what in ("TA", "RA", "epochs"))], size_rows(settings),
         ),
         "Table 8: pre-training on noisy images": (["pair", "setting", *by_task], pairs(("RSF2", "RSF4"), True)),
-        "Unforeseen attacks (Kang et al. 2019)": (
-            ["attack", "model", "setting", "how", "radii", "clean", *map(str, STRENGTHS), "UAR"], unforeseen_rows(settings),
-        ),
     }  # fmt: skip
     sections = {title: markdown(*table) for title, table in found.items() if any(cell.startswith("ours: ") for row in table[1] for cell in row)}
     blocks = asr_blocks(settings)
@@ -988,33 +947,6 @@ def venn_figures(results: list[dict], out: Path) -> list[Path]:
         shown = f"{describe(result)}, seed {result['args']['seed']}; of {rows[0]['examples']:,} images those that fool either model and both"
         figure.suptitle(textwrap.fill(shown, 45 * wide), fontsize=10)
         path = unused(out / file_name(f"chen-venn-s{result['args']['seed']}-{describe(result)}"), written)
-        save(figure, path)
-        written.append(path)
-    return written
-
-
-def unforeseen_figures(settings: list[Setting], out: Path) -> list[Path]:
-    """Bars per attack, the mean over its six strengths, one colour per model; a picture per data set, number of images and of steps, and aim."""
-    plt, written = pyplot(), []
-    groups = defaultdict(lambda: defaultdict(dict))  # {(data, examples, how): {(model, setting): {attack: accuracy}}}
-    for setting in settings:
-        for text, values in setting.of("unforeseen"):
-            for (model, attack, how, examples), strengths in by_attack(values).items():
-                if all(k in strengths for k in STRENGTHS):
-                    mean = fmean(fmean(strengths[k][2].values()) for k in STRENGTHS)
-                    groups[dataset_name(setting.result), examples, how][model, text][attack] = mean
-    for (data, examples, how), models in groups.items():
-        attacks = list(dict.fromkeys(attack for heights in models.values() for attack in heights))
-        names = [model for model, _ in models]
-        heights = {
-            f"{model}{f' ({where})' if names.count(model) > 1 else ''}": [of.get(attack, math.nan) for attack in attacks]
-            for (model, where), of in models.items()
-        }  # fmt: skip
-        figure, ax = plt.subplots(figsize=(max(6, 0.9 * len(attacks) + 2), 4.5), layout="constrained")
-        grouped_bars(ax, attacks, heights)
-        ax.set(ylabel="accuracy (%), mean over six strengths", title=f"{data}: {examples:,} test images, {how}")
-        figure.legend(fontsize=9, ncols=3 if max(map(len, heights)) < 30 else 1, loc="outside lower center")
-        path = unused(out / file_name(f"chen-unforeseen-{data}-{examples}-{how}"), written)
         save(figure, path)
         written.append(path)
     return written
@@ -1433,7 +1365,7 @@ def main(args: Args) -> list[Path]:
     else:
         written += curve_figures(found, out)
         written += accuracy_figures(heads, "label_fraction", out) + accuracy_figures(heads, "jitter_strength", out)
-        written += summary_figures(settings, out) + venn_figures(results, out) + unforeseen_figures(settings, out)
+        written += summary_figures(settings, out) + venn_figures(results, out)
         written += rebuffi_figures(tuned, out) + lawhon_figures(reversals, out)
         states = {path: load_checkpoint(path) for path in checkpoints}
         vits = {f"{Path(path).parent.name} {Path(path).stem}": state for path, state in states.items() if state["network"].get("arch") in VITS}

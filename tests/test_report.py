@@ -292,16 +292,6 @@ def average(models: tuple[str, ...], ta: float, ra: float) -> list[dict]:
     return [CLEAN | names | {"accuracy": ta}, ABOUT | names | {"accuracy": ra}]
 
 
-def kang(name: str, base: float, attacks=("elastic", "jpeg-linf", "fog"), strengths=range(1, 7), targeted=True) -> list[dict]:
-    rows = [CLEAN | {"kind": "unforeseen", "name": name, "strength": 0, "steps": 200, "targeted": targeted, "ata": None, "accuracy": 85.0}]
-    for i, attack in enumerate(attacks):
-        for k in strengths:
-            ata = None if attack == "fog" else 100.0 - 10 * k
-            rows.append(CLEAN | {"kind": "unforeseen", "name": name, "attack": attack, "norm": attack, "eps": 0.125 * 2**k, "strength": k, "steps": 200,
-                                 "targeted": targeted, "ata": ata, "accuracy": base - 5 * k - i})  # fmt: skip
-    return rows
-
-
 def chen_result(*rows: list[dict], **changes) -> dict:
     return {"script": "chen_pretrain_finetune", "args": vars(chen.Args(**changes)), "device": "CPU", "torch": "2", "seconds": 1.0, "rows": sum(rows, [])}
 
@@ -360,7 +350,7 @@ def test_chen_tables_hold_our_numbers_and_average_seeds():
     assert "| rotation-P3F4 | 37.00 ± 1.41 | 48.00 ± 1.41 | 35.00 ± 1.41 |" in asr
     assert line(text, "Table 6", "selfie-P3F4 + rotation-P3F4 + jigsaw-P3F4") == ["86.00 ± 1.41", "54.00 ± 1.41"]
     assert line(text, "Table 6", "selfie-P3F4") == ["86.00 ± 1.41", "52.00 ± 1.41"]
-    assert "Table 7" not in text and "Table 8" not in text and "Unforeseen" not in text
+    assert "Table 7" not in text and "Table 8" not in text
 
 
 def test_the_checkpoint_that_select_names_is_reported():
@@ -406,22 +396,6 @@ def test_sizes_of_pre_training():
     assert "## Table 7" not in chen_text(runs[0])
 
 
-def test_unforeseen_attacks():
-    models = dict(stage="compare", models=("a/x.pt",))
-    runs = [chen_result(kang("x", 80), seed=0, **models), chen_result(kang("x", 84), seed=1, **models)]
-    text = chen_text(*runs, chen_result(kang("y", 80, strengths=(1, 2)), stage="compare", models=("b/y.pt",)))
-    rows = {tuple(c.strip() for c in x.split("|")[1:3]): [c.strip() for c in x.split("|")[3:-1]] for x in text.splitlines() if x.startswith("| ")}
-    elastic = rows["elastic", "x"]
-    assert elastic[1:5] == ["200 steps, targeted", "0.25, 0.5, 1, 2, 4, 8", "85.00 ± 0.00", "77.00 ± 2.83"]
-    # accuracies 75, 70, ..., 50, in all 375 (399 for the other seed), ATA 90, 80, ..., 40, in all 390
-    assert elastic[-1] == f"{100 * (375 + 399) / 2 / 390:.2f} ± {100 * 24 / 390 / 2**0.5:.2f}"
-    assert rows["fog", "x"][-1] == "" and rows["fog", "x"][-2] == "50.00 ± 2.83"  # no ATA
-    assert rows["elastic", "y"][3:] == ["85.00", "75.00", "70.00", "", "", "", "", ""]
-    assert text.count("## ") == 1
-    both = chen_text(runs[0], chen_result(kang("x", 60, targeted=False), seed=1, targeted=False, **models))  # not another seed of the same
-    assert "| 200 steps, targeted | " in both and "| 200 steps | " in both and "±" not in both.split("## Unforeseen")[1]
-
-
 def test_chen_pictures_show_what_was_measured(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
@@ -453,12 +427,6 @@ def test_chen_pictures_show_what_was_measured(tmp_path, monkeypatch):
     words = [a[2].replace("\n", " ") for kind, a, _ in calls if kind == "text"]
     assert words[:5] == ["only 13.50%", "rotation-P3F4 38.00%", "only 12.50%", "jigsaw-P3F4 37.00%", "24.50%"] and len(words) == 15
 
-    calls.clear()
-    runs = [chen_result(kang(n, 80), stage="compare", models=(f"{n}/x.pt",), seed=s, eval_steps=e) for n, s, e in (("x", 0, 20), ("x", 1, 20), ("y", 0, 10))]
-    (path,) = report.unforeseen_figures(report.chen_settings(runs), tmp_path)
-    bars = {k["label"]: a[1] for kind, a, k in calls if kind == "bar"}
-    assert bars == {"x": [62.5, 61.5, 60.5], "y": [62.5, 61.5, 60.5]}
-
 
 def test_circles_have_the_areas_asked_for():
     for a, b, both in (39, 38, 24), (10, 40, 3), (20, 20, 20), (30, 10, 10), (30, 10, 0), (0, 10, 0):
@@ -472,9 +440,9 @@ def test_circles_have_the_areas_asked_for():
 
 def test_chen_files_are_written_as_far_as_there_are_runs(tmp_path, command):
     pytest.importorskip("matplotlib")
-    runs = [table3(), chen_result(kang("x", 80), stage="compare", models=("a/x.pt",)), chen_result(cell("rotation", "P3F4", 80, 40), norm="l2")]
+    runs = [table3(), chen_result(cell("rotation", "P3F4", 80, 40), norm="l2")]
     folders = write(tmp_path, *runs)
-    for i, names in enumerate((["summary", "tables", "venn"], ["tables", "unforeseen"], ["tables"])):
+    for i, names in enumerate((["summary", "tables", "venn"], ["tables"])):
         code, _, _ = command(report, folders[i], "--out", tmp_path / f"report{i}")
         files = sorted((tmp_path / f"report{i}").iterdir())
         assert code == 0 and [f.name.split("-")[1].split(".")[0] for f in files] == names and all(f.name.startswith("chen-") for f in files)
@@ -484,13 +452,12 @@ def test_chen_files_are_written_as_far_as_there_are_runs(tmp_path, command):
 
                 picture = Image.open(file).convert("RGB")
                 assert picture.width > 500 and len(picture.getcolors(10**6)) > 50
-    assert (tmp_path / "report1" / "chen-tables.md").read_text().count("## ") == 1
 
 
 def test_incomplete_chen_results_are_refused(tmp_path, one_sentence):
-    complete = table3()["rows"] + kang("x", 80)
+    complete = table3()["rows"]
     for row in [complete[0], *({r["kind"]: r for r in complete if "kind" in r}.values())]:
-        for key in {"pair", "pick", "best_epoch", "images", "target", "targeted", "other", "models", "strength", "ata", "accuracy"} & row.keys():
+        for key in {"pair", "pick", "best_epoch", "images", "target", "other", "models", "accuracy"} & row.keys():
             (tmp_path / "bad.json").write_text(json.dumps(chen_result([{k: v for k, v in row.items() if k != key}])))
             assert "is not a results.json" in one_sentence(report, tmp_path / "bad.json")
     for rows in compared({(0, 1, 2): 20.0}), [complete[0] | {"kind": "new"}]:  # the Venn picture needs the success rates too

@@ -24,6 +24,7 @@ import adv_mae
 import byorl
 import chen_pretrain_finetune
 import eval_cifar10c
+import eval_unforeseen
 import jigsaw_at
 import mtl_reverse
 import rotation_at
@@ -34,7 +35,8 @@ from common import (
 from rotation_at import Args, main
 
 CPU = torch.device("cpu")
-SCRIPTS = [rotation_at, jigsaw_at, byorl, chen_pretrain_finetune, adv_mae, mtl_reverse, eval_cifar10c]
+TRAINING = [rotation_at, jigsaw_at, byorl, chen_pretrain_finetune, adv_mae, mtl_reverse]
+SCRIPTS = [*TRAINING, eval_cifar10c, eval_unforeseen]
 # A run of byorl.py of a few seconds.
 TINY_BYORL = dict(
     dataset="digits", image_size=8, flip=False, arch="preact18", width=1 / 16, epochs=2, warmup_epochs=0, eps=0.5, attack_steps=1,
@@ -136,12 +138,12 @@ def test_the_same_flag_is_of_one_type_everywhere(a, b):
 
 
 WRONG = [  # (scripts, flags, what is told)
-    (SCRIPTS, "--eps abc", "--eps.*abc"),
-    (SCRIPTS, "--eps -1", "--eps"),
-    (SCRIPTS, "--norm linf --eps 8", r"--eps 8: .* such as 8/255"),
+    (SCRIPTS[:7], "--eps abc", "--eps.*abc"),
+    (SCRIPTS[:7], "--eps -1", "--eps"),
+    (SCRIPTS[:7], "--norm linf --eps 8", r"--eps 8: .* such as 8/255"),
     (SCRIPTS[:4], "--norm l2 --eps 128", r"--eps 128: .* such as 0\.5"),
     (SCRIPTS[:2], "--step-size 2", r"--step-size 2: .* such as 8/255"),
-    (SCRIPTS, "--norm l1", "--norm.*l1.*linf"),
+    (SCRIPTS[:7], "--norm l1", "--norm.*l1.*linf"),
     (SCRIPTS[:6], "--device gpu", "--device gpu cannot be used"),
     (SCRIPTS, "--epoch 3", "unrecognized.*--epoch"),
     (SCRIPTS[:6], "--epochs 0", "--epochs"),

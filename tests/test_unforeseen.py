@@ -1,14 +1,19 @@
 """eval_unforeseen.py: each of Kang et al.'s attacks stays in its ball, climbs its loss, and does what its definition says."""
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
 import eval_unforeseen
-from common import batches, build_model, ce_per_image, load_data, plasma, robust_accuracy
+import rotation_at
+from common import (
+    UserError, batches, build_model, ce_per_image, draw, load_data, load_model, plasma, robust_accuracy,
+)  # fmt: skip
 from eval_unforeseen import UNFORESEEN, frank_wolfe, from_jpeg, snow, snow_kernels, to_jpeg, unforeseen, warp
 
 CPU = torch.device("cpu")
@@ -224,3 +229,83 @@ def test_radii():
     assert all(len(small) == len(large) == 6 and (ata is None or len(ata) == 6) and list(small) == sorted(small) for small, ata, large in UNFORESEEN.values())
     with pytest.raises(ValueError, match="kind must be one of"):
         unforeseen(lambda z: z.sum((1, 2, 3)), torch.rand(1, 3, 32, 32), "rain", 1.0)
+
+
+# ---- the script ----
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Of two small networks that know a little."""
+    folder = tmp_path_factory.mktemp("unforeseen")
+    for name, seed in ("a", 0), ("b", 1):
+        rotation_at.main(rotation_at.Args(**TINY | dict(variant="T0", epochs=1, seed=seed, out=str(folder / name))))
+    return tuple(str(folder / name / "best.pt") for name in "ab")
+
+
+def small(checkpoints, out, **changes):
+    usual = dict(dataset="digits", eval_examples=30, unforeseen="l1,fog", unforeseen_steps=2, out=str(out))
+    return eval_unforeseen.Args(checkpoints=checkpoints, **usual | changes)
+
+
+def test_rows_table_and_resume_by_cell(tmp_path, checkpoints, capsys, monkeypatch):
+    rows = eval_unforeseen.main(small(checkpoints, tmp_path / "whole"))["rows"]
+    assert [(r["name"], r["attack"], r["strength"]) for r in rows[:14]] == [("a/best", "none", 0), *(("a/best", k, i) for k in ("l1", "fog") for i in range(1, 7)), ("b/best", "none", 0)]
+    assert len(rows) == 26 and {r["eps"] for r in rows if r["attack"] == "l1"} == set(UNFORESEEN["l1"][0])
+    _, test = load_data("digits", "", CPU)
+    clean = robust_accuracy(load_model(checkpoints[0]), [next(batches(draw(test, 30, seed=0), 30, CPU))])
+    assert rows[0]["accuracy"] == pytest.approx(clean, abs=0.01)
+    out = capsys.readouterr().out
+    mine = [r["accuracy"] for r in rows if (r["name"], r["attack"]) == ("b/best", "fog")]
+    line = next(x.split() for x in out.splitlines() if x.startswith("fog     b/best"))
+    assert line[2:] == [f"{v:.2f}" for v in (*mine, sum(mine) / 6)] and "2 steps towards a random wrong class" in out
+    calls, accuracy = [], eval_unforeseen.robust_accuracy
+
+    def interrupted(*a, **k):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return accuracy(*a, **k)
+
+    monkeypatch.setattr(eval_unforeseen, "robust_accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        eval_unforeseen.main(small(checkpoints, tmp_path / "again"))
+    again = small(checkpoints, tmp_path / "again", resume=True)
+    assert eval_unforeseen.main(again)["rows"] == rows and len(calls) == 20 + 26 - 19
+    monkeypatch.undo()
+    (tmp_path / "again" / "results.json").unlink()
+    before = Path(checkpoints[0]).read_bytes()
+    try:  # another network under the same name
+        Path(checkpoints[0]).write_bytes(Path(checkpoints[1]).read_bytes())
+        with pytest.raises(UserError, match="checkpoints are not those"):
+            eval_unforeseen.main(again)
+    finally:
+        Path(checkpoints[0]).write_bytes(before)
+
+
+def test_aims_where_it_is_told(tmp_path, checkpoints):
+    """Towards a wrong class attacks are weaker than away from the right one (with these few steps always)."""
+    accuracy = {}
+    for targeted in True, False:
+        rows = eval_unforeseen.main(small(checkpoints[:1], tmp_path / str(targeted), unforeseen="l2", unforeseen_steps=5, eval_examples=100, targeted=targeted))["rows"]
+        accuracy[targeted] = [r["accuracy"] for r in rows]
+    assert accuracy[True][0] == accuracy[False][0] and sum(accuracy[False]) < sum(accuracy[True]) < 7 * accuracy[True][0]
+
+
+def test_uar_is_the_ratio_to_networks_trained_against_each_attack():
+    """Accuracies 75, 70, ..., 50, in all 375, ATA 90, 80, ..., 40, in all 390; no ATA, no UAR."""
+    rows = [{"name": "x", "attack": "none", "strength": 0, "accuracy": 85.0, "examples": 10_000, "ata": None}]
+    for attack, ata in ("elastic", 1), ("fog", None):
+        rows += [rows[0] | {"attack": attack, "strength": k, "accuracy": 80.0 - 5 * k, "ata": ata and 100.0 - 10 * k} for k in range(1, 7)]
+    lines = [x.split() for x in eval_unforeseen.table({"rows": rows, "seconds": 1.0}, eval_unforeseen.Args()).splitlines()]
+    assert ["elastic", "x", "75.00", "70.00", "65.00", "60.00", "55.00", "50.00", "62.50", f"{100 * 375 / 390:.1f}"] in lines
+    assert ["fog", "x", "75.00", "70.00", "65.00", "60.00", "55.00", "50.00", "62.50"] in lines
+
+
+def test_wrong_flags_and_checkpoints(one_sentence, tmp_path, checkpoints):
+    argv = ["--dataset", "digits", "--out", tmp_path / "run"]
+    assert "name at least one checkpoint" in one_sentence(eval_unforeseen, *argv)
+    assert "--unforeseen rain is not known; there are linf" in one_sentence(eval_unforeseen, checkpoints[0], *argv, "--unforeseen", "l1,rain")
+    assert "take --image-size 32" in one_sentence(eval_unforeseen, checkpoints[0], *argv, "--image-size", 16)
+    assert "there is no nowhere.pt" in one_sentence(eval_unforeseen, "nowhere.pt", *argv)
+    assert not list((tmp_path / "run").glob("*.pt"))
