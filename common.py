@@ -1903,13 +1903,14 @@ def pgd(
     x: (B, C, H, W) in [0, 1]. norm 'linf': |delta_i| <= eps for each value; 'l2': ||delta||_2 <= eps.
     step_size: 0 is 2 eps / steps (Salman et al. 2020), for linf at least 2/255 (Kucer et al., section 4.2).
     start: where to begin; by default at random, for linf uniform in the ball, for l2 on its surface.
-    keep_best: return each image's iterate of highest loss, not its last (costs one more forward pass).
+    keep_best: return each image's iterate of highest loss, not its last (costs one more pass).
     Returns the adversarial images, detached. Raises ValueError for wrong arguments.
     """
     check_attack(x, eps, norm)
-    x, step_size = x.detach(), step_size or max(2 * eps / max(steps, 1), 2 / 255 if norm == "linf" else 0)
+    x = x.detach()
     if eps == 0:
         return x.clone()
+    step_size = step_size or max(2 * eps / max(steps, 1), 2 / 255 if norm == "linf" else 0)
     if start is not None:
         x_adv = project(start.detach(), x, eps, norm)
     elif norm == "linf":  # not rand_like: its numbers would depend on the memory layout of x
@@ -1920,13 +1921,13 @@ def pgd(
         x_adv = (x + noise * (eps / l2_norm(noise))).clamp(0, 1)
     best, best_loss = x_adv, torch.full((len(x),), -math.inf, device=x.device)
     for step in range(steps + keep_best):
-        with torch.set_grad_enabled(step < steps):
-            z = x_adv.detach().requires_grad_(step < steps)
-            values = loss(z)
+        with torch.enable_grad():
+            z = x_adv.detach().requires_grad_()
+            values = loss(z)  # (B,)
             if values.shape != (len(x),):
                 raise ValueError(f"loss must return one value per image, not {tuple(values.shape)}")
-            if step < steps:  # the gradient for the images only; the sum, not the mean, keeps them independent
-                (grad,) = torch.autograd.grad(values.sum(), z)
+            # The gradient for the images only. The sum, not the mean, keeps them independent of each other.
+            (grad,) = torch.autograd.grad(values.sum(), z)
         if keep_best:
             better = (values.detach() > best_loss).view(-1, *[1] * (x.dim() - 1))
             best, best_loss = torch.where(better, x_adv, best), values.detach().maximum(best_loss)

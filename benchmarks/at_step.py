@@ -190,10 +190,9 @@ def attack_strength(device: torch.device) -> list[dict]:
     opt = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
 
     def attack(x, y, steps):
-        return pgd(
-            lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=0.1, steps=steps, step_size=0.025,
-            generator=torch.Generator(device).manual_seed(0),
-        )  # fmt: skip
+        torch.manual_seed(0)
+        loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
+        return pgd(loss, x, eps=0.1, steps=steps, step_size=0.025)
 
     model.train()
     for epoch in range(8):

@@ -26,7 +26,7 @@ from adv_mae import (
 )  # fmt: skip
 from common import (
     IMAGENET_STATS, Images, UserError, batches, build_model, build_trunk, drop_path, image_uniform, l2_norm, load_checkpoint, load_data, load_model,
-    open_folder, pgd, rotate, sincos_positions, split_epoch,
+    open_folder, rotate, sincos_positions, split_epoch,
 )  # fmt: skip
 
 CPU = torch.device("cpu")
@@ -202,14 +202,6 @@ def test_the_ablations(mae):
     moved = z.clone()
     moved[:, 4:] = 1 - moved[:, 4:]
     assert not torch.allclose(loss(net, z), loss(net, moved), rtol=1e-3)  # the target is attacked, too
-
-
-def test_pgd_takes_its_start_from_noise():
-    x, noise = torch.full((2, 5), 0.5), torch.tensor([[-1.0, 1, 0, 0.5, 0], [3, 4, 0, 0, 0]])
-    start = pgd(lambda z: z.sum(1), x, eps=0.1, steps=0, noise=noise)
-    assert torch.allclose(start, x + 0.1 * noise.clamp(-1, 1), atol=1e-6)
-    start = pgd(lambda z: z.sum(1), x, eps=0.1, norm="l2", steps=0, noise=noise)
-    assert torch.allclose(start[1] - x[1], torch.tensor([0.06, 0.08, 0, 0, 0]), atol=1e-6)
 
 
 def test_rotations_are_drawn_once_per_image_and_attacked_after_turning():

@@ -17,7 +17,7 @@ from chen_pretrain_finetune import (
     Args, Average, Objective, Pretext, Selfie, cells, finetune, inherit, log_det, main, make_view, pretrain, task_loss, to_upright, transfer,
 )  # fmt: skip
 from common import (
-    Network, UserError, batches, batchnorm_mode, build_model, jigsaw_permutations, load_checkpoint, load_model, load_splits, pgd_attack,
+    Network, UserError, batches, batchnorm_mode, build_model, jigsaw_permutations, load_checkpoint, load_model, load_splits, pgd,
     robust_accuracy,
 )  # fmt: skip
 
@@ -179,8 +179,8 @@ def test_the_ensembles_attack_keeps_every_ball_and_raises_eq_3(permutations):
 
     z = torch.cat([v for v, _ in views.values()], 1)
     for diverse in (True, False):
-        attack = pgd_attack("linf", 0.05, 5, generator=torch.Generator().manual_seed(0))
-        z_adv = attack(lambda z: sum(objective.adversarial(as_views(z), diverse)), z)  # noqa: B023
+        torch.manual_seed(0)
+        z_adv = pgd(lambda z: sum(objective.adversarial(as_views(z), diverse)), z, eps=0.05, steps=5)  # noqa: B023
         assert (z_adv - z).abs().max() <= 0.05 + 1e-6 and z_adv.min() >= 0 and z_adv.max() <= 1
         before, after = (objective.adversarial(as_views(v), False)[0] for v in (z, z_adv))
         assert (after > before).all()
@@ -358,7 +358,8 @@ def test_the_attack_on_the_average_is_stronger_than_what_transfers(three):
     average = Average(models)
 
     def robust(attacked):
-        attack = pgd_attack("linf", 0.05, 20, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        attack = partial(pgd, eps=0.05, steps=20)
         return robust_accuracy(average, data, lambda x, y: attack(lambda z: F.cross_entropy(attacked(z), y, reduction="none"), x))
 
     assert robust_accuracy(average, data) > 50

@@ -72,7 +72,8 @@ def test_attacks_in_mixed_precision_are_attacks(amp):
 
     def attack(x, y, steps):
         loss = lambda z: F.cross_entropy(model(z), y, reduction="none")  # noqa: E731
-        return pgd(loss, x, eps=0.1, steps=steps, step_size=0.02, generator=torch.Generator(device).manual_seed(0))
+        torch.manual_seed(0)
+        return pgd(loss, x, eps=0.1, steps=steps, step_size=0.02)
 
     model.train()
     for epoch in range(10):

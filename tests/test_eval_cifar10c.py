@@ -391,18 +391,13 @@ def test_accuracies_and_means_equal_an_independent_computation(tmp_path, checkpo
 def test_the_attack_is_centred_on_the_corrupted_image(tmp_path, checkpoint, monkeypatch):
     seen = []
 
-    def spy(norm, eps, steps, **kw):
-        attack = real(norm, eps, steps, **kw)
+    def spy(loss, x, *, norm, eps, **kw):
+        x_adv = real(loss, x, norm=norm, eps=eps, **kw)
+        seen.append((x, x_adv, norm, eps))
+        return x_adv
 
-        def watched(loss, x):
-            x_adv = attack(loss, x)
-            seen.append((x, x_adv, norm, eps))
-            return x_adv
-
-        return watched
-
-    real = script.pgd_attack
-    monkeypatch.setattr(script, "pgd_attack", spy)
+    real = script.pgd
+    monkeypatch.setattr(script, "pgd", spy)
     main(Args(checkpoints=(str(checkpoint),), generate=True, dataset="digits", severities="5", corruptions="contrast", eval_examples=30, out=str(tmp_path)))
     _, test = script.load_data("digits", "", CPU)
     possible = {tuple(image.flatten().tolist()) for image in corrupt(test.pixels, "contrast", 5)}

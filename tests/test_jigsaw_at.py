@@ -74,9 +74,10 @@ def test_attacking_through_the_puzzle_is_attacking_the_solved_image(norm):
     """For a linear loss, the adversarial image of the shuffled image is the shuffled adversarial image."""
     x, w = torch.rand(4, 3, 32, 32), torch.randn(1, 3, 32, 32)
     order = torch.stack([torch.randperm(16) for _ in range(4)])
-    kw = dict(eps=0.1, norm=norm, steps=5, random_start=False)
-    plain = pgd(lambda z: (z * w).sum((1, 2, 3)), x, **kw)
-    through = pgd(lambda z: (jigsaw(z, order.argsort(1)) * w).sum((1, 2, 3)), jigsaw(x, order), **kw)
+    kw = dict(eps=0.1, norm=norm, steps=5)
+    plain = pgd(lambda z: (z * w).sum((1, 2, 3)), x, start=x, **kw)
+    shuffled = jigsaw(x, order)
+    through = pgd(lambda z: (jigsaw(z, order.argsort(1)) * w).sum((1, 2, 3)), shuffled, start=shuffled, **kw)
     assert torch.allclose(through, jigsaw(plain, order), atol=1e-6)
 
 

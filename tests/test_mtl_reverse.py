@@ -483,7 +483,7 @@ def test_pgd_is_pgd_on_the_classifier(parts):
     d = defence_of(branches, attack_steps=4)
     got = attack("pgd", x, y, seeds, victim, d)
     noise = 2 * image_uniform(mix_seeds(seeds, mtl_reverse.FOR_START), 192).view_as(x) - 1
-    want = pgd(lambda z: ce_per_image(victim(z), y), x, eps=0.1, steps=4, step_size=0.05, noise=noise)
+    want = pgd(lambda z: ce_per_image(victim(z), y), x, eps=0.1, steps=4, step_size=0.05, start=x + 0.1 * noise)
     assert torch.equal(got, want)
     assert torch.equal(got[5:7], attack("pgd", x[5:7], y[5:7], seeds[5:7], victim, d))  # of an image alone, too
     assert torch.equal(attack("aware", x, y, seeds, victim, d, lam=0.0), got)
