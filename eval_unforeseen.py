@@ -1,12 +1,12 @@
-"""Robustness against unforeseen attacks: ten that no network here is trained against, at six strengths each.
+"""Robustness against unforeseen attacks: ten, most of a kind that no network here is trained against.
 
 Kang, Sun, Hendrycks, Brown, Steinhardt, Testing Robustness Against Unforeseen Adversaries, 2019 (1908.08016).
 Chen et al. (CVPR 2020) evaluate their networks with these in Figures 3 and 4.
 
 An image is a differentiable function of some parameters (a flow of pixels, the brightness of snowflakes, the
-coefficients of JPEG, ...). Signed gradients move the parameters within a box or ball of their own. UAR is the
-sum of the accuracies over the six strengths, in percent of the sum over networks that were each trained
-against the attack at that strength (Kang et al., section 4).
+coefficients of JPEG, ...). Signed gradients move the parameters within a box or ball of their own. Every
+attack has six radii. UAR is the sum of the six accuracies in percent of the sum of ATA, the accuracies of the
+best network that was trained against the same attack (Kang et al.).
 
     python eval_unforeseen.py --quick                             # two small networks trained on digits
     python eval_unforeseen.py runs/X/best.pt runs/Y/best.pt       # all ten attacks
@@ -14,10 +14,11 @@ against the attack at that strength (Kang et al., section 4).
     torchrun --nproc-per-node=8 eval_unforeseen.py runs/X/best.pt
 
 Differs from the published code, from which definitions, constants and radii are taken:
+- Images that are misclassified without attack count as not robust and are not attacked (there all are).
 - Its Gabor noise moves the parameters that it should leave at 0.
 - Clouds are scaled for each image, not for a batch; their edges are the mean of the nearest neighbours.
 - jpeg-l1 bounds the changes of the coefficients, not their distance from where they are.
-- Snow keeps to its budget in the last step, too.
+- Snow keeps to its budget in the last step, too. l2 starts on the surface of the ball, not inside.
 - Chen et al. speak of twelve attacks and cite Kang et al., who have ten; their code reads CIFAR-10-C instead,
   which eval_cifar10c.py does.
 Radii are for 32 pixels (from 64 pixels on, for 224) and are not scaled to other sizes.
@@ -40,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    Images, Network, Positive, Run, UserError, batches, ce_per_image, check_classifier, cli, full_precision, l2_norm,
-    load_checkpoint, pgd, place_model, plasma, progress, reading, rebuild, robust_accuracy, start_run,
-    text_table, world,
+    Images, Network, Positive, Run, UserError, batches, ce_per_image, check_attack, check_classifier, cli,
+    full_precision, l2_norm, load_checkpoint, pgd, place_model, plasma, progress, reading, rebuild,
+    robust_accuracy, start_run, text_table, world,
 )  # fmt: skip
 
 
@@ -75,8 +76,8 @@ class Args:
 # ---- the attacks -------------------------------------------------------------------------------------
 
 # {attack: (six radii calibrated for CIFAR-10, accuracy (%) of the best network trained against each (ATA),
-# six radii for 224 pixels)}; fog, gabor and snow were calibrated for 224 pixels only. Units: linf, l2, l1, fog
-# and gabor: 1/255; jpeg: steps of quantisation; elastic: pixels; snow: 1 is full brightness.
+# six radii for 224 pixels)}; fog, gabor and snow were calibrated for 224 pixels only. Units: linf, l2, l1,
+# fog, gabor: 1/255; jpeg: half steps of quantisation; elastic: pixels; snow: 1 is full brightness.
 UNFORESEEN = {
     "linf": ((1, 2, 4, 8, 16, 32), (91.0, 87.8, 81.6, 71.3, 46.5, 23.1), (1, 2, 4, 8, 16, 32)),
     "l2": (
@@ -106,13 +107,15 @@ UNFORESEEN = {
 def unforeseen(loss: Callable, x: Tensor, kind: str, eps: float, steps: int = 200) -> Tensor:
     """Images like x that raise `loss`, by the attack `kind` within its own ball of radius `eps`.
 
-    loss, x: as for `pgd`. kind, eps: a key of UNFORESEEN and a radius in its unit. A step's length is
-    eps / sqrt(steps). l1 and jpeg-l1 take the steps of Frank and Wolfe, 1 / i of the way. Those of fog, gabor
-    and snow, whose parameters lie in [0, 1] or [-1, 1], are sqrt(0.001 / steps).
-    Returns images in [0, 1], detached. Raises ValueError for an unknown kind.
+    loss: as for `pgd`. x: (B, 3, H, W) in [0, 1]. kind, eps: a key of UNFORESEEN and a radius in its unit
+    (for linf 8, not 8/255). The step size is eps / sqrt(steps). Fog, gabor and snow, whose parameters lie in
+    a fixed box and whose eps multiplies their effect, take sqrt(0.001 / steps), l1 and jpeg-l1 the steps of
+    Frank-Wolfe.
+    Returns images in [0, 1], detached. Raises ValueError for wrong arguments.
     """
-    if kind not in UNFORESEEN:
-        raise ValueError(f"kind must be one of {', '.join(UNFORESEEN)}, not {kind!r}")
+    check_attack(x, 0, "linf")
+    if kind not in UNFORESEEN or not eps > 0:
+        raise ValueError(f"kind must be one of {', '.join(UNFORESEEN)} and eps positive, got {kind!r}, {eps}")
     x, step = x.detach(), eps / math.sqrt(steps)
     b, _, h, w = x.shape
 
@@ -134,13 +137,13 @@ def unforeseen(loss: Callable, x: Tensor, kind: str, eps: float, steps: int = 20
     if kind in ("linf", "l2"):
         return pgd(loss, x, eps=eps / 255, norm=kind, steps=steps, step_size=step / 255)
     if kind == "l1":
-        start = random_in_l1_ball(torch.zeros_like(x), eps / 255).clamp(-x, 1 - x)  # shorter only
+        start = random_in_l1_ball(torch.zeros_like(x), eps / 255).clamp(-x, 1 - x)  # stays in the ball
         return ascend(
             start, lambda p: x + p, lambda p, grad, i: frank_wolfe(p, grad, i, -x, 1 - x, eps / 255)
         )
     if kind.startswith("jpeg"):
         coefficients = to_jpeg(x)
-        radius, step, bound = eps / 2, step / 2, torch.ones_like(coefficients)  # the code halves its flags
+        radius, step, bound = eps / 2, step / 2, torch.ones_like(coefficients)  # eps / 2 as in their code
 
         def image(p: Tensor) -> Tensor:
             return from_jpeg(coefficients + p, h, w).clamp(0, 1)
@@ -176,7 +179,7 @@ def unforeseen(loss: Callable, x: Tensor, kind: str, eps: float, steps: int = 20
     if kind == "gabor":
         kernels = gabor_kernels(b, x.device)
         sparse = torch.rand(b, h, w, device=x.device) < 1 / 14
-        # The code moves all parameters but these, and sets these to 0 in its first step: surely a mistake.
+        # Their code moves all parameters but these, and sets these to 0 in its first step.
         return ascend(
             uniform(h, w) * sparse,
             lambda p: (x + eps / 255 * gabor_noise(p, kernels)).clamp(0, 1),
@@ -205,7 +208,7 @@ def random_in_l1_ball(like: Tensor, radius: float) -> Tensor:
 
 
 def frank_wolfe(p: Tensor, grad: Tensor, i: int, low: Tensor, high: Tensor, radius: float) -> Tensor:
-    """Step i of Frank and Wolfe: towards the point of the l1 ball in [low, high] that maximises <grad, .>.
+    """Step i of Frank-Wolfe: towards the point of the l1 ball in [low, high] that maximises <grad, .>.
 
     That point spends the radius on the entries of largest gradient, each up to its bound. p is an average of
     such points, so it stays inside.
@@ -274,7 +277,8 @@ def from_jpeg(coefficients: Tensor, h: int, w: int) -> Tensor:
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
-    """Move pixels by `flow` (B, 2, H, W) in pixels, (x, y), smoothed by a Gaussian of 3 pixels at 224."""
+    """Read pixel p of the result at p + flow, (B, 2, H, W) as (x, y) in pixels of a square image, after a
+    Gaussian of 3 pixels at 224 has smoothed the flow."""
     h, w = x.shape[2:]
     radius, sigma = max(2, round(12 * h / 224)), 3 * h / 224
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
@@ -331,8 +335,8 @@ def snow_kernels() -> Tensor:
 
 
 def snow(x: Tensor, flakes: Tensor, kernels: Tensor, eps: float) -> Tensor:
-    """x, paler, under snow. flakes (B, 7, side, side) in [0, 1]: the strokes' brightness, each on every 4th
-    pixel of a grid of its own."""
+    """x, paler, under snow. flakes (B, 7, side, side) in [0, 1]: the brightness of seven layers of strokes, a
+    stroke at every 4th pixel, each layer with an offset of its own."""
     h, w = x.shape[2:]
     side = flakes.shape[2]
     grids = x.new_zeros(len(x), 7, 4 * side, 4 * side)
@@ -350,7 +354,8 @@ def snow(x: Tensor, flakes: Tensor, kernels: Tensor, eps: float) -> Tensor:
 def main(args: Args) -> dict:
     """Evaluate every checkpoint under every attack and strength, print the table; returns what results.json
     holds. Raises UserError."""
-    kinds = list(UNFORESEEN) if args.unforeseen == "all" else args.unforeseen.split(",")
+    kinds = list(dict.fromkeys(word.strip() for word in args.unforeseen.split(",")))
+    kinds = list(UNFORESEEN) if kinds == ["all"] else kinds
     if wrong := [kind for kind in kinds if kind not in UNFORESEEN]:
         raise UserError(f"--unforeseen {wrong[0]} is not known; there are {', '.join(UNFORESEEN)}, and all.")
     if not args.checkpoints and not args.quick:
@@ -366,7 +371,8 @@ def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
     """All rows; they are written after each attack, and a resumed run skips those that are there."""
     _, test_set = run.load_data()
     paths = [Path(path) for path in args.checkpoints or train_digits(run)]
-    states = {f"{path.resolve().parent.name}/{path.stem}": load_network(path, test_set, args) for path in paths}
+    names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+    states = {name: load_network(path, test_set, args) for name, path in zip(names, paths, strict=True)}
     if len(states) < len(paths):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
     run.remember("checkpoints", " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
@@ -428,7 +434,7 @@ def load_network(path: Path, test_set: Images, args: Args) -> dict:
 
 
 def train_digits(run: Run) -> tuple[str, str]:
-    """For --quick: a plainly and an adversarially trained network, by rotation_at.py in another process."""
+    """For --quick: networks trained without and with attack, by rotation_at.py in another process."""
     folder = run.folder / "digits"
     if world()[0] == 0:
         run.say("training two small networks on digits (rotation_at.py --quick --variant T0) ...")

@@ -605,7 +605,7 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, victim: Network, defe
     if kind == "aware" and lam > 0:
         return by_pgd(lagrangian, x, steps=steps, start=start)
     x_adv = by_pgd(class_loss, x, steps=steps, start=start)
-    if kind.startswith("suite"):
+    if kind in ("suite", "suite-fast", "standard"):
         return suite(kind, x, x_adv, y, lambda z: logits_of(victim, z, args), args)
     if kind in ("bpda", "unrolled"):
         loss = straight_through if kind == "bpda" else unrolled

@@ -624,7 +624,8 @@ def landscape(
     a random vector of signs, v (Gowal et al., appendix D). Returns the axis (points,) from -reach to reach, in radii of the ball, and
     margins (B, points, points), rows along v, columns along u. u and v are made as long as the radius; images are not clipped to [0, 1].
     """
-    u = apgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=100) - x
+    start = torch.Generator(x.device).manual_seed(0)
+    u = apgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=100, generator=start) - x
     u = u * (eps / (u.abs().flatten(1).amax(1) if norm == "linf" else u.flatten(1).norm(dim=1)).clamp(min=1e-12)).view(-1, 1, 1, 1)  # to the sphere
     generator = torch.Generator().manual_seed(0)
     v = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1

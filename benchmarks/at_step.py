@@ -3,13 +3,15 @@
     python benchmarks/at_step.py                    # batch 64 on a CPU; 128 and 512 on a GPU
     python benchmarks/at_step.py --json at_step.json
 
-(a) plain: the loop as one would first write it, in float32, NCHW, with loss.backward() inside the attack;
-(b) ours:  the step of rotation_at.py: common.pgd (gradient for the image only), channels_last, mixed precision.
+(a) plain:   the loop as one would first write it, in float32, NCHW, with loss.backward() inside the attack;
+(b) library: what a user of an attack library runs: float32, NCHW, gradients for the images only;
+(c) ours:    the step of rotation_at.py: common.pgd, channels_last, in mixed precision and in float32.
 
-Both run in one process, in turns, on the same batch, after a warm-up; the median step counts. Then one small network
-is trained on the bundled digits and its robust accuracy is measured under PGD-20 in mixed precision and in float32:
-a fast attack must still be an attack. The share of the peak is the FLOPs of (b), by PyTorch's counter, times images per second, over the
-FLOPs per second of a large matrix product in the same precision.
+All run in one process, in turns, on the same batch, after a warm-up; the median step counts. Ratios are to (a);
+the last line gives those to (b). Then one small network is trained on the bundled digits and its robust accuracy
+is measured under PGD-20 in mixed precision and in float32: a fast attack must still be an attack. The share of
+the peak is the FLOPs of a step, by PyTorch's counter, times steps per second, over the FLOPs per second of a
+large matrix product in the same precision.
 """
 import argparse
 import contextlib
@@ -19,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,6 +71,22 @@ def plain_step(model, opt, x, y) -> None:
         delta = (x + delta).clamp(0, 1) - x
     model.train()
     loss = F.cross_entropy(model(x + delta), y)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+
+def library_step(model, opt, x, y) -> None:
+    """The attack as libraries write it: the loss is a mean, the perturbation is clamped, then the image."""
+    model.eval()
+    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1).detach()
+    for _ in range(STEPS):
+        x_adv.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+        x_adv = x_adv.detach() + ALPHA * grad.sign()
+        x_adv = (x + (x_adv - x).clamp(-EPS, EPS)).clamp(0, 1).detach()
+    model.train()
+    loss = F.cross_entropy(model(x_adv), y)
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -171,14 +190,18 @@ def print_rows(rows: list[dict], device: torch.device, amp: str) -> None:
 
 
 def compare(batch: int, device: torch.device, rounds: int, amp: str, compile: bool) -> list[dict]:
-    """Rows for the plain and our step at one batch size. Memory counts both networks, which is the same for each."""
+    """Rows for each kind of step at one batch size. Memory counts all networks, which is the same for each."""
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
     plain, plain_opt = make(device, None)
-    ours, our_opt = make(device, amp, compile)
     net = PlainNetwork(plain)
-    steps = {"plain": lambda: plain_step(net, plain_opt, x, y), "ours": lambda: our_step(ours, our_opt, x, y)}
+    steps = {"plain": lambda: plain_step(net, plain_opt, x, y), "library": lambda: library_step(net, plain_opt, x, y)}
+    precisions = {f"ours, {amp_dtype(p, device) or torch.float32}".replace("torch.", ""): p for p in (amp, "off")}
+    for name, precision in precisions.items():
+        steps[name] = partial(our_step, *make(device, precision, compile), x, y)
     rows = in_turns({f"AT {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 2 if device.type == "cpu" else 10)
-    add_work(rows[1], count_flops(steps["ours"]) / batch, device, amp)
+    for row, (name, precision) in zip(rows[2:], precisions.items(), strict=True):
+        add_work(row, count_flops(steps[name]) / batch, device, precision)
+        row["ratio_to_library"] = round(rows[1]["seconds"] / row["seconds"], 2)
     return rows
 
 
@@ -229,6 +252,7 @@ def main() -> None:
     for batch in args.batch_size or ([64] if on_cpu else [128, 512]):
         rows += compare(batch, device, args.rounds or (5 if on_cpu else 30), args.amp, args.compile)
     print_rows(rows, device, args.amp)
+    print("ratio to the library: " + "; ".join(f"{r['name']} {r['ratio_to_library']}" for r in rows if "ratio_to_library" in r))
     strength = attack_strength(device)
     print()
     print_table(["attack", "accuracy %"], [[r["name"], f"{r['accuracy']:.2f}"] for r in strength])

@@ -98,7 +98,7 @@ def test_robust_accuracy_of_a_linear_classifier_is_the_closed_form(norm, dual):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.1, 5.0])
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.1, 1.0])
 @pytest.mark.parametrize("steps", [0, 1, 7])
 def test_the_result_is_in_the_ball_and_in_the_box(norm, eps, steps):
     model = small_net().eval()
@@ -181,8 +181,8 @@ def test_wrong_use_is_told():
     loss = lambda z: z.sum((1, 2, 3))  # noqa: E731
     with pytest.raises(ValueError, match="norm"):
         pgd(loss, x, eps=0.1, norm="l1")
-    for eps in -0.1, math.nan:
-        with pytest.raises(ValueError, match="eps 0 or more"):
+    for eps in -0.1, math.nan, 8:
+        with pytest.raises(ValueError, match="0 <= eps"):
             pgd(loss, x, eps=eps)
     with pytest.raises(ValueError, match="one value per image"):
         pgd(lambda z: z.sum(), x, eps=0.1)

@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest

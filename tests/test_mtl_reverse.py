@@ -491,7 +491,7 @@ def test_pgd_is_pgd_on_the_classifier(parts):
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0)])
-@pytest.mark.parametrize("kind", ["pgd", "aware", "bpda", "unrolled", "suite-fast"])
+@pytest.mark.parametrize("kind", ["pgd", "aware", "bpda", "unrolled", "suite-fast", "standard"])
 def test_attacks_stay_in_their_ball(parts, kind, norm, eps):
     victim, branches = parts
     x, seeds = some_images()

@@ -229,6 +229,9 @@ def test_radii():
     assert all(len(small) == len(large) == 6 and (ata is None or len(ata) == 6) and list(small) == sorted(small) for small, ata, large in UNFORESEEN.values())
     with pytest.raises(ValueError, match="kind must be one of"):
         unforeseen(lambda z: z.sum((1, 2, 3)), torch.rand(1, 3, 32, 32), "rain", 1.0)
+    for x, eps in (torch.rand(1, 3, 32, 32), -1.0), (255 * torch.rand(1, 3, 32, 32), 1.0):
+        with pytest.raises(ValueError, match="eps positive|in \\[0, 1\\]"):
+            unforeseen(lambda z: z.sum((1, 2, 3)), x, "elastic", eps)
 
 
 # ---- the script ----
