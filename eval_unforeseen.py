@@ -70,7 +70,7 @@ class Args:
     eval_examples: int = 0  # random test images to evaluate on, the same in every run; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
-    QUICK: ClassVar[dict] = dict(dataset="digits", image_size=16, unforeseen_steps=20, eval_examples=60)
+    QUICK: ClassVar[dict] = dict(dataset="digits", unforeseen_steps=20, eval_examples=60)
 
 
 # ---- the attacks -------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ def main() -> None:
     flags = p.parse_args()
     device = choose_device(flags.device)
     networks, x, y = load_reference()
-    names = ["none", *(name for name, _, _ in suite_attacks("suite", "linf", 0.1)), "suite"]
+    names = ["none", *(name for name, _, _ in suite_attacks("suite", "linf", 0.1)), "suite", "standard"]
     left = {}
     for norm, network in networks.items():
         attacks = suite_attacks("suite", norm, EPS[norm])
         for attack in attacks:  # each by itself
             left[norm] = left.get(norm, {}) | suite_accuracy(network.to(device), [(x, y)], [attack])
-        left[norm]["suite"] = suite_accuracy(network, [(x, y)], attacks)["square"]  # all in turn
+        for kind in "suite", "standard":  # all in turn
+            left[norm][kind] = suite_accuracy(network, [(x, y)], suite_attacks(kind, norm, EPS[norm]))["square"]
     header = ["attack", *(f"{norm} {EPS[norm]:g}: {whose}" for norm in networks for whose in ("ours", "authors'"))]
     rows = []
     for name in names:

@@ -305,6 +305,11 @@ def test_uar_is_the_ratio_to_networks_trained_against_each_attack():
     assert ["fog", "x", "75.00", "70.00", "65.00", "60.00", "55.00", "50.00", "62.50"] in lines
 
 
+def test_quick_evaluates_what_rotation_at_trains():
+    ours, theirs = (s.Args(**s.Args.QUICK) for s in (eval_unforeseen, rotation_at))
+    assert (ours.dataset, ours.image_size) == (theirs.dataset, theirs.image_size)
+
+
 def test_wrong_flags_and_checkpoints(one_sentence, tmp_path, checkpoints):
     argv = ["--dataset", "digits", "--out", tmp_path / "run"]
     assert "name at least one checkpoint" in one_sentence(eval_unforeseen, *argv)
