@@ -572,7 +572,8 @@ class Run:
         with reading(path):
             results = json.loads(path.read_text())
             check_same_run(path, results, self.script, self.args)
-            for row in results["rows"]:  # raises if something is missing
+            results["rows"][0]  # raises, as the next lines do, if something is missing
+            for row in results["rows"]:
                 row["name"], row["attack"], row["norm"], row["epoch"]
                 f"{row['eps']:g} {row['accuracy']:g} {row['examples']:,} {results['seconds']:g}"
         return results
@@ -1761,8 +1762,8 @@ class Network(nn.Module):
     def features(self, x: Tensor, *more: Any) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> the trunk's output for the normalised images, (B, dim) of a classifier,
         in float32. `more`: further arguments of the trunk."""
-        if x.requires_grad and x.is_contiguous():  # the gradient has the layout of the images
-            x = x.view_as(x)
+        if torch.is_grad_enabled() and x.requires_grad and x.is_contiguous():
+            x = x.view_as(x)  # its gradient gets the layout of the images
             x.register_hook(Tensor.contiguous)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.amp is None:

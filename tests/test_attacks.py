@@ -251,6 +251,8 @@ def test_a_gradient_has_the_layout_of_its_image():
         z = x.to(memory_format=layout, copy=True).requires_grad_()
         (grad,) = torch.autograd.grad(model(z).logsumexp(1).sum(), z)
         assert grad.is_contiguous(memory_format=layout) and grad.stride() == z.stride()
+        with torch.no_grad():
+            assert torch.allclose(model(z), model(x), atol=1e-5)
 
 
 # ---- what is left behind ----
