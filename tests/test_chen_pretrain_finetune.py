@@ -548,7 +548,7 @@ def test_noise_in_place_of_the_attack(tmp_path):
 
 def test_a_network_learns_rotation_and_resists_after_f4_not_after_f3(tmp_path):
     """The paper's main finding on a few hundred digits: without adversarial fine-tuning no robustness."""
-    args = tiny(width=1 / 8, pretrain_epochs=2, epochs=5, lr_steps="3", label_fraction=1.0, eval_examples=200, out=str(tmp_path / "f4"))
+    args = tiny(width=1 / 16, pretrain_epochs=2, epochs=5, lr_steps="3", label_fraction=1.0, eval_examples=200, out=str(tmp_path / "f4"))
     rows = main(args)["rows"] + main(replace(args, finetune="F3", init=str(tmp_path / "f4" / "pretrain-P3-rotation.pt"), out=str(tmp_path / "f3")))["rows"]
     rows = {(r["pair"], r["eps"] > 0): r["accuracy"] for r in rows if r["pick"] == "ta"}
     assert rows["P3F4", True] > rows["P3F3", True] + 15 and rows["P3F3", False] > 80

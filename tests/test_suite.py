@@ -78,12 +78,15 @@ def test_the_suite_is_never_weaker_than_pgd(reference, norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_standard_suite_is_as_strong_as_each_of_the_references(reference, norm):
-    """Even without Square, which takes long."""
+    """On a third of the images, and even without Square, which takes long."""
     networks, x, y = reference
+    x, y = x[:120], y[:120]
+    with np.load(Path(__file__).with_name("reference_attacks.npz")) as z:
+        standing = [z[f"{norm.capitalize()}_{loss}_correct"][:120].mean() for loss in ("ce", "dlr")]
     attacks = suite_attacks("standard", norm, EPS[norm])
     assert [(name, starts) for name, starts, _ in attacks] == [("apgd-ce", 1), ("apgd-t", 9), ("square", 1)]
     left = suite_accuracy(networks[norm], [(x, y)], attacks[:2])
-    assert left["apgd-t"] <= min(v for (n, _), v in REFERENCE.items() if n == norm) + 0.01
+    assert left["apgd-t"] <= 100 * min(standing) + 0.01
 
 
 def test_random_starts_follow_the_seed_and_leave_torchs_alone(reference):
