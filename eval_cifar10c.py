@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from common import (
     Images, OldRun as Run, UserError, batches, ce_per_image, check_args, check_classifier, old_cli as cli,
     draw, eps_name, full_precision, load_checkpoint, load_data, open_folder, pgd, place_model,
-    plasma, print_table, progress_bar, rebuild, robust_accuracy, old_start_run as start_run,
+    plasma, print_table, progress_bar, reading, rebuild, robust_accuracy, old_start_run as start_run,
     suite_accuracy, suite_attacks, progress as with_progress, words, world, write_atomically,
     write_results,
 )  # fmt: skip
@@ -149,6 +149,8 @@ def open_arrays(folder: Path, classes: int, device: torch.device) -> Corrupted:
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(f"{folder}/labels.npy has labels from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}: is it the right --dataset?")
     n = len(labels) // 5
+    if (labels.reshape(5, n) != labels[:n]).any():
+        raise UserError(f"{folder}/labels.npy: its five parts differ, so they are not the same images in five severities.")
     names = [name for name in BENCHMARK + EXTRA if (folder / f"{name}.npy").exists()]
 
     def open_type(corruption: str) -> np.ndarray:
@@ -510,8 +512,10 @@ def load_networks(args: Args, classes: int, device: torch.device) -> dict[str, t
         raise UserError("the same checkpoint is named twice.")
     networks = {}
     for name, path, state in zip(names, paths, states, strict=True):
-        trained = state.get("args", {})
         check_classifier(state, path)
+        with reading(path):  # the arguments are as little to be trusted as the rest
+            trained = dict(state.get("args", {}))
+            int(trained.get("image_size", 0)), float(trained.get("eps", 0))
         has = state["network"]["heads"]["class"]
         if has != classes:
             raise UserError(f"{path} knows {has} classes, the data have {classes}: is it the right --dataset?")
@@ -747,7 +751,7 @@ def open_data(args: Args, device: torch.device) -> Corrupted:
             download(args.dataset, root, args.data_mirror)
         if world()[1] > 1:
             dist.barrier()
-        folder = root if (root / "labels.npy").exists() else root / name
+        folder = root if any((root / f"{c}.npy").exists() for c in ["labels", *BENCHMARK, *EXTRA]) else root / name
         if not folder.is_dir():
             raise UserError(f"no {name} in {root}: name the folder that holds it with --data-dir, fetch it with --download, or make one with --generate.")
         return open_arrays(folder, {"cifar10": 10, "cifar100": 100}[args.dataset], device)

@@ -75,6 +75,7 @@ def test_channels_are_not_mixed_up(cifar_c):
         (lambda f: np.save(f / "labels.npy", np.zeros(19, np.int64)), "5 severities of equal size"),
         (lambda f: np.save(f / "labels.npy", np.zeros(20, np.float32)), "expected integers"),
         (lambda f: np.save(f / "labels.npy", np.full(20, 10)), "labels from 10 to 10; expected 0 to 9"),
+        (lambda f: np.save(f / "labels.npy", np.arange(20) % 10), "its five parts differ"),
         (lambda f: (f / "labels.npy").unlink(), "no labels.npy.*--download"),
         (lambda f: (f / "snow.npy").unlink(), "no 'snow' here.*--download"),
         (lambda f: (f / "snow.npy").write_bytes(b"\x93NUMPY rubbish"), "snow.npy is damaged"),
@@ -128,6 +129,11 @@ def test_networks_that_do_not_fit_the_data(tmp_path, cifar_c, checkpoint, one_se
     assert "no finished classifier" in one_sentence(script, tmp_path / "pretrain.pt", *more, "--out", tmp_path / "a")
     assert "no finished classifier" in one_sentence(script, checkpoint.parent / "last.pt", *more, "--out", tmp_path / "a")
     assert "named twice" in one_sentence(script, checkpoint, checkpoint, *more, "--out", tmp_path / "a")
+    save_checkpoint(tmp_path / "odd.pt", state | {"args": state["args"] | {"image_size": "large"}})
+    assert "odd.pt is damaged" in one_sentence(script, tmp_path / "odd.pt", *more, "--out", tmp_path / "a")
+    (cifar_c / "labels.npy").rename(tmp_path / "labels.npy")
+    flat = ["--data-dir", cifar_c, *more[2:]]  # the arrays themselves, but no labels
+    assert f"{cifar_c} has no labels.npy" in one_sentence(script, checkpoint, *flat, "--out", tmp_path / "a")
     labels = np.tile(np.array([0, -1, 2, 3]), 5)
     np.save(cifar_c / "labels.npy", labels)
     assert "labels from -1 to 3" in one_sentence(script, checkpoint, *more, "--out", tmp_path / "a")
