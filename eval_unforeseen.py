@@ -361,6 +361,11 @@ def main(args: Args) -> dict:
     if not args.checkpoints and not args.quick:
         raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
     run = start_run(args, Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "")
+    digests = []
+    for path in args.checkpoints:
+        with reading(path):
+            digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    run.remember("checkpoints", " ".join(digests))
     results = run.finished() or evaluate_all(run, args, kinds)
     run.say(table(results, args) + f"\n\nThe rows are in {run.folder / 'results.json'}.")
     picture(results, run)
@@ -375,7 +380,6 @@ def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
     states = {name: load_network(path, test_set, args) for name, path in zip(names, paths, strict=True)}
     if len(states) < len(paths):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
-    run.remember("checkpoints", " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
     rows, file = [], run.folder / "cells.json"
     if file.exists():
         with reading(file):
