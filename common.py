@@ -564,18 +564,18 @@ class Run:
         self.write("results.json", json.dumps(results, indent=1))
         return results
 
-    def finished(self) -> dict | None:
-        """What results.json holds if this run has finished, else None. Raises UserError if it is damaged."""
+    def finished(self, table: Callable[[dict, Any], str]) -> dict | None:
+        """What results.json holds if this run has finished, else None.
+
+        table: makes a text of it and the flags. Raises UserError if that fails: then the file is damaged.
+        """
         path = self.folder / "results.json"
         if not path.exists():
             return None
         with reading(path):
             results = json.loads(path.read_text())
             check_same_run(path, results, self.script, self.args)
-            results["rows"][0]  # raises, as the next lines do, if something is missing
-            for row in results["rows"]:
-                row["name"], row["attack"], row["norm"], row["epoch"]
-                f"{row['eps']:g} {row['accuracy']:g} {row['examples']:,} {results['seconds']:g}"
+            table(results, self.args)
         return results
 
 
@@ -2151,14 +2151,18 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def target_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_t - z_y, (B,)."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y.long()[:, None])).squeeze(1)
+
+
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """The loss towards a target class (Croce and Hein 2020, eq. 7), (B,), to be maximised. With fewer than
     four classes: z_t - z_y."""
-    gap = (logits.gather(1, target[:, None]) - logits.gather(1, y.long()[:, None])).squeeze(1)
     if logits.shape[1] < 4:
-        return gap
+        return target_margin(logits, y, target)
     top = logits.topk(4, 1).values
-    return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return target_margin(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 def nth_target(logits: Tensor, y: Tensor, n: int) -> Tensor:
@@ -2181,12 +2185,11 @@ def multi_targeted(
     check_attack(x, eps, norm)
     x = x.detach()
     with torch.no_grad():
-        target = nth_target(model(x), y, restart)[:, None]
+        target = nth_target(model(x), y, restart)
 
     def loss(z: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(z)
-        gap = logits.gather(1, target) - logits.gather(1, y.long()[:, None])
-        return gap.squeeze(1), logits.argmax(1) != y
+        return target_margin(logits, y, target), logits.argmax(1) != y
 
     noise = 2 * torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) - 1
     z = project(x + eps * noise, x, eps, norm)
@@ -2196,9 +2199,13 @@ def multi_targeted(
         if best is None:
             best = _Best(z, values, fooled)
         best.add(z, values, fooled)
-        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
-        adam = first / (1 - 0.9 ** (k + 1)) / ((second / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
-        move = adam if norm == "linf" else 5 * eps * grad / (l2_norm(grad) + 1e-12)
+        if k == steps:
+            break
+        if norm == "linf":
+            first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+            move = first / (1 - 0.9 ** (k + 1)) / ((second / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+        else:
+            move = 5 * eps * grad / (l2_norm(grad) + 1e-12)
         rate = 0.1 if k < steps / 2 else 0.01 if k < 3 * steps / 4 else 0.001
         z = project(z + rate * move, x, eps, norm)
     return best.result()
@@ -2321,14 +2328,15 @@ def suite_attacks(kind: str, norm: str, eps: float, seed: int = 0) -> list[tuple
             with torch.random.fork_rng([x.device] if x.is_cuda else []):
                 torch.manual_seed(seed * 1_000 + restart)
                 return pgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=steps)
-        with torch.no_grad():
-            target = nth_target(model(x), y, restart) if name == "apgd-t" else y
+        if name == "apgd-t":
+            with torch.no_grad():
+                per_image = functools.partial(targeted_dlr, target=nth_target(model(x), y, restart))
+        else:
+            per_image = {"apgd-ce": ce_per_image, "apgd-dlr": dlr}[name]
 
         def loss(z: Tensor) -> tuple[Tensor, Tensor]:
             logits = model(z)
-            per_image = {"apgd-ce": ce_per_image, "apgd-dlr": dlr}.get(name)
-            values = per_image(logits, y) if per_image else targeted_dlr(logits, y, target)
-            return values, logits.argmax(1) != y
+            return per_image(logits, y), logits.argmax(1) != y
 
         return apgd(loss, x, steps=steps, **ball)
 
@@ -2341,7 +2349,7 @@ def suite_accuracy(
 ) -> dict[str, float]:  # fmt: skip
     """{'none': clean accuracy, name: accuracy after that attack and those before it} in percent.
 
-    attacks: see `suite_attacks`. An image counts as robust only if no restart of any attack fools the network.
+    attacks: see `suite_attacks`. An image counts as robust only if no restart of any attack fools the model.
     Images are held in memory, and those that are still robust are attacked in batches of `batch_size`. Warns
     of signs that the attacks fail (`doubts`). Otherwise as `robust_accuracy`.
     """
@@ -2395,7 +2403,7 @@ def doubts(
     if (logits - again).abs().amax() > 1e-3 * size:
         found.append("the outputs for one image differ: average over the randomness in the attack.")
     elif (logits[:half] - alone).abs().amax() > 1e-2 * size:
-        found.append("the outputs for an image depend on the rest of its batch: attacks need independent ones.")
+        found.append("outputs for an image depend on the rest of its batch: attacks need independent ones.")
     if logits.amin() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
         found.append("the network seems to return probabilities: the attacks need logits, without a softmax.")
     right = logits.argmax(1) == y
@@ -2486,7 +2494,7 @@ def evaluate(
     return rows
 
 
-def results_table(results: dict, args: Any, reported: str) -> str:
+def results_table(results: dict, args: Any, reported: str = "") -> str:
     """What results.json holds as text: a line per network, a column per attack and radius, and below a
     network the paper's row if one matches. reported: which epoch that is. Raises KeyError for
     incomplete rows."""
@@ -2542,6 +2550,16 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
         cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))]
         lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+def grouped_bars(ax: Any, groups: list[str], heights: dict[str, list[float]]) -> None:
+    """Draw a bar per group and name on matplotlib axes, a colour per name. heights: {name: one per group}."""
+    width = 0.8 / len(heights)
+    for i, (name, values) in enumerate(heights.items()):
+        at = [group + (i - (len(heights) - 1) / 2) * width for group in range(len(groups))]
+        ax.bar(at, values, width, label=name, color=f"C{i % 10}")
+    ax.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups], rotation=45, ha="right")
+    ax.grid(axis="y", alpha=0.3)
 
 
 def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:

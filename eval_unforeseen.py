@@ -42,8 +42,8 @@ from torch import Tensor
 
 from common import (
     Images, Network, Positive, Run, UserError, batches, ce_per_image, check_attack, check_classifier, cli,
-    full_precision, l2_norm, load_checkpoint, pgd, place_model, plasma, progress, reading, rebuild,
-    robust_accuracy, start_run, text_table, world,
+    full_precision, grouped_bars, l2_norm, load_checkpoint, pgd, place_model, plasma, progress, reading,
+    rebuild, robust_accuracy, start_run, text_table, world, write_atomically,
 )  # fmt: skip
 
 
@@ -366,27 +366,24 @@ def main(args: Args) -> dict:
         with reading(path):
             digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
     run.remember("checkpoints", " ".join(digests))
-    results = run.finished() or evaluate_all(run, args, kinds)
+    results = run.finished(table) or evaluate_all(run, args, kinds)
     run.say(table(results, args) + f"\n\nThe rows are in {run.folder / 'results.json'}.")
     picture(results, run)
     return results
 
 
 def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
-    """All rows; they are written after each attack, and a resumed run skips those that are there."""
+    """All rows; cells.json has those that are done, which a resumed run skips."""
     _, test_set = run.load_data()
     paths = [Path(path) for path in args.checkpoints or train_digits(run)]
     names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
     states = {name: load_network(path, test_set, args) for name, path in zip(names, paths, strict=True)}
     if len(states) < len(paths):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
-    rows, file = [], run.folder / "cells.json"
-    if file.exists():
-        with reading(file):
-            rows = json.loads(file.read_text())
-            seen = {(row["name"], row["attack"], row["strength"]) for row in rows}
-    else:
-        seen = set()
+    file = run.folder / "cells.json"
+    with reading(file):
+        rows = json.loads(file.read_text()) if file.exists() else []
+        seen = {(row["name"], row["attack"], row["strength"]) for row in rows}
     as_published = args.targeted and args.unforeseen_steps == 200 and not args.eval_amp
     as_published = as_published and (args.dataset, args.image_size) == ("cifar10", 32)
     for name, state in states.items():
@@ -404,7 +401,7 @@ def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
                     accuracy = robust_accuracy(model, stream, attack_on(model, kind, eps, args))
                 rows.append({
                     "name": name, "attack": kind, "norm": kind, "eps": eps, "examples": len(test_set),
-                    "accuracy": round(accuracy, 2), "epoch": state["epoch"], "strength": strength,
+                    "accuracy": round(accuracy, 2), "epoch": state.get("epoch"), "strength": strength,
                     "steps": args.unforeseen_steps, "targeted": args.targeted,
                     "ata": ata[i] if ata and as_published else None,
                 })  # fmt: skip
@@ -483,17 +480,17 @@ def picture(results: dict, run: Run) -> None:
     rows = results["rows"]
     kinds = list(dict.fromkeys(row["attack"] for row in rows if row["strength"]))
     names = list(dict.fromkeys(row["name"] for row in rows))
+    heights = {}
+    for name in names:
+        cells = [[r["accuracy"] for r in rows if (r["name"], r["attack"]) == (name, kind)] for kind in kinds]
+        heights[name] = [sum(cell) / len(cell) for cell in cells]
     figure = Figure(figsize=(max(6, len(kinds)), 4), layout="constrained")
     ax = figure.subplots()
-    for i, name in enumerate(names):
-        cells = [[r["accuracy"] for r in rows if (r["name"], r["attack"]) == (name, kind)] for kind in kinds]
-        at = [k + 0.8 * (i + 0.5) / len(names) - 0.4 for k in range(len(kinds))]
-        ax.bar(at, [sum(c) / len(c) for c in cells], 0.8 / len(names), label=name)
-    ax.set_xticks(range(len(kinds)), kinds)
+    grouped_bars(ax, kinds, heights)
     ax.set_ylabel("accuracy (%), mean over six strengths")
     ax.legend()
     if world()[0] == 0:
-        figure.savefig(run.folder / "unforeseen.png")
+        write_atomically(run.folder / "unforeseen.png", lambda f: figure.savefig(f, format="png"))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ import jigsaw_at
 import mtl_reverse
 import rotation_at
 from common import (
-    VITS, UserError, apgd, batches, ce_per_image, check_classifier, cli, eps_name, l2_norm, load_checkpoint, load_data,
+    VITS, UserError, apgd, batches, ce_per_image, check_classifier, cli, eps_name, grouped_bars, l2_norm, load_checkpoint, load_data,
     margin, rebuild, results_table, write_atomically,
 )  # fmt: skip
 from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
@@ -339,15 +339,6 @@ def save(figure: "Figure", path: Path) -> None:
     """Write a picture and forget it."""
     write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
     pyplot().close(figure)
-
-
-def grouped_bars(ax: "Axes", groups: list[str], heights: dict[str, list[float]]) -> None:
-    """A bar per group and name, one colour per name; heights: {name: one per group}."""
-    width = 0.8 / len(heights)
-    for i, (name, values) in enumerate(heights.items()):
-        ax.bar([j + (i - (len(heights) - 1) / 2) * width for j in range(len(groups))], values, width, label=name, color=f"C{i % 10}")
-    ax.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups], rotation=45, ha="right")
-    ax.grid(axis="y", alpha=0.3)
 
 
 def plot_curves(lines: dict[str, tuple[list[float], list[float], str]], train_eps: float, norm: str, title: str, path: Path) -> None:

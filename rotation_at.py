@@ -292,7 +292,7 @@ def main(args: Args) -> dict:
     first = {"none": "init" * bool(args.init), "l2": "P1", "linf": "P2"}[args.pretrain]
     last = args.ss_attack if args.variant in ("T2", "T3") and args.ss_attack != "separate" else ""
     run = start_run(args, "-".join(filter(None, (first, args.variant, last))))
-    results = run.finished() or train_and_evaluate(run, args)
+    results = run.finished(results_table) or train_and_evaluate(run, args)
     plain = " (plain: clean)" * (args.plain and args.select == "robust")
     reported = "the last" if args.select == "last" else f"best {args.select} validation accuracy{plain}"
     run.say(results_table(results, args, reported) + f"\n\nThe checkpoints are in {run.folder}.")

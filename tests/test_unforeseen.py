@@ -1,12 +1,14 @@
 """eval_unforeseen.py: each of Kang et al.'s attacks stays in its ball, climbs its loss, and does what its definition says."""
+import importlib.util
 import io
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, flags
 from PIL import Image
 
 import eval_unforeseen
@@ -262,6 +264,9 @@ def test_rows_table_and_resume_by_cell(tmp_path, checkpoints, capsys, monkeypatc
     mine = [r["accuracy"] for r in rows if (r["name"], r["attack"]) == ("b/best", "fog")]
     line = next(x.split() for x in out.splitlines() if x.startswith("fog     b/best"))
     assert line[2:] == [f"{v:.2f}" for v in (*mine, sum(mine) / 6)] and "2 steps towards a random wrong class" in out
+    if importlib.util.find_spec("matplotlib"):
+        picture = Image.open(tmp_path / "whole" / "unforeseen.png").convert("RGB")
+        assert len(picture.getcolors(10**6)) > 50
     calls, accuracy = [], eval_unforeseen.robust_accuracy
 
     def interrupted(*a, **k):
@@ -315,4 +320,16 @@ def test_wrong_flags_and_checkpoints(one_sentence, tmp_path, checkpoints):
     assert "--unforeseen rain is not known; there are linf" in one_sentence(eval_unforeseen, checkpoints[0], *argv, "--unforeseen", "l1,rain")
     assert "take --image-size 32" in one_sentence(eval_unforeseen, checkpoints[0], *argv, "--image-size", 16)
     assert "there is no nowhere.pt" in one_sentence(eval_unforeseen, "nowhere.pt", *argv)
-    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_a_damaged_file_of_rows_is_told(one_sentence, tmp_path, checkpoints):
+    argv = [*checkpoints, *flags(dict(dataset="digits", eval_examples=30, unforeseen="l1", unforeseen_steps=1, out=tmp_path)), "--resume"]
+    eval_unforeseen.main(small(checkpoints, tmp_path, unforeseen="l1", unforeseen_steps=1))
+    whole = json.loads((tmp_path / "results.json").read_text())
+    for key in "strength", "ata":
+        rows = [{k: v for k, v in row.items() if k != key} for row in whole["rows"]]
+        (tmp_path / "results.json").write_text(json.dumps(whole | {"rows": rows}))
+        assert "results.json is damaged" in one_sentence(eval_unforeseen, *argv)
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "cells.json").write_text(json.dumps(whole["rows"])[:-9])
+    assert "cells.json is damaged" in one_sentence(eval_unforeseen, *argv)
