@@ -211,6 +211,9 @@ def check_radii(args: Any) -> None:
         raise UserError(f"--norm {args.norm} needs a radius of its own, such as --eps {such_as}: {other}.")
 
 
+READER_DIED = "a process that reads images died (--workers 0 needs none)"
+
+
 @contextlib.contextmanager
 def errors_in_one_sentence() -> Iterator[None]:
     """Exit with one line for what a user can mend. Any other exception is a bug and keeps its traceback."""
@@ -223,7 +226,7 @@ def errors_in_one_sentence() -> Iterator[None]:
         sys.exit(f"error: {str(e) or 'out of memory'}")
     except RuntimeError as e:
         known = {
-            r"DataLoader worker \(pid": "a process that reads images died (--workers 0 needs none)",
+            r"DataLoader worker \(pid": READER_DIED,
             "DefaultCPUAllocator|out of memory": "out of memory; take smaller batches, or a smaller --width",
             "inline_container|PytorchStreamWriter": "a checkpoint could not be written (is the disk full?)",
         }
@@ -999,10 +1002,13 @@ def _read(
         files, batch_sampler=[r.tolist() for r in rows if len(r)], num_workers=workers, pin_memory=pin,
         worker_init_fn=_worker_signals, generator=torch.Generator(),
     )  # fmt: skip
-    for x, y, problems in loader:
-        if any(problems):
-            raise UserError(next(p for p in problems if p))
-        yield x, y
+    try:
+        for x, y, problems in loader:
+            if any(problems):
+                raise UserError(next(p for p in problems if p))
+            yield x, y
+    except (OSError, EOFError) as e:  # its connection may break before its death is noticed
+        raise UserError(f"{READER_DIED}. ({e})") from None
 
 
 def _worker_signals(worker: int) -> None:

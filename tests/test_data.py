@@ -420,3 +420,11 @@ def test_draw_takes_every_image_equally_often(digits):
         counts = torch.bincount(common.draw(some, n, seed=1).index, minlength=10)
         assert counts.sum() == n and counts.max() - counts.min() <= 1
     assert not torch.equal(common.draw(some, 3, 1).index, common.draw(some, 3, 2).index)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError("")])
+def test_a_broken_connection_to_a_reader_is_told(monkeypatch, error):
+    """A killed reader may show itself by its socket before torch notices its death."""
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match="a process that reads images died"):
+        next(common._read(torch.utils.data.TensorDataset(torch.zeros(2)), [torch.arange(2)], workers=1))
