@@ -53,7 +53,6 @@ Differs from the paper, which released no code and refers to He et al., or is ou
 """
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -68,13 +67,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    IMAGENET_STATS, STATS, VITS, Block, Epoch, Folder, Images, Network, OldRun as Run, UserError, ViT,
+    IMAGENET_STATS, STATS, VITS, Block, Epoch, Images, Network, OldRun as Run, UserError, ViT,
     batches, batchnorm_mode, build_model, build_trunk, check_args, old_cli as cli, count_batches,
     distribute, draw, eps_name, old_evaluate as evaluate, full_precision, image_uniform, init_transformer,
     l2_norm, learning_rate, load_checkpoint, load_data, load_trunk, load_weights, map_images, old_numbers as
     numbers, open_folder, overruled, patchify, pgd, place_model, print_table, reading, rebuild,
     robust_accuracy, rotate, save_image_grid, seed_step, sincos_positions, split_epoch, old_start_run as
-    start_run, unpatchify, progress as with_progress, words, world, write_results,
+    start_run, transformed, unpatchify, progress as with_progress, words, world, write_results,
 )  # fmt: skip
 
 
@@ -866,36 +865,6 @@ def load_vit(path: str | Path) -> dict:
         weights[name] = v.float()
     load_weights(build_model(**network), weights, path)  # every key and shape as they should be?
     return {"network": network, "model": weights, "args": {}, "name": Path(path).stem, "stage": "train" if classes else "pretrain", "epoch": 0}
-
-
-class _Transformed(torch.utils.data.Dataset):
-    """The images of a `Folder` or a tensor, each changed by `transform` with random numbers of its own; gives what `Folder` gives."""
-
-    def __init__(self, source: Any, transform: Callable, seed: int):
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
-        from torchvision.transforms.functional import to_pil_image
-
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed * 16_777_259 + i) % 2**63)  # a prime beyond the number of images
-            if not isinstance(self.source, Folder):
-                return self.transform(to_pil_image(self.source[i])), -1, ""
-            folder = copy.copy(self.source)
-            folder.transform = self.transform
-            return folder[i]
-
-
-def transformed(data: Images, transform: Callable, seed: int = 0) -> Images:
-    """The same images, each changed by `transform` (a Pillow image, as large as it is stored, to a uint8 tensor) in the processes that read them.
-
-    What is drawn from torch's generator in it depends on `seed` and the image alone: not on the number of processes or ranks, nor on the order.
-    """
-    pixels = data.pixels.cpu() if isinstance(data.pixels, Tensor) else data.pixels
-    return replace(data, pixels=_Transformed(pixels, transform, seed))
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ and two imports of the standard library.
 """
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import http.client
@@ -116,7 +117,7 @@ class CommonArgs:
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     image_size: Positive = 32  # side in pixels; other images are resized
     # evaluation
-    eval_attack: Literal["pgd20", "suite", "suite-fast", "standard"] = "pgd20"  # suites: `suite_attacks`
+    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "pgd20"  # see suite_attacks
     eval_steps: Positive = 20  # steps of PGD in evaluation
     eval_examples: int = 0  # random test images to evaluate on, the same in every run; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
@@ -499,13 +500,16 @@ class Run:
             shown = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
             self.say(f"{stage} {epoch + 1}/{epochs}  {shown}" + f"  ({left:.0f} min left)" * (left > 1))
 
-    def batches(self, data: "Images", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, data: "Images", batch_size: int, epoch_size: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """This epoch's batches in random order, see the function `batches`. Before each, and after the last,
         torch is seeded anew, so that a resumed run on as many ranks draws what an uninterrupted one would.
-        Raises UserError for a damaged image, and if a rank would get a single image."""
+        epoch_size: images of an epoch, drawn anew for each (0: all, once). Raises UserError for a damaged
+        image, and if a rank would get a single image."""
+        data = draw(data, epoch_size or len(data), seed=self.args.seed * 1_000_003 + self.seed_epoch)
         check_batches(len(data), batch_size)
-        shuffle = self.args.seed * 1_000_003 + self.seed_epoch
-        stream = batches(data, batch_size, self.device, shuffle=shuffle, workers=self.args.workers)
+        stream = batches(data, batch_size, self.device, workers=self.args.workers)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         began = asked = time.perf_counter()
         waited, step = 0.0, -1
@@ -556,6 +560,16 @@ class Run:
             self.best = score
             about = {"stage": self.stage, "epoch": self.epoch + 1, "network": model.spec}
             self.save(name, about | {"model": model.state_dict()} | metrics)
+
+    def rows(self) -> list[dict]:
+        """The rows that this run, before it was resumed, had written by `keep_rows`."""
+        path = self.folder / "rows.json"
+        with reading(path):
+            return json.loads(path.read_text()) if path.exists() else []
+
+    def keep_rows(self, rows: list[dict]) -> None:
+        """Write rows.json: the rows measured so far, which a resumed run does not measure again."""
+        self.write("rows.json", json.dumps(rows))
 
     def finish(self, rows: list[dict]) -> dict:
         """Write results.json: what was run, where, and a row per accuracy (percent). Returns what it holds.
@@ -950,13 +964,44 @@ class Folder(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        from PIL import Image
+
         path, label = self.samples[i]
         try:
             image = read_image(path)
         except Exception as e:  # Pillow raises many kinds for damaged, huge and odd files
             problem = f"cannot read the image {path} ({type(e).__name__}: {e}); remove it or get it again."
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, problem
+            return self.transform(Image.new("RGB", (self.size, self.size))), label, problem
         return self.transform(image), label, ""
+
+
+class _Transformed(torch.utils.data.Dataset):
+    """The images of a `Folder` or a tensor, each changed by `transform`; gives what `Folder` gives."""
+
+    def __init__(self, source: Folder | Tensor, transform: Callable, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        from torchvision.transforms.functional import to_pil_image
+
+        with torch.random.fork_rng(devices=[]):  # the factor is a prime larger than the number of images
+            torch.default_generator.manual_seed((self.seed * 16_777_259 + i) % 2**63)
+            if isinstance(self.source, Tensor):
+                return self.transform(to_pil_image(self.source[i])), -1, ""
+            folder = copy.copy(self.source)
+            folder.transform = self.transform
+            return folder[i]
+
+
+def transformed(data: "Images", transform: Callable, seed: int = 0) -> "Images":
+    """The same images, each changed by `transform` (a Pillow image, as large as it is stored, to a uint8
+    tensor) in the processes that read them. What it draws from torch's generator depends on `seed` and the
+    image alone: not on the number of processes or ranks, nor on the order."""
+    pixels = data.pixels.cpu() if isinstance(data.pixels, Tensor) else data.pixels
+    return replace(data, pixels=_Transformed(pixels, transform, seed))
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -1314,12 +1359,12 @@ def simclr_augment(
     jitter: float = 0.8, rand: Callable = torch.rand,
 ) -> Tensor:  # fmt: skip
     """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: a crop of at least the share `crop` of
-    the area, flip, colour jitter with probability `jitter` (brightness, contrast and saturation 0.8, hue 0.2,
+    the area (0: none), flip, colour jitter with probability `jitter` (brightness, contrast and saturation 0.8, hue 0.2,
     all times `strength`), grey with probability 0.2, and blur with probability `blur`, for large images.
 
     rand: here and above a replacement for torch.rand, such as numbers fixed per image (mtl_reverse.py).
     """
-    x = random_resized_crop(x, (crop, 1.0), rand=rand)
+    x = random_resized_crop(x, (crop, 1.0), rand=rand) if crop else x
     x = random_flip(x, rand) if flip else x
     x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, jitter, rand)
     x = torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
@@ -2304,12 +2349,14 @@ def square(
 def suite_attacks(kind: str, norm: str, eps: float, seed: int = 0) -> list[tuple[str, int, Callable]]:
     """The attacks of an evaluation in order: (name, restarts, attack(model, x, y, restart) -> x_adv).
 
-    'suite': the one of Gowal et al. 2021 (of MultiTargeted 20 restarts in all, the targets in turn), after
-    PGD-20, which is cheap and leaves fewer images to the others. 'suite-fast': a tenth of that. 'standard':
-    AutoAttack (Croce and Hein 2020) without FAB. seed: of the random numbers, the same for each batch.
-    Raises ValueError for another kind.
+    'suite': the one of Gowal et al. 2021, after PGD-20, which is cheap and leaves fewer images to the others.
+    Their "MultiTargeted with 20 restarts" is read as 20 in all, the targets in turn (it may also mean 20 for
+    each target, 9 times the cost on CIFAR-10). 'suite-fast': a tenth of it. 'apgd': its AutoPGD alone, as on
+    their ImageNet. 'standard': AutoAttack (Croce and Hein 2020) without FAB. seed: of the random numbers, the
+    same for each batch. Raises ValueError for another kind.
     """
     suites = {  # name: (restarts, steps or queries of each)
+        "apgd": {"apgd-ce": (5, 100), "apgd-dlr": (5, 100)},
         "suite": {
             "pgd-20": (1, 20), "apgd-ce": (5, 100), "apgd-dlr": (5, 100), "multi-targeted": (20, 200),
             "square": (1, 5000),
@@ -2488,7 +2535,7 @@ def evaluate(
                 attacks = suite_attacks(args.eval_attack, norm, eps, args.seed)
                 size = max(1, batch_size // world()[1])
                 row["after"] = suite_accuracy(model, stream, attacks, batch_size=size, heads=("class",))
-                accuracy = row["after"]["square"]
+                accuracy = list(row["after"].values())[-1]
         rows.append(row | {"accuracy": round(accuracy, 2), "epoch": state["epoch"]})
     if look_at and world()[0] == 0:
         some = test_set.subset(torch.arange(min(100 * world()[1], len(test_set))))  # this rank gets its share

@@ -25,7 +25,6 @@ Radii are for 32 pixels (from 64 pixels on, for 224) and are not scaled to other
 """
 import functools
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -373,17 +372,15 @@ def main(args: Args) -> dict:
 
 
 def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
-    """All rows; cells.json has those that are done, which a resumed run skips."""
+    """All rows; a resumed run skips those that are done."""
     _, test_set = run.load_data()
     paths = [Path(path) for path in args.checkpoints or train_digits(run)]
     names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
     states = {name: load_network(path, test_set, args) for name, path in zip(names, paths, strict=True)}
     if len(states) < len(paths):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
-    file = run.folder / "cells.json"
-    with reading(file):
-        rows = json.loads(file.read_text()) if file.exists() else []
-        seen = {(row["name"], row["attack"], row["strength"]) for row in rows}
+    rows = run.rows()
+    seen = {(row["name"], row["attack"], row["strength"]) for row in rows}
     as_published = args.targeted and args.unforeseen_steps == 200 and not args.eval_amp
     as_published = as_published and (args.dataset, args.image_size) == ("cifar10", 32)
     for name, state in states.items():
@@ -405,7 +402,7 @@ def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
                     "steps": args.unforeseen_steps, "targeted": args.targeted,
                     "ata": ata[i] if ata and as_published else None,
                 })  # fmt: skip
-                run.write("cells.json", json.dumps(rows))
+                run.keep_rows(rows)
     return run.finish(rows)
 
 

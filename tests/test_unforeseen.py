@@ -331,5 +331,5 @@ def test_a_damaged_file_of_rows_is_told(one_sentence, tmp_path, checkpoints):
         (tmp_path / "results.json").write_text(json.dumps(whole | {"rows": rows}))
         assert "results.json is damaged" in one_sentence(eval_unforeseen, *argv)
     (tmp_path / "results.json").unlink()
-    (tmp_path / "cells.json").write_text(json.dumps(whole["rows"])[:-9])
-    assert "cells.json is damaged" in one_sentence(eval_unforeseen, *argv)
+    (tmp_path / "rows.json").write_text(json.dumps(whole["rows"])[:-9])
+    assert "rows.json is damaged" in one_sentence(eval_unforeseen, *argv)
