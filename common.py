@@ -448,15 +448,16 @@ class Run:
                 raise UserError(f"the {key} are not those that the run in {self.folder} was started with.")
         self.write("config.json", json.dumps(config | {key: value}, indent=1))
 
-    def load_data(self) -> tuple["Images", "Images"]:
-        """(training images, test images) of --dataset, the latter cut to --eval-examples.
+    def load_data(self, stream: bool = False) -> tuple["Images", "Images"]:
+        """(training images, test images) of --dataset, the latter cut to --eval-examples. stream: read the
+        images of a folder as they are needed, however few they are.
 
         Raises UserError if they cannot be had, or if the run was started with other file names or labels.
         """
         args = self.args
         train, test = load_data(
             args.dataset, args.data_dir, self.device,
-            image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers,
+            image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers, stream=stream,
         )  # fmt: skip
         self.remember("images", train.digest + test.digest)
         return train, draw(test, min(args.eval_examples, len(test)), seed=0) if args.eval_examples else test
@@ -471,12 +472,12 @@ class Run:
         every stage has its own. more: further modules to save and resume. Raises UserError for NaN losses or
         weights, and if last.pt is of another network.
         """
-        self.stage, self.best, modules = stage, -math.inf, {"model": model} | more
+        self.stage, self.best, modules = stage, {}, {"model": model} | more
         if self.last is not None and self.last["stage"] == stage:
             with reading(self.folder / "last.pt"):
                 if self.last["network"] != model.spec:
                     raise ValueError("it is of another network")
-                self.best = float(self.last["best"])
+                self.best = {name: float(score) for name, score in self.last["best"].items()}
                 opt.load_state_dict(self.last["optimizer"])
                 for key, module in modules.items():
                     module.load_state_dict(self.last[key])
@@ -484,6 +485,7 @@ class Run:
         for epoch in range(sum(line["stage"] == stage for line in self.history), epochs):
             began = time.perf_counter()
             self.epoch, self.seed_epoch, self.sums, self.notes = epoch, first_id + epoch, {}, {}
+            self.epoch_seed = self.args.seed * 1_000_003 + self.seed_epoch
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             yield epoch
@@ -507,7 +509,7 @@ class Run:
         torch is seeded anew, so that a resumed run on as many ranks draws what an uninterrupted one would.
         epoch_size: images of an epoch, drawn anew for each (0: all, once). Raises UserError for a damaged
         image, and if a rank would get a single image."""
-        data = draw(data, epoch_size or len(data), seed=self.args.seed * 1_000_003 + self.seed_epoch)
+        data = draw(data, epoch_size or len(data), seed=self.epoch_seed)
         check_batches(len(data), batch_size)
         stream = batches(data, batch_size, self.device, workers=self.args.workers)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -553,11 +555,11 @@ class Run:
         return means
 
     def keep_best(self, name: str, model: nn.Module, score: float, **metrics: float) -> None:
-        """Log the epoch's `metrics`. Write a checkpoint if `score`, the same on all ranks, is higher than in
-        all epochs before: of equal epochs the earlier one is kept."""
+        """Log the epoch's `metrics`. Write the checkpoint `name` if `score`, the same on all ranks, is higher
+        than that of this file in all epochs before: of equal epochs the earlier one is kept."""
         self.notes |= metrics
-        if score > self.best:
-            self.best = score
+        if score > self.best.get(name, -math.inf):
+            self.best[name] = score
             about = {"stage": self.stage, "epoch": self.epoch + 1, "network": model.spec}
             self.save(name, about | {"model": model.state_dict()} | metrics)
 
@@ -614,6 +616,10 @@ def start_run(args: Any, name: str = "") -> Run:
     if hasattr(args, "norm"):
         check_radii(args)
         ball = [args.norm, eps_name(args.eps).replace("/", "_")]
+    patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
+    if patch > 1 and args.image_size % patch:
+        side = f"{patch}, the side of a patch of {args.arch}"
+        raise UserError(f"--image-size {args.image_size} is no multiple of {side}.")
     device, script = choose_device(args.device), _script_of(type(args))
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # The time limit is for downloads, while the other ranks wait. torchrun notices a dead rank at once.
@@ -2579,18 +2585,20 @@ def paper_numbers(script: str, args: Any, name: str) -> list[str]:
     """The paper's accuracies of the row `name` of a run with these flags in the order of its columns, or [].
 
     results/paper.txt has a line per row of a table: script | flags that differ from the defaults | name |
-    accuracies. `flag=*` accepts any value. Flags that say where to compute are ignored, and --seed, --amp,
-    --plain and --init.
+    accuracies. `flag=a,b` accepts two values, `flag=*` any. Flags that say where to compute or which rows
+    there are do not matter, nor do --seed, --amp and --init.
     """
     path = Path(__file__).resolve().parent / "results" / "paper.txt"
-    free = FREE_ON_RESUME | {"seed", "amp", "plain", "init"}
-    usual = asdict(type(args)())
-    changed = {k: _shown(v) for k, v in asdict(args).items() if k not in free and v != usual[k]}
+    free = FREE_ON_RESUME | {"seed", "amp", "init", "plain", "label_fractions", "heads"}
+    usual, given = asdict(type(args)()), {k: v for k, v in asdict(args).items() if k not in free}
+    changed = {k for k, v in given.items() if v != usual[k]}
     for line in path.read_text().splitlines() if path.exists() else []:
         of, flags, row, accuracies = line.split("|") if line.count("|") == 3 else ("", "", "", "")
+        if (of.strip(), row.strip()) != (script, name):
+            continue
         wanted = dict(flag.split("=") for flag in flags.split())
-        same = changed.keys() <= wanted.keys() and all(v in ("*", changed.get(k)) for k, v in wanted.items())
-        if same and (of.strip(), row.strip()) == (script, name):
+        same = (v == "*" or _shown(given.get(k)) in v.split(",") for k, v in wanted.items())
+        if changed <= wanted.keys() and all(same):
             return ["" if v == "-" else v for v in accuracies.split()]
     return []
 

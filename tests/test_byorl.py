@@ -1,4 +1,4 @@
-"""byorl.py: the attack on views, LARS, schedules, the target network, label fractions, stages."""
+"""byorl.py: the attack on views, LARS, schedules, the target network, label fractions, heads, UAT-FT."""
 import copy
 import json
 import math
@@ -9,15 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import flags, same_state
+from PIL import Image
 
 import byorl
+import common
 from byorl import LARS, Args, Online, attack_view, distance, learning_rate, main, target_rate
-from common import build_model, l2_norm, load_checkpoint, load_model, split_train
+from common import Run, UserError, build_model, l2_norm, load_checkpoint, load_model, paper_numbers, split_train
 
+CPU = torch.device("cpu")
 TINY = dict(
-    dataset="digits", image_size=8, flip=False, arch="preact18", width=1 / 16, epochs=2, warmup_epochs=1, batch_size=128, lr=0.5, eps=0.5,
-    attack_steps=2, hidden=16, projection=8, label_fractions="0.2,1", probe_epochs=2, probe_steps=1, val_images=400, eval_attack="pgd20",
-    eval_steps=2, eval_examples=60, amp="off", device="cpu",
+    dataset="digits", image_size=8, flip=False, arch="preact18", width=1 / 16, epochs=2, warmup_epochs=1,
+    batch_size=128, lr=0.5, eps=0.5, attack_steps=2, hidden=16, projection=8, label_fractions=(0.2, 1.0),
+    probe_epochs=2, probe_steps=1, val_images=400, eval_attack="pgd20", eval_steps=2, eval_examples=60,
+    amp="off", device="cpu",
 )  # fmt: skip
 
 
@@ -28,8 +32,32 @@ def tiny(**changes) -> Args:
 @pytest.fixture
 def online():
     torch.manual_seed(0)
-    encoder = build_model("preact18", {}, width=1 / 8)
-    return Online(encoder, 32, 16).train()
+    return Online(tiny(width=1 / 8, hidden=32, projection=16), CPU).train()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    main(tiny(heads="none", epochs=1, out=str(folder)))
+    return folder / "byorl.pt"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return common.load_data("digits", "", CPU, image_size=8)
+
+
+def interrupt(monkeypatch, *steps):
+    """Ctrl-C in the steps of these numbers, counted from now on."""
+    log, calls = Run.log, []
+
+    def spy(self, **losses):
+        log(self, **losses)
+        calls.append(1)
+        if len(calls) in steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", spy)
 
 
 # ---- the attack ----
@@ -76,7 +104,7 @@ def test_views_have_their_own_statistics(online):
 def test_lars_against_a_hand_calculation():
     torch.manual_seed(0)
     w, b = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3))
-    opt = LARS([w, b], lr=2.0, weight_decay=0.1, momentum=0.9, trust=1e-3)
+    opt = LARS([w, b], lr=2.0, weight_decay=0.1, momentum=0.9)
     nw, nb = w.detach().numpy().astype(np.float64), b.detach().numpy().astype(np.float64)
     mw, mb = np.zeros_like(nw), np.zeros_like(nb)
     for step in range(3):
@@ -109,17 +137,15 @@ def test_schedules():
 
 def test_the_target_follows_the_online_network(tmp_path):
     """tau = 1 keeps it at its start; after a first step with tau = 0 it is the online network."""
-    main(tiny(tau=1.0, stage="pretrain", epochs=1, out=str(tmp_path / "one")))
+    main(tiny(tau=1.0, heads="none", epochs=1, out=str(tmp_path / "one")))
     state = load_checkpoint(tmp_path / "one" / "last.pt")
     torch.manual_seed(0)
-    args = tiny()
-    mean, std = byorl.STATS["digits"]
-    start = Online(build_model("preact18", {}, width=1 / 16, mean=mean, std=std), args.hidden, args.projection).state_dict()
+    start = Online(tiny(), CPU).state_dict()
     weights = [k for k in start if "running" not in k and "num_batches" not in k]
     assert all(torch.equal(state["target"][k], start[k]) for k in weights)
     assert any(not torch.equal(state["model"][k], start[k]) for k in weights)
     one_step = dict(tau=0.0, batch_size=1437, warmup_epochs=0, epochs=1)
-    main(tiny(**one_step, stage="pretrain", out=str(tmp_path / "zero")))
+    main(tiny(**one_step, heads="none", out=str(tmp_path / "zero")))
     state = load_checkpoint(tmp_path / "zero" / "last.pt")
     assert all(torch.allclose(state["target"][k], state["model"][k], atol=1e-7) for k in weights)
     assert any(not torch.equal(state["model"][k], start[k]) for k in weights)
@@ -128,8 +154,8 @@ def test_the_target_follows_the_online_network(tmp_path):
 # ---- heads ----
 
 
-def test_label_fractions_are_nested_and_not_balanced():
-    train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
+def test_label_fractions_are_nested_and_not_balanced(digits):
+    train, _ = digits
     parts = [split_train(train, val_fraction=200, seed=3, label_fraction=f) for f in (0.01, 0.1, 1.0)]
     sets = [set(part.index.tolist()) for part, _ in parts]
     assert sets[0] < sets[1] < sets[2] and [len(s) for s in sets] == [14, 144, 1237]
@@ -138,37 +164,35 @@ def test_label_fractions_are_nested_and_not_balanced():
     assert counts.max() > counts.min() + 2
 
 
-def test_all_stages_and_probe_alone(tmp_path, capsys, monkeypatch):
+def test_all_stages_and_heads_alone(tmp_path, capsys, monkeypatch):
     results = main(tiny(plain=True, out=str(tmp_path / "all")))
     names = [(r["encoder"], r["head"], r["label_fraction"], r["eps"]) for r in results["rows"]]
     assert names == [(e, h, f, eps) for e in ("byol", "byorl") for f in (0.2, 1.0) for h in ("robust", "plain") for eps in (0, 0.5)]
-    assert "encoder, head, share of labels" in capsys.readouterr().out
+    assert "byorl plain 100%, epoch" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["byol"] * 2 + ["byorl"] * 2
-    # The same stage by stage, resumed after some heads were judged: those are not judged again.
-    assert main(tiny(stage="probe", init=str(tmp_path / "all" / "byorl.pt"), out=str(tmp_path / "probe"))) == {}
-    evaluation = dict(stage="evaluate", init=str(tmp_path / "probe"), out=str(tmp_path / "judged"))
-    again = main(tiny(**evaluation))
-    by_name = {(r["name"], r["eps"]): r["accuracy"] for r in again["rows"]}
-    assert by_name == {(r["name"], r["eps"]): r["accuracy"] for r in results["rows"] if r["encoder"] == "byorl"} and len(by_name) == 8
-    (tmp_path / "judged" / "results.json").unlink()
+    assert [line["stage"] for line in lines[:6]] == ["byol"] * 2 + ["byorl"] * 2 + ["byol robust 20%"] * 2
+    # Heads alone give the same rows; a resumed run does not evaluate them again.
+    heads = dict(init=str(tmp_path / "all" / "byorl.pt"), out=str(tmp_path / "heads"))
+    again = main(tiny(**heads))
+    assert again["rows"] == [r for r in results["rows"] if r["encoder"] == "byorl"] and len(again["rows"]) == 8
+    (tmp_path / "heads" / "results.json").unlink()
     monkeypatch.setattr(byorl, "evaluate", None)
-    assert main(tiny(**evaluation, resume=True))["rows"] == again["rows"]
+    assert main(tiny(**heads, resume=True))["rows"] == again["rows"]
     # Encoders stay as they are, heads are classifiers that any script can load.
     encoder, head = (load_checkpoint(tmp_path / "all" / name)["model"] for name in ("byorl.pt", "byorl-plain-100%.pt"))
     assert all(torch.equal(head[k], v) for k, v in encoder.items() if k.startswith("trunk."))
     assert load_model(tmp_path / "all" / "byorl-robust-20%.pt")(torch.rand(2, 3, 8, 8)).shape == (2, 10)
 
 
-def test_a_plain_head_reaches_the_optimum_of_logistic_regression(tmp_path, monkeypatch):
+def test_a_plain_head_reaches_the_optimum_of_logistic_regression(tmp_path, monkeypatch, digits):
     """On frozen features the problem is convex: the head's training loss is near that of a long run of L-BFGS."""
-    args = tiny(probe_epochs=80, probe_lr=0.1, heads="plain", label_fractions="1", epochs=1)
+    args = tiny(probe_epochs=80, probe_lr=0.1, heads="plain", label_fractions=(1.0,), epochs=1)
     monkeypatch.setattr(byorl, "random_crop_flip", lambda x, **k: x)
     scores = iter(range(10**6))
     monkeypatch.setattr(byorl, "robust_accuracy", lambda *a: next(scores))  # keep the last epoch
     main(tiny(**vars(args) | {"out": str(tmp_path)}))
     model = load_model(tmp_path / "byorl-plain-100%.pt")
-    train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
+    train, _ = digits
     some, _ = split_train(train, val_fraction=400, seed=0)
     x, y = some.pixels[some.index] / 255, some.labels[some.index]
     with torch.no_grad():
@@ -189,84 +213,35 @@ def test_a_plain_head_reaches_the_optimum_of_logistic_regression(tmp_path, monke
     assert best <= ours < best + 0.15 * (math.log(10) - best)
 
 
-def test_a_head_interrupted_after_an_epochs_last_step(tmp_path, monkeypatch, encoder):
-    """One step an epoch, as with few labels: validation, with its random starts, comes after the interruption."""
-    probe = dict(stage="probe", init=str(encoder), heads="robust", label_fractions="0.05", probe_epochs=6)
-    main(tiny(**probe, out=str(tmp_path / "whole")))
-    update, calls = byorl.Epoch.update, []
-
-    def interrupt(self, *a, **k):
-        update(self, *a, **k)
-        calls.append(1)
-        if len(calls) in (2, 4):
-            byorl.Epoch.interrupted = lambda self: True
-
-    real = byorl.Epoch.interrupted
-    monkeypatch.setattr(byorl.Epoch, "update", interrupt)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt, match="saved epoch"):
-            main(tiny(**probe, out=str(tmp_path / "cut"), resume=True))
-        byorl.Epoch.interrupted = real
-    main(tiny(**probe, out=str(tmp_path / "cut"), resume=True))
-    a, b = (load_checkpoint(tmp_path / f / "last.pt") for f in ("whole", "cut"))
-    assert same_state(a["model"], b["model"]) and a["best"]["accuracy"] == b["best"]["accuracy"] and a["best"]["epoch"] == b["best"]["epoch"]
-
-
-def test_fewer_images_than_ranks(ranks, tmp_path, monkeypatch):
+def test_fewer_images_than_ranks(ranks, tmp_path, monkeypatch, digits):
     """A rank without images joins in the sum."""
-    args = tiny(out=str(tmp_path))
-    run = byorl.start_run(args)
-    train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
+    run, (train, _) = byorl.start_run(tiny(out=str(tmp_path))), digits
     ranks(1, 3)
     monkeypatch.setattr("common.dist.all_reduce", lambda t: None)
     assert byorl.map_images(lambda x: x.mean((2, 3)), train.subset(torch.tensor([5])), run, 64).shape == (1, 3)
 
 
-def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    whole = main(tiny(out=str(tmp_path / "whole")))
-    real, calls = byorl.Epoch.update, []
-
-    def interrupt(self, *a, **k):
-        real(self, *a, **k)
-        calls.append(1)
-        if len(calls) == 15:  # in the second epoch: 12 steps each
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(byorl.Epoch, "update", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        main(tiny(out=str(tmp_path / "cut")))
-    monkeypatch.setattr(byorl.Epoch, "update", real)
-    resumed = main(tiny(out=str(tmp_path / "cut"), resume=True))
-    assert [r["accuracy"] for r in resumed["rows"]] == [r["accuracy"] for r in whole["rows"]]
-    a, b = (load_checkpoint(tmp_path / f / "byorl.pt")["model"] for f in ("whole", "cut"))
-    assert same_state(a, b)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    main(tiny(stage="pretrain", epochs=1, out=str(folder)))
-    return folder / "byorl.pt"
-
-
 def test_init_brings_its_architecture(encoder, tmp_path):
     """So that a transfer needs no --arch and --width; another data set has a head of its own."""
-    results = main(tiny(init=str(encoder), arch="resnet18", width=1.0, heads="plain", label_fractions="1", probe_epochs=1, out=str(tmp_path)))
-    assert (results["args"]["arch"], results["args"]["width"]) == ("preact18", 1 / 16)
+    results = main(tiny(
+        init=str(encoder), arch="resnet18", width=1.0, epochs=7, heads="plain", label_fractions=(1.0,), probe_epochs=1,
+        out=str(tmp_path),
+    ))  # fmt: skip
+    assert [results["args"][k] for k in ("arch", "width", "epochs")] == ["preact18", 1 / 16, 1]
     assert load_checkpoint(tmp_path / "byorl-plain-100%.pt")["network"]["width"] == 1 / 16
 
 
 def test_a_vision_transformer_as_encoder(tmp_path):
-    results = main(tiny(arch="vit_ti4", width=1 / 3, epochs=1, heads="plain", label_fractions="1", probe_epochs=1, out=str(tmp_path)))
+    head = dict(heads="plain", label_fractions=(1.0,), probe_epochs=1)
+    results = main(tiny(arch="vit_ti4", width=1 / 3, epochs=1, **head, out=str(tmp_path)))
     assert results["rows"][0]["examples"] == 60
     assert load_model(tmp_path / "byorl-plain-100%.pt")(torch.rand(2, 3, 8, 8)).shape == (2, 10)
 
 
-def test_retrieval_against_numpy(encoder, tmp_path, capsys):
+def test_retrieval_against_numpy(encoder, tmp_path, capsys, digits):
     """The share of neighbours of the query's class, and the cosine with the image that the attack steers towards."""
-    args = tiny(stage="pretrain", out=str(tmp_path))
+    args, (_, test) = tiny(out=str(tmp_path)), digits
     run = byorl.start_run(args)
-    _, test = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
     byorl.retrieve(run, args, {"byorl": load_checkpoint(encoder)}, test, queries=40, nearest=5)
     said = capsys.readouterr().out
     order = torch.randperm(360, generator=torch.Generator().manual_seed(0))
@@ -291,18 +266,18 @@ def test_retrieval_against_numpy(encoder, tmp_path, capsys):
 # ---- the baseline and more images ----
 
 
-def test_pseudo_labels_only_where_labels_are_missing(encoder, tmp_path):
+def test_pseudo_labels_only_where_labels_are_missing(tmp_path, digits):
     """Known labels stay, even where the teacher errs; others are the teacher's; images held out are in neither part."""
-    args = tiny(out=str(tmp_path))
+    args, (train, _) = tiny(out=str(tmp_path)), digits
     run = byorl.start_run(args)
-    train, _ = byorl.load_data("digits", "", torch.device("cpu"), image_size=8)
     teacher = build_model("preact18", {"class": 10}, width=1 / 16)
     with torch.no_grad():
         teacher.heads["class"].weight.zero_()
         teacher.heads["class"].bias.copy_(torch.arange(10) == 3)  # says 3 to all
     known, held_out = split_train(train, val_fraction=200, seed=0, label_fraction=0.1)
     rest = train.subset(torch.tensor(sorted(set(range(1437)) - set(known.index.tolist()) - set(held_out.index.tolist()))))
-    union = byorl.pseudo_label(run, args, {"network": teacher.spec, "model": teacher.state_dict(), "name": "t"}, known, rest)
+    state = {"network": teacher.spec, "model": teacher.state_dict(), "stage": "t"}
+    union = byorl.pseudo_label(run, args, state, known, rest)
     assert sorted(union.index.tolist()) == sorted(known.index.tolist() + rest.index.tolist()) and len(union) == 1437 - 200
     assert torch.equal(union.labels[known.index], train.labels[known.index]) and (union.labels[rest.index] == 3).all()
     assert train.labels[rest.index].unique().numel() == 10  # the set itself is as before
@@ -327,19 +302,14 @@ def test_uat_ft(tmp_path, monkeypatch):
     assert [(r["name"], r["eps"]) for r in whole["rows"]] == [(f"uat-ft {p}%", e) for p in (20, 100) for e in (0, 0.5)]
     clean, robust = [r["accuracy"] for r in whole["rows"][2:]]
     assert clean > robust > 20  # chance is 10
-    update, calls = byorl.Epoch.update, []
-
-    def interrupt(self, *a, **k):
-        update(self, *a, **k)
-        calls.append(1)
-        if len(calls) in (20, 30, 60):  # in the teacher's, the student's and the next student's training, 36 steps each
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(byorl.Epoch, "update", interrupt)
+    interrupt(monkeypatch, 20, 40, 90)  # 36 steps each: in the teacher's, the student's and the next student's training
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             main(tiny(**uat, out=str(tmp_path / "cut"), resume=True))
     assert main(tiny(**uat, out=str(tmp_path / "cut"), resume=True))["rows"] == whole["rows"]
+    assert load_checkpoint(tmp_path / "cut" / "uat-ft-20%-teacher.pt")["epoch"] == load_checkpoint(
+        tmp_path / "whole" / "uat-ft-20%-teacher.pt"
+    )["epoch"]
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3] * 3
 
@@ -350,108 +320,170 @@ def test_extra_images_are_learned_from(tmp_path):
     np.save(tmp_path / "extra.npy", rng.integers(0, 256, (300, 8, 8, 3), dtype=np.uint8))
     weights, steps = [], []
     for name, extra in ("without", ""), ("with", str(tmp_path / "extra.npy")):
-        main(tiny(stage="pretrain", epochs=1, extra_data=extra, out=str(tmp_path / name)))
+        main(tiny(heads="none", epochs=1, extra_data=extra, out=str(tmp_path / name)))
         state = load_checkpoint(tmp_path / name / "byorl.pt")
         weights.append(state["model"])
         steps.append(load_checkpoint(tmp_path / name / "last.pt")["history"][0]["epoch"])
         assert state["extra_images"] == (300 if extra else 0)
     assert not same_state(*weights) and steps == [1, 1]
-    uat = main(tiny(method="uat-ft", extra_data=str(tmp_path / "extra.npy"), uat_epochs=1, label_fractions="1", out=str(tmp_path / "uat")))
-    assert {r["extra_images"] for r in uat["rows"]} == {300} and (tmp_path / "uat" / "uat-ft-100%-teacher.pt").exists()
+    more = dict(extra_data=str(tmp_path / "extra.npy"), label_fractions=(1.0,), eval_steps=1)
+    main(tiny(method="uat-ft", uat_epochs=1, **more, out=str(tmp_path / "uat")))
+    assert (tmp_path / "uat" / "uat-ft-100%-teacher.pt").exists()
+
+
+# ---- views of stored images ----
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_crops_are_cut_from_the_whole_stored_image(tmp_path, n):
+    """Images of 24 x 8 pixels, red at the left, green at the right: a centre crop would be all blue."""
+    for name in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / name / label).mkdir(parents=True)
+            picture = np.zeros((8, 24, 3), np.uint8)
+            picture[:, :8, 0] = picture[:, 8:16, 2] = picture[:, 16:, 1] = 255
+            for i in range(20):
+                Image.fromarray(picture).save(tmp_path / name / label / f"{i}.png")
+    images, _ = common.load_data("folder", str(tmp_path), CPU, image_size=8, stream=True)
+    args = tiny(dataset="folder")
+
+    def read(seed):
+        return next(common.batches(byorl.random_crops(images, args, seed, n), 40, CPU, workers=0))[0]
+
+    x = read(0)
+    assert x.shape == (40, 3 * n, 8, 8)
+    for crop in x.split(3, 1):
+        red, green = ((crop[:, c] > 0.9).flatten(1).any(1).float().mean() for c in (0, 1))
+        assert red > 0.3 and green > 0.3
+    assert torch.equal(x, read(0)) and not torch.equal(x, read(1))
+    if n == 2:
+        assert not torch.equal(x[:, :3], x[:, 3:])
+        torch.manual_seed(0)
+        v1, v2 = byorl.two_views(x, tiny(jitter_strength=0.0, crop=0.3))
+        coloured = (v1 - v1.mean(1, keepdim=True)).abs().amax((1, 2, 3)) > 0.01  # not made grey
+        assert torch.allclose(v1[coloured], x[coloured, :3], atol=0.02) and 20 < coloured.sum() < 40
+        assert v2.shape == v1.shape
+
+
+def test_a_folder_is_learned_from(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, each in ("train", 12), ("test", 5):
+        for label in ("a", "b"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(each):
+                pixels = rng.integers(0, 256, (9, 15, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / name / label / f"{i}.png")
+    small = dict(dataset="folder", data_dir=str(tmp_path), workers=0, batch_size=8, val_images=6, eval_examples=0)
+    results = main(tiny(**small, epochs=1, flip=True, label_fractions=(1.0,), out=str(tmp_path / "run")))
+    assert {row["examples"] for row in results["rows"]} == {10}
+
+
+# ---- several devices, compilation ----
+
+
+def test_the_target_network_is_compiled_too(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    main(tiny(heads="none", epochs=1, compile=True, out=str(tmp_path)))
+    online, target = compiled[:2]
+    assert online is not target and type(online) is type(target)
 
 
 # ---- the paper's numbers ----
 
 
 def test_the_papers_numbers_stand_beside_their_own_setting_only():
-    def ask(encoder="byorl", head="robust", fraction=1.0, extra=0, judged=None, encoder_fraction=1.0, **pre):
-        args = Args(**pre)
-        head_args = vars(args) | {"eps": byorl.head_eps(args)} | (judged or {})
-        state = {
-            "encoder": encoder, "head": head, "label_fraction": fraction, "extra_images": extra, "encoder_args": vars(args), "args": head_args,
-            "encoder_fraction": encoder_fraction,
-        }  # fmt: skip
-        return byorl.paper_numbers(state, Args(**(vars(args) | (judged or {}))))
+    def ask(name, **changed):
+        return [float(v) if v else None for v in paper_numbers("byorl", Args(**changed), name)]
 
-    linf = dict(norm="linf", eps=8 / 255)
-    assert ask(**linf) == (80.80, 43.24) and ask(width=4.0, **linf) == (81.32, 43.19)  # Table 3
-    assert ask(**linf, attack="pgd", attack_steps=5) == (85.26, 1.05)  # Table 4
-    assert ask(width=4.0, extra=500_000) == (93.01, 77.61) and ask(head="plain", width=4.0, extra=500_000) == (93.19, 77.09)  # Table 2
-    assert ask("byol", "plain", width=4.0, extra=500_000, eps=0.0) == (94.76, 0.00)
-    to = {"dataset": "stl10"}
-    assert ask(width=4.0, extra=500_000, judged=to, fraction=0.1) == (None, 53.23)  # Table 1
-    assert ask("uat-ft", width=4.0, extra=500_000, judged={"dataset": "cifar100"}, fraction=0.01, **linf) == (None, 2.18)
-    assert ask(width=4.0, extra=500_000, judged=to, **linf) == (65.40, 37.79)  # Table 6
-    assert ask(fraction=0.01) == (None, 65.43)
-    nothing = (None, None)
-    assert ask("uat-ft", width=4.0, extra=500_000, judged=to, encoder_fraction=0.01) == nothing
-    assert ask("uat-ft", width=4.0, extra=500_000, judged=to) == (None, 53.23)
-    assert ask(probe_steps=0, **linf) == nothing
-    assert ask(eps=0.5, fraction=0.01) == (None, 65.43)  # 0.5 is 128/255, rounded
-    assert ask(eps=0.49, fraction=0.01) == ask(norm="linf", eps=7 / 255) == ask(lr=1.0) == ask(width=1.0) == ask(epochs=10, **linf) == ask(extra=1000, **linf) == nothing
-    assert ask(judged={"eval_attack": "pgd20"}, **linf) == ask(judged={"eval_examples": 100}, **linf) == ask(judged={"probe_epochs": 5}, **linf) == nothing
-    assert len(byorl.PAPER.strip().splitlines()) == 16 + 20 + 10
+    linf, x4 = dict(norm="linf", eps=8 / 255), dict(width=4.0, extra_data="extra.npz")
+    assert ask("byorl robust 100%", **linf) == [80.80, 43.24]  # Table 3
+    assert ask("byorl robust 100%", width=4.0, **linf) == [81.32, 43.19]
+    assert ask("byorl robust 100%", **linf, attack="pgd", attack_steps=5) == [85.26, 1.05]  # Table 4
+    assert ask("byorl +500000 robust 100%", **x4) == [93.01, 77.61]  # Table 2
+    assert ask("byorl +500000 plain 100%", **x4, eps=0.5) == [93.19, 77.09]  # 0.5 is 128/255, rounded
+    assert ask("byol +500000 plain 100%", **x4, plain=True) == ask("byol +500000 plain 100%", **x4, eps=0.0) == [94.76, 0.00]
+    to = dict(width=4.0, init="byorl.pt")
+    assert ask("cifar10 byorl +500000 robust 10%", **to, dataset="stl10") == [None, 53.23]  # Table 1
+    assert ask("cifar10 uat-ft 100% +500000 robust 1%", **to, **linf, dataset="cifar100") == [None, 2.18]
+    assert ask("cifar10 byorl +500000 robust 100%", **to, **linf, dataset="stl10") == [65.40, 37.79]  # Table 6
+    assert ask("byorl robust 1%") == ask("byorl robust 1%", label_fractions=(0.01,), heads="robust", seed=5) == [None, 65.43]
+    for name, changed in (
+        ("byorl robust 100%", dict(norm="linf", eps=7 / 255)), ("byorl robust 100%", linf | dict(lr=1.0)),
+        ("byorl robust 100%", linf | dict(probe_steps=5)), ("byorl robust 100%", linf | dict(eval_attack="pgd20")),
+        ("byorl robust 100%", linf | dict(eval_examples=100)), ("byorl robust 100%", linf | dict(dataset="cifar100")),
+        ("byorl robust 1%", dict(eps=0.49)), ("byorl robust 1%", dict(width=1.0)), ("init byorl robust 1%", {}),
+        ("byorl +1000 robust 100%", x4), ("byorl robust 100%", dict(width=4.0)),
+    ):  # fmt: skip
+        assert ask(name, **changed) == [], (name, changed)
+    lines = (common.Path(common.__file__).parent / "results" / "paper.txt").read_text().splitlines()
+    assert sum(line.startswith("byorl |") for line in lines) == 16 + 20 + 10
+
+
+def test_the_name_of_a_row_says_how_its_encoder_was_trained():
+    args = Args(dataset="stl10")
+    its = {"dataset": "cifar10", "norm": "l2", "eps": 128 / 255}
+    ours = {"script": "byorl", "stage": "byorl", "args": its}
+    assert byorl.encoder_name(ours, Args()) == "byorl"
+    assert byorl.encoder_name(ours | {"extra_images": 7}, args) == "cifar10 byorl +7"
+    assert byorl.encoder_name(ours | {"args": its | {"eps": 0.25}}, args) == "cifar10 init byorl"
+    assert byorl.encoder_name(ours | {"stage": "byol", "args": its | {"eps": 0.0}}, Args()) == "byol"
+    assert byorl.encoder_name({"script": "rotation_at", "stage": "train", "args": its}, Args()) == "init train"
+    assert byorl.encoder_name({}, Args()) == "init"
 
 
 # ---- what users get wrong ----
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("changes", "told"),
     [
-        ({"label_fractions": "0,1"}, "shares such as"), ({"label_fractions": "2"}, "shares such as"), ({"stage": "probe"}, "needs --init"), ({"stage": "evaluate"}, "needs --init"),
-        ({"stage": "pretrain", "init": "x.pt"}, "takes no --init"), ({"init": "x.pt"}, "there is no x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"), ({"batch_size": 2}, "at least 2 images"), ({"crop": 5.0}, "--crop 5 must be"), ({"crop": 0.0}, "--crop 0 must be"),
-        ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"), ({"label_fractions": "0.0001"}, "too few"), ({"tau": 2.0}, "--tau 2 must be"), ({"stage": "probe", "init": "nowhere.pt"}, "there is no nowhere.pt"),
+        ({"label_fractions": "2"}, "--label-fractions"), ({"label_fractions": ""}, "--label-fractions"),
+        ({"label_fractions": (0.0001,)}, "too few"), ({"tau": 2.0}, "--tau"), ({"crop": 5.0}, "--crop"),
+        ({"init": "x.pt"}, "there is no x.pt"), ({"arch": "vit_s16"}, "no multiple of 16"),
+        ({"batch_size": 2}, "at least 2 images"), ({"extra_data": "nowhere.npy"}, "there is no nowhere.npy"),
     ],
 )  # fmt: skip
-def test_wrong_flags(one_sentence, tmp_path, changes, match):
-    assert match in one_sentence(byorl, *flags(TINY | changes | {"out": tmp_path / "run"}))
+def test_wrong_flags(one_sentence, tmp_path, changes, told):
+    assert told in one_sentence(byorl, *flags(TINY | changes | {"out": tmp_path / "run"}))
 
 
 def test_wrong_checkpoints(one_sentence, encoder, tmp_path):
     state = load_checkpoint(encoder)
-    torch.save(state | {"model": {k: v for k, v in state["model"].items() if not k.startswith("trunk.")}}, tmp_path / "none.pt")
-    torch.save(state | {"model": {k: v for k, v in state["model"].items() if "layer1" not in k}}, tmp_path / "part.pt")
-    (tmp_path / "empty").mkdir()
-    torch.save(state | {"network": state["network"] | {"arch": "wrn28_10"}}, tmp_path / "wide.pt")
-    for changes, match in (
-        ({"stage": "probe", "init": tmp_path / "wide.pt"}, "'wrn28_10', which byorl.py does not take"),
-        ({"stage": "probe", "init": tmp_path / "none.pt"}, "holds no encoder"),
-        ({"stage": "probe", "init": tmp_path / "part.pt"}, "Missing key"),
-        ({"stage": "evaluate", "init": encoder}, "is no head of byorl.py"),
-        ({"stage": "evaluate", "init": tmp_path / "empty"}, "holds no heads"),
-        ({"stage": "probe", "init": tmp_path / "empty"}, "Is a directory"),
-    ):
-        assert match in one_sentence(byorl, *flags(TINY | changes | {"out": tmp_path / "run"})), changes
-
-
-def test_a_class_without_labels_is_told(encoder, tmp_path, capsys):
-    main(tiny(init=str(encoder), heads="plain", label_fractions="0.005", probe_epochs=1, out=str(tmp_path)))  # 7 images, 10 classes
-    assert "classes are missing" in capsys.readouterr().out
+    weights = {
+        "none": {k: v for k, v in state["model"].items() if not k.startswith("trunk.")},
+        "part": {k: v for k, v in state["model"].items() if "layer1" not in k},
+    }
+    for name, model in weights.items():
+        torch.save(state | {"model": model}, tmp_path / f"{name}.pt")
+    torch.save(state | {"network": state["network"] | {"arch": "nonsense"}}, tmp_path / "arch.pt")
+    for name in (*weights, "arch"):
+        told = one_sentence(byorl, *flags(TINY | {"init": tmp_path / f"{name}.pt", "out": tmp_path / "run"}))
+        assert ("unknown architecture" if name == "arch" else f"{name}.pt is damaged, or not a file") in told
 
 
 @pytest.mark.parametrize("array", [
-    np.zeros((4, 8, 8), np.uint8), np.zeros((4, 8, 8, 3), np.float32), np.zeros((4, 9, 8, 8), np.uint8), np.zeros((4, 16, 16, 3), np.uint8),
-    np.zeros((0, 8, 8, 3), np.uint8), np.array([{"a": 1}]),
+    np.zeros((4, 8, 8), np.uint8), np.zeros((4, 8, 8, 3), np.float32), np.zeros((4, 9, 8, 8), np.uint8),
+    np.zeros((4, 16, 16, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8), np.array([{"a": 1}]),
 ])  # fmt: skip
-def test_wrong_extra_data(one_sentence, tmp_path, array):
+def test_wrong_extra_data(tmp_path, array):
     np.save(tmp_path / "extra.npy", array, allow_pickle=True)
-    assert "extra.npy is damaged, or not a file of the kind" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "extra.npy", "out": tmp_path / "run"}))
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="extra.npy is damaged, or not a file of the kind"):
+        common.load_extra(tmp_path / "extra.npy", 8, CPU)
 
 
-def test_damaged_extra_data(one_sentence, tmp_path):
-    np.savez_compressed(tmp_path / "extra.npz", images=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
-    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+def test_damaged_extra_data(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "extra.npz", images=images)
     whole = (tmp_path / "extra.npz").read_bytes()
-    for name, content, match in ("cut.npz", whole[: len(whole) // 2], "damaged"), ("text.npy", b"hello", "damaged"), ("empty.npz", b"", "damaged"):
-        (tmp_path / name).write_bytes(content)
-        assert match in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / name, "out": tmp_path / "run"}))
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
-    (tmp_path / "flipped.npz").write_bytes(flipped)
-    assert "damaged" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "flipped.npz", "out": tmp_path / "run"}))
+    files = {"cut.npz": whole[: len(whole) // 2], "text.npy": b"hello", "empty.npz": b"", "flipped.npz": flipped}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     with zipfile.ZipFile(tmp_path / "texts.npz", "w") as z:
         z.writestr("images.txt", "hello")
-    assert "texts.npz is damaged" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "texts.npz", "out": tmp_path / "run"}))
-    assert "which are the images?" in one_sentence(byorl, *flags(TINY | {"extra_data": tmp_path / "two.npz", "out": tmp_path / "run"}))
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    for name in (*files, "texts.npz", "two.npz"):
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            common.load_extra(tmp_path / name, 8, CPU)
