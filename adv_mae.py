@@ -99,7 +99,7 @@ class Args:
     arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"] = "vit_b16"  # network (paper: vit_b16); vit_*4 for images of 32 pixels
     width: float = 1.0  # multiplies the number of heads, 64 channels each
     # pre-training
-    method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --stage pretrain and --init its checkpoint
+    method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training; for BYOL take byorl.py --heads none and --init its checkpoint
     pretrain_epochs: int = 0  # epochs of pre-training; 0: the recipe's (mae 800, rotnet and supervised 300)
     pretrain_batch_size: int = 4096  # images per step of pre-training over all GPUs
     pretrain_lr: float = 0.0  # highest learning rate of pre-training; 0: the recipe's for this batch size (mae 1.5e-4, others 1e-4, times batch / 256)
@@ -933,7 +933,8 @@ def read_init(args: Args) -> list[dict]:
             raise UserError(f"{file} holds no Vision Transformer; take a file such as a-mae.pt, or byorl.pt of an encoder --arch vit_b16.")
         if evaluating and "class" not in state["network"].get("heads", {}):
             raise UserError(f"{file} is no classifier; to make it one, use --stage finetune.")
-        state["name"], state["file"] = file.stem if evaluating else state.get("name", file.stem), str(file)
+        name = state.get("stage") if state.get("script") == "byorl" else state.get("name", file.stem)
+        state["name"], state["file"] = file.stem if evaluating else name, str(file)
         its = state.get("args", {})
         if "pretrained" not in state:  # of byorl.py, or a published one
             about = {k: its.get(k) for k in ("norm", "eps", "arch", "width", "image_size", "dataset", "attack_steps", "epochs", "seed")}

@@ -77,10 +77,10 @@ class Args(CommonArgs):
     arch: Literal[ResNets, ViTs] = "preact34"  # encoder (paper: preact34; ImageNet: resnet50)
     width: float = 2.0  # multiplies the number of channels (paper: 1, 2, 4)
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
-    init: str = ""  # train heads on this encoder, e.g. runs/X/byorl.pt; its pre-training flags are taken over
+    init: str = ""  # train heads on this encoder, e.g. runs/X/byorl.pt, and take over its flags
     # pre-training (section 4.1)
     method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, a network per label fraction
-    epochs: Positive = 1000  # epochs
+    epochs: Positive = 1000  # epochs of pre-training
     warmup_epochs: int = 10  # epochs in which the learning rate rises from 0; then a cosine back to 0
     batch_size: Positive = 512  # images per step over all GPUs, also for heads and UAT-FT
     lr: float = 2.0  # highest learning rate of LARS (ImageNet: 1.2)

@@ -14,6 +14,7 @@ augmentation alone: ours for a whole batch, and torchvision's, image by image.
 import argparse
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,22 +26,24 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
 from byorl import LARS, Args, Online, attack_view, distance  # noqa: E402
-from common import STATS, apgd_checkpoints, build_model, choose_device, place_model, simclr_augment  # noqa: E402
+from common import apgd_checkpoints, choose_device, simclr_augment  # noqa: E402
 
 
-def make(args: Args, device: torch.device, amp: str | None, compile: bool = False):
-    """(online, target, optimiser); amp None: as PyTorch makes them, float32 NCHW."""
+def make(args: Args, device: torch.device):
+    """(online network, target network, optimiser) of byorl.py."""
     torch.manual_seed(0)
-    encoder = build_model(args.arch, {}, width=args.width, mean=STATS["cifar10"][0], std=STATS["cifar10"][1])
-    online = Online(encoder, args.hidden, args.projection).to(device).train()
-    if amp is None:
-        encoder.features = lambda x: encoder.trunk((x - encoder.mean) / encoder.std)  # without its channels_last line
-        target = copy.deepcopy(online)
-        target.encoder.features = lambda x: target.encoder.trunk((x - encoder.mean) / encoder.std)
-    else:
-        place_model(encoder, device, amp, compile)
-        target = copy.deepcopy(online)
-    return online, target.requires_grad_(False), LARS(online.parameters(), args.lr, args.weight_decay)
+    online, target = Online(args, device).train(), Online(args, device).train().requires_grad_(False)
+    target.load_state_dict(online.state_dict())
+    return online, target, LARS(online.parameters(), args.lr, args.weight_decay)
+
+
+def make_plain(args: Args, device: torch.device):
+    """The same as PyTorch makes them: float32, NCHW."""
+    online, target, opt = make(replace(args, amp="off", compile=False), device)
+    for network in online, target:
+        encoder = network.encoder.to(memory_format=torch.contiguous_format)
+        encoder.features = lambda x, encoder=encoder: encoder.trunk((x - encoder.mean) / encoder.std)  # without its channels_last line
+    return online, target, opt
 
 
 def plain_apgd(loss_of, x, eps: float, steps: int):
@@ -95,8 +98,7 @@ def update(online, target, opt, v1, v2, z1, z2, tau: float) -> None:
     loss.backward()
     opt.step()
     with torch.no_grad():
-        for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
-            xi.lerp_(theta, 1 - tau)
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 
 def plain_step(online, target, opt, x, args: Args) -> None:
@@ -131,12 +133,12 @@ def main() -> None:
     device = choose_device(flags.device)
     on_cpu = device.type == "cpu"
     batch, rounds = flags.batch_size or (32 if on_cpu else 512), flags.rounds or (3 if on_cpu else 10)
-    args = Args(arch="preact18", width=1.0, attack_steps=10)
+    args = Args(arch="preact18", width=1.0, attack_steps=10, amp=flags.amp, compile=flags.compile)
     x = torch.rand(batch, 3, 32, 32, device=device)
-    plain, ours = make(args, device, None), make(args, device, flags.amp, flags.compile)
+    plain, ours = make_plain(args, device), make(args, device)
     steps = {"plain": lambda: plain_step(*plain, x, args), "ours": lambda: our_step(*ours, x, args)}
     rows = in_turns({f"BYORL {name}, batch {batch}": step for name, step in steps.items()}, batch, device, rounds, 1 if on_cpu else 5)
-    online, small = make(args, device, flags.amp)[0], x[:8]
+    online, small = make(args, device)[0], x[:8]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         online.predict(small)
     forward = counter.get_total_flops() / len(small)

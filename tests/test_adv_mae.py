@@ -761,12 +761,12 @@ def test_paper_numbers():
 
 def test_paper_numbers_of_byol(tmp_path):
     """An encoder of byorl.py trained as the README says counts as the paper's."""
-    command = "--stage pretrain --dataset folder --data-dir imagenet --image-size 224 --arch vit_b16 --width 1 --epochs 300 --batch-size 1024 --lr 1.2 --tau 0.999 --blur 0.5 --attack pgd --attack-steps 2 --step-size 1.25 --eps 2"
+    command = "--heads none --dataset folder --data-dir imagenet --image-size 224 --arch vit_b16 --width 1 --epochs 300 --batch-size 1024 --lr 1.2 --tau 0.999 --blur 0.5 --attack pgd --attack-steps 2 --step-size 1.25 --eps 2"
     assert command in (ROOT / "README.md").read_text()
     its_args = vars(parse_args(byorl.Args, command.split()))
     encoder = build_model("vit_ti16", {}, width=1 / 3)
     for changes, want in (({}, 98.67), ({"epochs": 100}, None), ({"step_size": 0.0}, None), ({"eps": 1.0}, None), ({"data_dir": "cats"}, None)):
-        torch.save({"network": encoder.spec, "model": encoder.state_dict(), "name": "byorl", "stage": "pretrain", "args": its_args | changes}, tmp_path / "byorl.pt")
+        torch.save({"network": encoder.spec, "model": encoder.state_dict(), "script": "byorl", "stage": "byorl", "args": its_args | changes}, tmp_path / "byorl.pt")
         args = Args(dataset="cifar10", recipe="adamw", stage="finetune", init=str(tmp_path / "byorl.pt"))
         assert paper_number(adv_mae.read_init(args)[0], args) == want, changes
 
