@@ -11,10 +11,11 @@ another view of the same image:
     xi <- tau xi + (1 - tau) theta
 
 Then a linear head is trained on the frozen encoder with few or many labels: a robust head on attacked images,
-a plain head on clean ones. On BYORL's encoder the plain head is nearly as robust as the robust one.
+a plain head on clean ones. In the paper (Tables 2 and 6) a plain head on BYORL's encoder is nearly as robust.
 
     python byorl.py --quick --eps 0.5 --norm l2     # digits: BYOL and BYORL, two minutes on two CPU cores
     python byorl.py --eps 0.5 --norm l2             # CIFAR-10: PreAct-ResNet-34 x2, 1000 epochs, then heads
+    python byorl.py                                 # the same at 128/255 = 0.502, as the paper has it
     python byorl.py --norm linf --eps 8/255         # Table 3, x2
     python byorl.py --method uat-ft                 # the baseline: pseudo-labels and adversarial training
     python byorl.py --init runs/X/byorl.pt --dataset stl10 --label-fractions 0.01,0.1,1    # Table 1: transfer
@@ -25,19 +26,24 @@ x2 80.80 / 43.24, x4 81.32 / 43.19.
 
 Differs from the paper, whose code is not public, or is our choice where it is silent:
 - Eq. 6 prints ascent on the cosine. Eq. 5 and 7 and the text need descent.
-- The attack sees BatchNorm statistics of its own batch and does not change the running ones. The two views
-  have separate statistics. The target network uses those of its own batch.
-- An epoch has as many images as the labelled training set (CIFAR-10: 50,000), also with --extra-data.
-- The attack through the target network (section 3.3) is not implemented: the paper gives no numbers.
+- Under attack BatchNorm uses the statistics of the batch and does not change the running ones. The two views
+  have separate statistics. The target network uses those of the batch, too. All are over all GPUs.
+- An epoch of pre-training and UAT-FT has as many images as the training set (CIFAR-10: 50,000), also with
+  --extra-data; that of a head has its labelled images, which with 1% of the labels are one batch.
+- Two variants in section 3.3 (attack the target network; match clean views, too) are not implemented: the
+  paper gives no numbers.
 - From BYOL's code: LARS without weight decay and trust ratio for biases and BatchNorm, no bias in the last
   layer of projector and predictor, crops of 8 to 100% of the area. From SimCLR's: colour jitter 0.8, 0.8,
-  0.8, 0.2 times the strength. The target network starts as a copy of the online one.
+  0.8, 0.2 times the strength.
+- The target network starts as a copy of the online one (BYOL's code: from other random weights).
 - The encoder's features have 512 * width dimensions; the "2048" of the text fits x4 only. Its first
   convolution is 3 x 3 with stride 1.
-- PGD (Table 4) has steps of 2/255 (linf) or 2 eps / steps (l2, and linf if the ball is larger).
-- Heads use the batch size of pre-training, crop and flip, and PGD-10 (robust heads). The best epoch is
-  selected on 1,024 held-out images, under attack for robust heads. So 100% of the labels are 48,976.
-  Fractions are of all labels and not balanced over classes: 1% are 500. Pre-training sees all images.
+- PGD's steps (Table 4) are 2 eps / steps for l2, for linf 2/255 or that, if it is more (PGD-5: 3.2/255).
+- MultiTargeted's 20 restarts are 20 in all (see `suite_attacks`).
+- Heads use the batch size of pre-training, pad, crop and flip (a folder: random resized crops), and PGD-10
+  for robust heads. The best epoch is selected on 1,024 held-out labelled images, under attack for robust
+  heads. So 100% of the labels are 48,976. Fractions are of all labels and not balanced over classes: 1% are
+  500. Pre-training sees all images.
 - UAT-FT: 200 epochs of SGD, learning rate 0.2, warm-up of one epoch, cosine schedule, PGD-10.
 - The fractions 2 and 50%, and the attack, gallery and radius of Figure 1, are ours.
 - --eps 0 is BYOL. Its heads are trained and evaluated at l2 128/255 or linf 8/255.
@@ -60,8 +66,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ResNets = Literal["preact18", "preact34", "resnet18", "resnet34", "resnet50"]
-ViTs = Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"]
+Arch = Literal[
+    "preact18", "preact34", "resnet18", "resnet34", "resnet50",
+    "vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4",
+]  # fmt: skip
 
 
 def fractions(text: str) -> tuple[float, ...]:
@@ -74,18 +82,18 @@ class Args(CommonArgs):
     # data and model
     extra_data: str = ""  # FILE.npz or .npy with more unlabelled images, uint8 (N, size, size, 3)
     flip: bool = True  # mirror images at random
-    arch: Literal[ResNets, ViTs] = "preact34"  # encoder (paper: preact34; ImageNet: resnet50)
+    arch: Arch = "preact34"  # encoder (paper: preact34; ImageNet: resnet50)
     width: float = 2.0  # multiplies the number of channels (paper: 1, 2, 4)
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
-    init: str = ""  # train heads on this encoder, e.g. runs/X/byorl.pt, and take over its flags
+    init: str = ""  # train heads on this encoder, e.g. runs/X/byorl.pt; flags of its pre-training win
     # pre-training (section 4.1)
     method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, a network per label fraction
-    epochs: Positive = 1000  # epochs of pre-training
+    epochs: Positive = 1000  # epochs of pre-training (ImageNet: 300)
     warmup_epochs: int = 10  # epochs in which the learning rate rises from 0; then a cosine back to 0
-    batch_size: Positive = 512  # images per step over all GPUs, also for heads and UAT-FT
+    batch_size: Positive = 512  # images per step over all GPUs, also for classifiers (ImageNet: 1024)
     lr: float = 2.0  # highest learning rate of LARS (ImageNet: 1.2)
     weight_decay: float = 5e-4  # of LARS, not on biases and BatchNorm; of UAT-FT's SGD, on all weights
-    tau: Share = 0.996  # fraction of the target network that a step keeps; rises to 1 (ImageNet: 0.999)
+    tau: Share = 0.996  # decay of the moving average at the start; rises to 1 (ImageNet: 0.999)
     hidden: Positive = 4096  # hidden units of projector and predictor
     projection: Positive = 256  # outputs of projector and predictor
     plain: bool = False  # also pre-train without attack (BYOL), for comparison
@@ -93,14 +101,14 @@ class Args(CommonArgs):
     jitter_strength: float = 0.5  # strength of the colour jitter (Figure 5: 0.1 to 0.5)
     blur: Share = 0.0  # probability of blur (for ImageNet)
     crop: Share = 0.08  # smallest fraction of an image's area that a view shows
-    # attack, in pre-training, training of heads and evaluation
+    # attack (norm and eps also when classifiers are trained and evaluated)
     norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
-    eps: float = 128 / 255  # its radius, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL
-    attack: Literal["apgd", "pgd"] = "apgd"  # attack of pre-training: AutoPGD, or PGD (Table 4)
-    attack_steps: Positive = 40  # its steps (paper: 40; Table 4: 5 to 60)
+    eps: float = 128 / 255  # radius, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL
+    attack: Literal["apgd", "pgd"] = "apgd"  # attack in pre-training: AutoPGD, or PGD (Table 4)
+    attack_steps: Positive = 40  # steps of the attack in pre-training (paper: 40; Table 4: 5 to 60)
     step_size: float = 0.0  # step of PGD in pre-training; 0: linf 2/255 or more, l2 2 eps / steps
     # heads and UAT-FT
-    label_fractions: Annotated[tuple, fractions] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the labels
+    label_fractions: Annotated[tuple, fractions] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions
     heads: Literal["both", "robust", "plain", "none"] = "both"  # heads on the encoder; none: pre-train only
     probe_epochs: Positive = 50  # epochs of a head; its learning rate is divided by 10 after half of them
     probe_lr: float = 2e-3  # learning rate of Adam for heads
@@ -109,7 +117,7 @@ class Args(CommonArgs):
     uat_lr: float = 0.2  # highest learning rate of UAT-FT
     # evaluation
     val_images: Positive = 1024  # training images held out to select the epoch of each classifier
-    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "suite"  # ImageNet: apgd
+    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "suite"  # see suite_attacks
 
     QUICK: ClassVar[dict] = dict(
         # Digits stay 8 x 8: an l2 ball of radius 0.5 is large there. Hence mild augmentation.
@@ -130,8 +138,9 @@ def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-class Online(nn.Module):
-    """Encoder, projector and predictor; images are (B, 3, S, S) in [0, 1]."""
+class ByolNetwork(nn.Module):
+    """Encoder e, projector g and predictor q; images are (B, 3, S, S) in [0, 1]. The target network is one,
+    too; its predictor is not used."""
 
     def __init__(self, args: Args, device: torch.device):
         super().__init__()
@@ -162,18 +171,17 @@ def distance(prediction: Tensor, target: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(prediction, target, dim=1)
 
 
-def attack_view(online: Online, v: Tensor, z_other: Tensor, args: Args) -> Tensor:
+def attack_view(online: ByolNetwork, v: Tensor, z_other: Tensor, args: Args) -> Tensor:
     """Eq. 5: the view v + delta whose prediction is farthest from z', the target of the other view."""
 
     def loss(u: Tensor) -> Tensor:
         return distance(online.predict(u), z_other)
 
-    generator = torch.Generator(v.device).manual_seed(torch.randint(2**31, ()).item())
     ball = {"norm": args.norm, "eps": args.eps, "steps": args.attack_steps}
     with batchnorm_mode(online, "train"):  # statistics of the batch, as in the update; running ones stay
         if args.attack == "pgd":
             return pgd(loss, v, step_size=args.step_size, **ball)
-        return apgd(loss, v, generator=generator, **ball)
+        return apgd(loss, v, **ball)
 
 
 class LARS(torch.optim.Optimizer):
@@ -188,23 +196,24 @@ class LARS(torch.optim.Optimizer):
     def step(self) -> None:
         """Update all parameters. torch._foreach_* takes lists: a few kernels instead of hundreds."""
         for group in self.param_groups:
-            params = group["params"]
-            matrices = [p for p in params if p.dim() > 1]
+            matrices = [p for p in group["params"] if p.dim() > 1]  # and the kernels of convolutions
+            vectors = [p for p in group["params"] if p.dim() <= 1]
             decayed = torch._foreach_mul(matrices, group["weight_decay"])
             torch._foreach_add_(decayed, [p.grad for p in matrices])
             p_norm, g_norm = (torch.stack(torch._foreach_norm(v)) for v in (matrices, decayed))
             ratio = torch.where((p_norm > 0) & (g_norm > 0), group["trust"] * p_norm / g_norm, 1.0)
-            scaled = iter(torch._foreach_mul(decayed, ratio.unbind()))
-            grads = [next(scaled) if p.dim() > 1 else p.grad for p in params]
-            for p in params:
-                self.state[p].setdefault("momentum", torch.zeros_like(p))
+
+            params = [*matrices, *vectors]
+            grads = [*torch._foreach_mul(decayed, ratio.unbind()), *(p.grad for p in vectors)]
+            if not self.state:  # the first step
+                self.state.update({p: {"momentum": torch.zeros_like(p)} for p in params})
             momenta = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, grads)
             torch._foreach_sub_(params, torch._foreach_mul(momenta, group["lr"]))
 
 
-def target_rate(start: float, step: int, steps: int) -> float:
+def tau_at(start: float, step: int, steps: int) -> float:
     """tau_k = 1 - (1 - tau) (1 + cos(pi k / K)) / 2: from `start` to 1."""
     return 1 - (1 - start) * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -212,25 +221,26 @@ def target_rate(start: float, step: int, steps: int) -> float:
 # ---- views -------------------------------------------------------------------------------------------
 
 
-def random_crops(images: Images, args: Args, seed: int, n: int) -> Images:
-    """For a folder, whose images may be larger than S x S: n random resized crops of each stored image,
-    (3 n, S, S), by the processes that read them. Other images, and joined ones, are cropped on the device."""
+def crop_stored_images(images: Images, args: Args, seed: int, n: int) -> Images:
+    """For a folder: n random resized crops of each image as it is stored, side by side as (3 n, S, S), made
+    by the processes that read it, the same if an epoch has an image twice. Images in memory are returned as
+    they are: they are cropped on the device."""
     if isinstance(images.pixels, Tensor):
         return images
     from torchvision.transforms import InterpolationMode, v2
 
     size, cubic = args.image_size, InterpolationMode.BICUBIC
-    cut = v2.Compose([v2.RandomResizedCrop(size, (args.crop, 1.0), interpolation=cubic), v2.PILToTensor()])
-    return transformed(images, partial(_cut, cut, n), seed)
+    crop = v2.Compose([v2.RandomResizedCrop(size, (args.crop, 1.0), interpolation=cubic), v2.PILToTensor()])
+    return transformed(images, partial(_crops, crop, n), seed)
 
 
-def _cut(cut: nn.Module, n: int, image: Any) -> Tensor:
-    return torch.cat([cut(image) for _ in range(n)])
+def _crops(crop: nn.Module, n: int, image: Any) -> Tensor:
+    return torch.cat([crop(image) for _ in range(n)])
 
 
 def two_views(x: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Two random augmentations of each image, (B, 3, S, S). x: images, or two crops of each (B, 6, S, S)."""
-    cropped = x.shape[1] == 6
+    cropped = x.shape[1] == 6  # by `crop_stored_images`
     v1, v2 = x.split(3, 1) if cropped else (x, x)
     more = {"strength": args.jitter_strength, "blur": args.blur, "flip": args.flip}
     augment = partial(simclr_augment, crop=0.0 if cropped else args.crop, **more)
@@ -239,7 +249,7 @@ def two_views(x: Tensor, args: Args) -> tuple[Tensor, Tensor]:
 
 # ---- pre-training ------------------------------------------------------------------------------------
 
-# Added to an epoch's number, so that no two kinds of training draw the same random numbers.
+# Added to the epoch in random seeds. All classifiers share one, so they see the same batches.
 FIRST_ID = {"byol": 0, "byorl": 100_000, "classifier": 300_000, "teacher": 400_000}
 
 
@@ -249,37 +259,37 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
     images: the training set and --extra-data; an epoch has `epoch_size` of them. The labels are not used.
     """
     torch.manual_seed(args.seed)
-    online, target = Online(args, run.device), Online(args, run.device).requires_grad_(False)
+    online, target = ByolNetwork(args, run.device), ByolNetwork(args, run.device).requires_grad_(False)
     target.load_state_dict(online.state_dict())
     opt = LARS(online.parameters(), args.lr, args.weight_decay)
     sync_batchnorm(target)
     ddp = distribute(online)  # for the update; the attack uses the bare `online`
     theta, xi = list(online.parameters()), list(target.parameters())
-    steps = count_batches(epoch_size, args.batch_size)  # of an epoch
-    total = args.epochs * steps
+    steps_per_epoch = count_batches(epoch_size, args.batch_size)
+    warmup, total = args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
 
     for epoch in run.epochs(name, args.epochs, online, opt, first_id=FIRST_ID[name], target=target):
-        online.train(), target.train()
-        crops = random_crops(images, args, run.epoch_seed, n=2)
-        for step, (x, _) in enumerate(run.batches(crops, args.batch_size, epoch_size), epoch * steps):
+        crops = crop_stored_images(images, args, run.epoch_seed, n=2)
+        first_step = epoch * steps_per_epoch
+        for step, (x, _) in enumerate(run.batches(crops, args.batch_size, epoch_size), first_step):
             v1, v2 = two_views(x, args)  # (B, 3, S, S)
             with torch.no_grad():
                 z1, z2 = target.project(v1), target.project(v2)  # z', of clean views: (B, projection)
             if name == "byorl":
                 v1, v2 = attack_view(online, v1, z2, args), attack_view(online, v2, z1, args)  # eq. 5
             p1, p2 = ddp(v1, v2)
-            loss = (distance(p1, z2) + distance(p2, z1)).mean()  # eq. 7, both directions
+            loss = (distance(p1, z2) + distance(p2, z1)).mean()  # eq. 7, the sum of both directions
 
-            opt.param_groups[0]["lr"] = learning_rate(args.lr, step, args.warmup_epochs * steps, total)
+            opt.param_groups[0]["lr"] = learning_rate(args.lr, step, warmup, total)
             opt.zero_grad()
             loss.backward()
             opt.step()
-            tau = target_rate(args.tau, step, total)
+            tau = tau_at(args.tau, step, total)
             with torch.no_grad():
                 torch._foreach_lerp_(xi, theta, 1 - tau)  # xi <- tau xi + (1 - tau) theta
             run.log(loss=loss)
 
-        if epoch + 1 == args.epochs:
+        if epoch + 1 == args.epochs:  # here: a resumed run may have no epoch left
             state = {"network": online.spec, "model": online.encoder.state_dict(), "stage": name}
             run.save(f"{name}.pt", state | {"epoch": args.epochs, "extra_images": len(images) - epoch_size})
     return run.load(f"{name}.pt", stage=name, network=online.spec)
@@ -290,7 +300,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
 PAPER_EPS = {"l2": 128 / 255, "linf": 8 / 255}
 
 
-def head_eps(args: Args) -> float:
+def classifier_eps(args: Args) -> float:
     """Radius at which classifiers are trained and evaluated: --eps, or for BYOL (--eps 0) the paper's."""
     return args.eps or PAPER_EPS[args.norm]
 
@@ -308,7 +318,7 @@ def train_classifier(
     file = f"{name.replace(' ', '-')}.pt"
     torch.manual_seed(args.seed)
     heads = {"class": len(val_set.classes)}
-    if encoder:  # on another data set the head keeps the encoder's normalisation
+    if encoder:  # keeps its mean and standard deviation, also on another data set
         model = build_model(**encoder["network"] | {"heads": heads})
         load_trunk(model.trunk, encoder, args.init or "the encoder")
         model.trunk.requires_grad_(False)
@@ -320,18 +330,19 @@ def train_classifier(
         opt, epochs = torch.optim.SGD(model.parameters(), args.uat_lr, **sgd), args.uat_epochs
     place_model(model, run.device, args.amp, args.compile)
     ddp = distribute(model)
-    steps = count_batches(epoch_size, args.batch_size)  # of an epoch
-    attack = partial(pgd, norm=args.norm, eps=head_eps(args), steps=args.probe_steps)
+    steps_per_epoch = count_batches(epoch_size, args.batch_size)
+    attack = partial(pgd, norm=args.norm, eps=classifier_eps(args), steps=args.probe_steps)
 
     def perturb(x: Tensor, y: Tensor) -> Tensor:
-        with batchnorm_mode(model, "eval"):
+        with batchnorm_mode(model, "eval"):  # running statistics, as in evaluation
             return attack(lambda z: ce_per_image(model(z), y), x)
 
     first_id = FIRST_ID["classifier" if encoder or robust else "teacher"]
     for epoch in run.epochs(name, epochs, model, opt, first_id=first_id):
         model.train(not encoder)  # a frozen encoder normalises by its running statistics
-        crops = random_crops(images, args, run.epoch_seed, n=1)
-        for step, (x, y) in enumerate(run.batches(crops, args.batch_size, epoch_size), epoch * steps):
+        crops = crop_stored_images(images, args, run.epoch_seed, n=1)
+        first_step = epoch * steps_per_epoch
+        for step, (x, y) in enumerate(run.batches(crops, args.batch_size, epoch_size), first_step):
             if isinstance(images.pixels, Tensor):
                 x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
             elif args.flip:
@@ -341,7 +352,8 @@ def train_classifier(
             if encoder:
                 opt.param_groups[0]["lr"] = args.probe_lr * (0.1 if epoch >= epochs / 2 else 1.0)
             else:
-                opt.param_groups[0]["lr"] = learning_rate(args.uat_lr, step, steps, epochs * steps)
+                total = epochs * steps_per_epoch
+                opt.param_groups[0]["lr"] = learning_rate(args.uat_lr, step, steps_per_epoch, total)
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -349,27 +361,32 @@ def train_classifier(
 
         held_out = batches(val_set, args.batch_size, run.device, workers=args.workers)
         accuracy = robust_accuracy(model, held_out, perturb if robust else None)
-        run.keep_best(file, model, accuracy, **{"val_robust" if robust else "val_clean": accuracy})
+        metric = "val_robust" if robust else "val_clean"
+        run.keep_best(file, model, accuracy, **{metric: accuracy})
     return run.load(file, stage=name, network=model.spec)
 
 
 def uat_ft(
     name: str, run: Run, args: Args, images: Images, labelled: Images, val_set: Images, epoch_size: int
 ) -> dict:
-    """UAT-FT (Uesato et al. 2019; section 4.1, Baseline): a plain network, the teacher, learns from the
-    labelled images and labels all others; then a network of the same kind is trained adversarially on all.
+    """UAT-FT (Uesato et al. 2019; section 4.1, Baseline): a teacher is trained without attack on the labelled
+    images and labels all others; then a network of the same kind is trained adversarially on all images.
 
     images: the training set, then --extra-data. With all labels and no extra images this is adversarial
     training. Returns the checkpoint.
     """
     same = {"encoder": None, "epoch_size": epoch_size, "val_set": val_set}
-    unlabelled = torch.ones(len(images), dtype=torch.bool)
-    unlabelled[labelled.index] = unlabelled[val_set.index] = False
-    labelled, unlabelled = replace(images, index=labelled.index), images.subset(unlabelled.nonzero()[:, 0])
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[torch.cat([labelled.index, val_set.index])] = False
+    unlabelled = images.subset(rest.nonzero()[:, 0])
+    labelled = replace(images, index=labelled.index)  # now a subset of all images
     if len(unlabelled):
         teacher = train_classifier(f"{name} teacher", run, args, images=labelled, robust=False, **same)
         labelled = pseudo_label(run, args, teacher, labelled, unlabelled)
-    return train_classifier(name, run, args, images=labelled, robust=True, **same)
+    state = train_classifier(name, run, args, images=labelled, robust=True, **same)
+    state["extra_images"] = len(images) - epoch_size  # for `encoder_name`
+    run.save(f"{name.replace(' ', '-')}.pt", state)
+    return state
 
 
 def pseudo_label(run: Run, args: Args, teacher: dict, labelled: Images, unlabelled: Images) -> Images:
@@ -402,10 +419,10 @@ def retrieve(
     for name, state in encoders.items():
         model = place_model(rebuild(state, name), run.device, args.amp).eval()
         gallery = F.normalize(map_images(model.features, test_set, run, args.batch_size))  # (N, dim)
-        generator = torch.Generator(x.device).manual_seed(args.seed)
+        towards, generator = gallery[others], torch.Generator(x.device).manual_seed(args.seed)
         x_adv = apgd(
-            lambda z: F.cosine_similarity(model.features(z), gallery[others]), x,
-            norm=args.norm, eps=head_eps(args), steps=40, generator=generator,
+            lambda z: F.cosine_similarity(model.features(z), towards), x,
+            norm=args.norm, eps=classifier_eps(args), steps=40, generator=generator,
         )  # fmt: skip
         for how, query in ("clean", x), ("attacked", x_adv):
             with torch.no_grad():
@@ -439,75 +456,82 @@ def main(args: Args) -> dict:
     if args.init:
         start = load_checkpoint(args.init)
         with reading(args.init):
-            load_trunk(build_model(**start["network"] | {"heads": {}}).trunk, start, args.init)  # is it one?
-            its = {flag: start["network"][flag] for flag in ("arch", "width", "stem")}
-            its |= {flag: start["args"][flag] for flag in PRETRAINING if flag in start["args"]}
-        args = replace(args, **its)
-    run = start_run(args)
+            load_trunk(build_model(**start["network"] | {"heads": {}}).trunk, start, args.init)  # an encoder?
+            its = start.get("args", {})
+            flags = {flag: start["network"][flag] for flag in ("arch", "width", "stem")}
+            args = replace(args, **flags | {flag: its[flag] for flag in PRETRAINING if flag in its})
+    run = start_run(args, f"init-{args.dataset}" if start else "uat-ft" * (args.method == "uat-ft"))
+    if start:
+        run.say(f"{args.init}: trained on {its.get('dataset')} with {its.get('norm')} eps {its.get('eps')}")
     results = run.finished(table) or train_and_evaluate(run, args, start)
-    if results["rows"]:
-        run.say(table(results, args))
-    run.say(f"\nThe checkpoints are in {run.folder}.")
+    run.say(table(results, args) + f"\n\nThe checkpoints are in {run.folder}.")
     return results
 
 
 def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
-    """Train the encoders (or take the checkpoint `start`) and classifiers, evaluate the latter; returns what
-    results.json holds."""
+    """Train the encoders (or take the checkpoint `start`), then train and evaluate the classifiers; returns
+    what results.json holds."""
     train_set, test_set = run.load_data(stream=not args.extra_data)
     images = train_set
     if args.extra_data:
         images = join(train_set, load_extra(args.extra_data, args.image_size, run.device))
+    split = partial(split_train, train_set, val_fraction=args.val_images, seed=args.seed)
+    # {label fraction: (labelled images, validation images)}; larger fractions contain the smaller ones
+    splits = {fraction: split(label_fraction=fraction) for fraction in args.label_fractions}
+
     encoders = {}
     if start:
         encoders[encoder_name(start, args)] = start
     elif args.method == "byorl":
-        for name in ["byol"] * (args.plain or args.eps == 0) + ["byorl"] * (args.eps > 0):
-            state = pretrain(name, run, args, images, len(train_set))
-            encoders[encoder_name(state, args)] = state
+        for name in ("byol", "byorl"):
+            if args.eps > 0 if name == "byorl" else args.plain or args.eps == 0:
+                state = pretrain(name, run, args, images, len(train_set))
+                encoders[encoder_name(state, args)] = state
     if encoders:
         retrieve(run, args, encoders, test_set)
 
-    classifiers = []  # (row of the table, checkpoint, what else the row says)
-    split = partial(split_train, train_set, val_fraction=args.val_images, seed=args.seed)
-    for fraction in () if encoders else args.label_fractions:
-        name, (labelled, val_set) = f"uat-ft {100 * fraction:g}%", split(label_fraction=fraction)
-        state = uat_ft(name, run, args, images, labelled, val_set, len(train_set))
-        classifiers.append((name, state, {"encoder": "uat-ft", "head": "", "label_fraction": fraction}))
-    kinds = {"both": ("robust", "plain"), "none": ()}.get(args.heads, (args.heads,))
+    rows, eps = run.rows(), classifier_eps(args)
+
+    def evaluate_once(name: str, state: dict, **about: Any) -> None:  # a resumed run has the rows already
+        if all(row["name"] != name for row in rows):
+            look_at = 0.0 if about["head"] == "plain" else eps
+            found = evaluate(run, name, state, test_set, [0, eps], look_at=look_at)
+            rows.extend(row | about for row in found)
+            run.keep_rows(rows)
+
+    heads = {"both": ("robust", "plain"), "robust": ("robust",), "plain": ("plain",), "none": ()}[args.heads]
+    for fraction, (labelled, val_set) in splits.items() if not encoders else ():
+        state = uat_ft(f"uat-ft {100 * fraction:g}%", run, args, images, labelled, val_set, len(train_set))
+        about = {"encoder": "uat-ft", "head": "", "label_fraction": fraction}
+        evaluate_once(encoder_name(state, args), state, **about)
     for encoder, state in encoders.items():
-        for fraction in args.label_fractions:
-            labelled, val_set = split(label_fraction=fraction)  # a larger fraction contains the smaller ones
+        for fraction, (labelled, val_set) in splits.items():
             data = {"images": labelled, "epoch_size": len(labelled), "val_set": val_set}
-            for head in kinds:
+            for head in heads:
                 name = f"{encoder} {head} {100 * fraction:g}%"
                 best = train_classifier(name, run, args, encoder=state, robust=head == "robust", **data)
-                about = {"encoder": encoder, "head": head, "label_fraction": fraction}
-                classifiers.append((name, best, about))
-
-    rows, eps = run.rows(), head_eps(args)
-    for name, state, about in classifiers:
-        if any(row["name"] == name for row in rows):
-            continue
-        look_at = 0.0 if about["head"] == "plain" else eps
-        rows += [row | about for row in evaluate(run, name, state, test_set, [0, eps], look_at=look_at)]
-        run.keep_rows(rows)
-    return run.finish(rows) if rows else {"rows": []}
-
-
-def table(results: dict, args: Args) -> str:
-    """What results.json holds as text: a line per classifier with clean and robust accuracy."""
-    return results_table(results, args, "best validation accuracy (robust heads: under attack)")
+                evaluate_once(name, best, encoder=encoder, head=head, label_fraction=fraction)
+    return run.finish(rows)
 
 
 def encoder_name(state: dict, args: Args) -> str:
-    """'byorl', 'byol' or 'uat-ft 100%' with 'init ' before it unless byorl.py trained the encoder in the ball
-    of --norm and --eps, the data set if it was another, and the number of extra images: 'byorl +500000'."""
+    """The encoder's name in the table: its stage ('byorl', 'byol', 'uat-ft 100%'), after 'init' if it is not
+    byorl.py's with these flags, after its data set if that was another, before the number of extra images:
+    'cifar10 byorl +500000'."""
     its, stage = state.get("args", {}), str(state.get("stage", ""))
-    same_ball = stage == "byol" or (its.get("norm"), its.get("eps")) == (args.norm, args.eps)
-    name = stage if state.get("script") == "byorl" and same_ball else f"init {stage}".strip()
+    flags = ("batch_size", "flip", "image_size") + ("probe_steps", "val_images") * stage.startswith("uat-ft")
+    same = state.get("script") == "byorl" and all(its.get(flag) == getattr(args, flag) for flag in flags)
+    if same and stage != "byol":  # 0.5 passes for 128/255
+        same = its.get("norm") == args.norm and math.isclose(its.get("eps", 0), args.eps, rel_tol=0.01)
+    name = stage if same else f"init {stage}".strip()
     name = f"{its['dataset']} {name}" if its.get("dataset", args.dataset) != args.dataset else name
     return f"{name} +{state['extra_images']}" if state.get("extra_images") else name
+
+
+def table(results: dict, args: Args) -> str:
+    """What results.json holds as text: clean and robust accuracy of each classifier ('' if there is none)."""
+    reported = "best validation accuracy (robust heads: under attack)"
+    return results_table(results, args, reported) if results["rows"] else ""
 
 
 if __name__ == "__main__":

@@ -25,14 +25,14 @@ from torchvision.transforms import v2
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
-from byorl import LARS, Args, Online, attack_view, distance  # noqa: E402
+from byorl import LARS, Args, ByolNetwork, attack_view, distance  # noqa: E402
 from common import apgd_checkpoints, choose_device, simclr_augment  # noqa: E402
 
 
 def make(args: Args, device: torch.device):
     """(online network, target network, optimiser) of byorl.py."""
     torch.manual_seed(0)
-    online, target = Online(args, device).train(), Online(args, device).train().requires_grad_(False)
+    online, target = ByolNetwork(args, device).train(), ByolNetwork(args, device).train().requires_grad_(False)
     target.load_state_dict(online.state_dict())
     return online, target, LARS(online.parameters(), args.lr, args.weight_decay)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import byorl
 import common
-from byorl import LARS, Args, Online, attack_view, distance, learning_rate, main, target_rate
+from byorl import LARS, Args, ByolNetwork, attack_view, distance, learning_rate, main, tau_at
 from common import Run, UserError, build_model, l2_norm, load_checkpoint, load_model, paper_numbers, split_train
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def tiny(**changes) -> Args:
 @pytest.fixture
 def online():
     torch.manual_seed(0)
-    return Online(tiny(width=1 / 8, hidden=32, projection=16), CPU).train()
+    return ByolNetwork(tiny(width=1 / 8, hidden=32, projection=16), CPU).train()
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,9 @@ def test_schedules():
     rate = [learning_rate(2.0, k, 970, 97_000) for k in range(97_001)]
     assert rate[0] == 0 and rate[485] == pytest.approx(1.0) and rate[970] == max(rate) == 2.0
     assert rate[-1] == pytest.approx(0, abs=1e-9) and rate[970 + (97_000 - 970) // 2] == pytest.approx(1.0, abs=1e-3)
-    assert target_rate(0.996, 0, 100) == pytest.approx(0.996) and target_rate(0.996, 100, 100) == 1
-    assert target_rate(0.996, 50, 100) == pytest.approx(0.998)
-    rates = [target_rate(0.996, k, 100) for k in range(101)]
+    assert tau_at(0.996, 0, 100) == pytest.approx(0.996) and tau_at(0.996, 100, 100) == 1
+    assert tau_at(0.996, 50, 100) == pytest.approx(0.998)
+    rates = [tau_at(0.996, k, 100) for k in range(101)]
     assert rates == sorted(rates)
 
 
@@ -140,7 +140,7 @@ def test_the_target_follows_the_online_network(tmp_path):
     main(tiny(tau=1.0, heads="none", epochs=1, out=str(tmp_path / "one")))
     state = load_checkpoint(tmp_path / "one" / "last.pt")
     torch.manual_seed(0)
-    start = Online(tiny(), CPU).state_dict()
+    start = ByolNetwork(tiny(), CPU).state_dict()
     weights = [k for k in start if "running" not in k and "num_batches" not in k]
     assert all(torch.equal(state["target"][k], start[k]) for k in weights)
     assert any(not torch.equal(state["model"][k], start[k]) for k in weights)
@@ -327,8 +327,11 @@ def test_extra_images_are_learned_from(tmp_path):
         assert state["extra_images"] == (300 if extra else 0)
     assert not same_state(*weights) and steps == [1, 1]
     more = dict(extra_data=str(tmp_path / "extra.npy"), label_fractions=(1.0,), eval_steps=1)
-    main(tiny(method="uat-ft", uat_epochs=1, **more, out=str(tmp_path / "uat")))
-    assert (tmp_path / "uat" / "uat-ft-100%-teacher.pt").exists()
+    uat = main(tiny(method="uat-ft", uat_epochs=1, **more, out=str(tmp_path / "uat")))
+    assert (tmp_path / "uat" / "uat-ft-100%-teacher.pt").exists() and uat["rows"][0]["name"] == "uat-ft 100% +300"
+    for folder, file in ("with", "byorl"), ("uat", "uat-ft-100%"):
+        state = load_checkpoint(tmp_path / folder / f"{file}.pt")
+        assert byorl.encoder_name(state, tiny()) == file.replace("-100", " 100") + " +300"
 
 
 # ---- views of stored images ----
@@ -348,7 +351,7 @@ def test_crops_are_cut_from_the_whole_stored_image(tmp_path, n):
     args = tiny(dataset="folder")
 
     def read(seed):
-        return next(common.batches(byorl.random_crops(images, args, seed, n), 40, CPU, workers=0))[0]
+        return next(common.batches(byorl.crop_stored_images(images, args, seed, n), 40, CPU, workers=0))[0]
 
     x = read(0)
     assert x.shape == (40, 3 * n, 8, 8)
@@ -422,12 +425,17 @@ def test_the_papers_numbers_stand_beside_their_own_setting_only():
 
 def test_the_name_of_a_row_says_how_its_encoder_was_trained():
     args = Args(dataset="stl10")
-    its = {"dataset": "cifar10", "norm": "l2", "eps": 128 / 255}
+    its = vars(Args())
     ours = {"script": "byorl", "stage": "byorl", "args": its}
     assert byorl.encoder_name(ours, Args()) == "byorl"
     assert byorl.encoder_name(ours | {"extra_images": 7}, args) == "cifar10 byorl +7"
     assert byorl.encoder_name(ours | {"args": its | {"eps": 0.25}}, args) == "cifar10 init byorl"
     assert byorl.encoder_name(ours | {"stage": "byol", "args": its | {"eps": 0.0}}, Args()) == "byol"
+    assert byorl.encoder_name(ours, Args(eps=0.5)) == "byorl"  # 128/255, rounded
+    for flag, value in (("batch_size", 64), ("flip", False), ("image_size", 64), ("norm", "linf")):
+        assert byorl.encoder_name(ours | {"args": its | {flag: value}}, Args()) == "init byorl"
+    uat = ours | {"stage": "uat-ft 100%", "args": its | {"probe_steps": 1}}
+    assert byorl.encoder_name(uat, Args()) == "init uat-ft 100%"
     assert byorl.encoder_name({"script": "rotation_at", "stage": "train", "args": its}, Args()) == "init train"
     assert byorl.encoder_name({}, Args()) == "init"
 
