@@ -28,6 +28,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -447,6 +448,14 @@ class Run:
             if config.get(key, value) != value:
                 raise UserError(f"the {key} are not those that the run in {self.folder} was started with.")
         self.write("config.json", json.dumps(config | {key: value}, indent=1))
+
+    def remember_files(self, key: str, paths: Iterable[str]) -> None:
+        """`remember` what these files hold. Raises UserError also if one cannot be read."""
+        digests = []
+        for path in paths:
+            with reading(path):
+                digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        self.remember(key, " ".join(digests))
 
     def load_data(self, stream: bool = False) -> tuple["Images", "Images"]:
         """(training images, test images) of --dataset, the latter cut to --eval-examples. stream: read the
@@ -1375,33 +1384,6 @@ def simclr_augment(
     x = color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, jitter, rand)
     x = torch.where(rand(len(x), 1, 1, 1, device=x.device) < 0.2, to_grey(x), x)
     return random_blur(x, blur, rand=rand) if blur else x
-
-
-def plasma(noise: list[Tensor], decay: float) -> Tensor:
-    """Clouds in [0, 1], (B, size, size), by the diamond-square algorithm on a torus.
-
-    noise: for each halving of the grid, from one cell to `size` / 2 cells per side, three tensors
-    (B, cells, cells) in [-1, 1]; every halving divides their weight by `decay`.
-    """
-    size, weight = 2 * noise[-1].shape[1], 1.0
-    cloud, step = noise[0].new_zeros(len(noise[0]), size, size), size
-    left = iter(noise)
-    while step >= 2:
-        half = step // 2
-
-        def around(total: Tensor) -> Tensor:
-            return total / 4 + weight * next(left)
-
-        corners = cloud[:, ::step, ::step]
-        across = corners + corners.roll(-1, 1)
-        cloud[:, half::step, half::step] = around(across + across.roll(-1, 2))  # centres of the squares
-        centres = cloud[:, half::step, half::step]
-        # edges
-        cloud[:, ::step, half::step] = around(centres + centres.roll(1, 1) + corners + corners.roll(-1, 2))
-        cloud[:, half::step, ::step] = around(centres + centres.roll(1, 2) + corners + corners.roll(-1, 1))
-        step, weight = half, weight / decay
-    cloud = cloud - cloud.amin((1, 2), keepdim=True)
-    return cloud / cloud.amax((1, 2), keepdim=True)
 
 
 # ---- self-supervised tasks: pixels are moved, not changed, so norms and the attacks' balls are kept ----
@@ -2553,6 +2535,23 @@ def evaluate(
     return rows
 
 
+def train_digits(run: Run) -> Path:
+    """Train two small networks, without and with attack, by rotation_at.py in another process. Returns the
+    folder of plain.pt and best.pt. Raises UserError."""
+    folder = run.folder / "digits"
+    if world()[0] == 0:
+        run.say("training two small networks on digits (rotation_at.py --quick --variant T0) ...")
+        command = [sys.executable, str(Path(__file__).resolve().with_name("rotation_at.py")), "--quick"]
+        command += ["--variant", "T0", "--resume", "--out", str(folder), "--device", run.args.device]
+        alone = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}  # one rank
+        done = subprocess.run(command, env=alone, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"training on digits failed ({done.stderr.strip()[-300:]}); name a checkpoint.")
+    if world()[1] > 1:
+        dist.barrier()
+    return folder
+
+
 def results_table(results: dict, args: Any, reported: str = "") -> str:
     """What results.json holds as text: a line per network, a column per attack and radius, and below a
     network the paper's row if one matches. reported: which epoch that is. Raises KeyError for
@@ -2648,8 +2647,8 @@ def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
         ImageDraw.Draw(picture).text((4, (i + 0.5) * pixels.shape[0] / len(rows) - 6), caption, fill="black")
     write_atomically(path, lambda f: picture.save(f, format="PNG"))
 # ======================================================================================================
-# 6. The old run section. Only byorl.py, chen_pretrain_finetune.py, adv_mae.py, mtl_reverse.py and
-#    eval_cifar10c.py still use it; it goes when they have the form of rotation_at.py.
+# 6. The old run section. Only adv_mae.py and mtl_reverse.py still use it; it goes when they have the form of
+#    rotation_at.py.
 # ======================================================================================================
 
 

@@ -24,24 +24,19 @@ Differs from the published code, from which definitions, constants and radii are
 Radii are for 32 pixels (from 64 pixels on, for 224) and are not scaled to other sizes.
 """
 import functools
-import hashlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
     Images, Network, Positive, Run, UserError, batches, ce_per_image, check_attack, check_classifier, cli,
-    full_precision, grouped_bars, l2_norm, load_checkpoint, pgd, place_model, plasma, progress, reading,
+    full_precision, grouped_bars, l2_norm, load_checkpoint, pgd, place_model, progress, train_digits,
     rebuild, robust_accuracy, start_run, text_table, world, write_atomically,
 )  # fmt: skip
 
@@ -288,6 +283,33 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     return F.grid_sample(x, grid, align_corners=True)
 
 
+def plasma(noise: list[Tensor], decay: float) -> Tensor:
+    """Clouds in [0, 1], (B, size, size), by the diamond-square algorithm on a torus.
+
+    noise: for each halving of the grid, from one cell to `size` / 2 cells per side, three tensors
+    (B, cells, cells) in [-1, 1]; every halving divides their weight by `decay`.
+    """
+    size, weight = 2 * noise[-1].shape[1], 1.0
+    cloud, step = noise[0].new_zeros(len(noise[0]), size, size), size
+    left = iter(noise)
+    while step >= 2:
+        half = step // 2
+
+        def around(total: Tensor) -> Tensor:
+            return total / 4 + weight * next(left)
+
+        corners = cloud[:, ::step, ::step]
+        across = corners + corners.roll(-1, 1)
+        cloud[:, half::step, half::step] = around(across + across.roll(-1, 2))  # centres of the squares
+        centres = cloud[:, half::step, half::step]
+        # edges
+        cloud[:, ::step, half::step] = around(centres + centres.roll(1, 1) + corners + corners.roll(-1, 2))
+        cloud[:, half::step, ::step] = around(centres + centres.roll(1, 2) + corners + corners.roll(-1, 1))
+        step, weight = half, weight / decay
+    cloud = cloud - cloud.amin((1, 2), keepdim=True)
+    return cloud / cloud.amax((1, 2), keepdim=True)
+
+
 def gabor_kernels(b: int, device: torch.device) -> Tensor:
     """(B, 23, 23): for each image 1 to 10 waves of one length, evenly spread in angle, under a Gaussian."""
     width, length, turn, waves = torch.rand(4, b, 1, 1, device=device)
@@ -360,11 +382,7 @@ def main(args: Args) -> dict:
     if not args.checkpoints and not args.quick:
         raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
     run = start_run(args, Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "")
-    digests = []
-    for path in args.checkpoints:
-        with reading(path):
-            digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
-    run.remember("checkpoints", " ".join(digests))
+    run.remember_files("checkpoints", args.checkpoints)
     results = run.finished(table) or evaluate_all(run, args, kinds)
     run.say(table(results, args) + f"\n\nThe rows are in {run.folder / 'results.json'}.")
     picture(results, run)
@@ -374,7 +392,8 @@ def main(args: Args) -> dict:
 def evaluate_all(run: Run, args: Args, kinds: list[str]) -> dict:
     """All rows; a resumed run skips those that are done."""
     _, test_set = run.load_data()
-    paths = [Path(path) for path in args.checkpoints or train_digits(run)]
+    files = args.checkpoints or [train_digits(run) / name for name in ("plain.pt", "best.pt")]
+    paths = [Path(file) for file in files]
     names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
     states = {name: load_network(path, test_set, args) for name, path in zip(names, paths, strict=True)}
     if len(states) < len(paths):
@@ -429,22 +448,6 @@ def load_network(path: Path, test_set: Images, args: Args) -> dict:
     if size != args.image_size:
         raise UserError(f"{path} was trained on images of {size} pixels: take --image-size {size}.")
     return state
-
-
-def train_digits(run: Run) -> tuple[str, str]:
-    """For --quick: networks trained without and with attack, by rotation_at.py in another process."""
-    folder = run.folder / "digits"
-    if world()[0] == 0:
-        run.say("training two small networks on digits (rotation_at.py --quick --variant T0) ...")
-        command = [sys.executable, str(Path(__file__).resolve().with_name("rotation_at.py")), "--quick"]
-        command += ["--variant", "T0", "--resume", "--out", str(folder), "--device", run.args.device]
-        alone = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}  # one rank
-        done = subprocess.run(command, env=alone, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"training on digits failed ({done.stderr.strip()[-300:]}); name a checkpoint.")
-    if world()[1] > 1:
-        dist.barrier()
-    return str(folder / "plain.pt"), str(folder / "best.pt")
 
 
 def table(results: dict, args: Args) -> str:

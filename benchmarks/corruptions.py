@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (  # noqa: E402
-    batches, build_model, choose_device, device_name, full_precision, place_model, print_table, robust_accuracy,
+    batches, build_model, choose_device, device_name, full_precision, place_model, robust_accuracy, text_table,
 )
 from eval_cifar10c import open_arrays  # noqa: E402
 
@@ -42,11 +42,10 @@ def main() -> None:
         rng = np.random.default_rng(0)
         np.save(Path(folder) / "labels.npy", np.tile(np.arange(args.rows // 5) % 10, 5))
         np.save(Path(folder) / "fog.npy", rng.integers(0, 256, (args.rows, 32, 32, 3), dtype=np.uint8))
-        data = open_arrays(Path(folder), 10, device)
 
         def read(rows: int):
             for severity in range(1, 6):
-                images = data.cell("fog", severity)
+                images = open_arrays(Path(folder), "fog", severity, 10)
                 yield from batches(images.subset(torch.arange(min(len(images), rows // 5))), args.batch_size, device)
 
         table = []
@@ -69,9 +68,9 @@ def main() -> None:
         for row in table:
             row["ratio"] = round(row["images_per_s"] / table[0]["images_per_s"], 4)
     print(f"{device_name(device)}, torch {torch.__version__}, ResNet-18 x{args.width:g}, batch {args.batch_size}\n")
-    print_table(["clean pass over one type of CIFAR-10-C", "images/s", "of reading alone"], [
+    print(text_table(["clean pass over one type of CIFAR-10-C", "images/s", "of reading alone"], [
         [row["name"], f"{row['images_per_s']:,.0f}", f"{100 * row['ratio']:.2f}%"] for row in table
-    ])  # fmt: skip
+    ]))  # fmt: skip
     if args.json:
         results = {"benchmark": "corruptions.py", "device": device_name(device), "torch": torch.__version__, "rows": table}
         Path(args.json).write_text(json.dumps(results, indent=1))

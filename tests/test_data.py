@@ -406,6 +406,18 @@ def test_extra_images_on_the_device_and_on_the_disk(tmp_path, monkeypatch, kind)
     assert torch.equal(*given)
 
 
+@pytest.mark.parametrize(("flag", "method"), [(1, 0), (0, 99)], ids=["encrypted", "unknown compression"])
+def test_an_archive_that_cannot_be_unpacked_is_told(tmp_path, flag, method):
+    np.savez(tmp_path / "extra.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    data = bytearray((tmp_path / "extra.npz").read_bytes())
+    for header, at in (b"PK\3\4", 6), (b"PK\1\2", 8):  # the flags, then the method of compression
+        i = data.index(header)
+        data[i + at], data[i + at + 2] = flag, method
+    (tmp_path / "extra.npz").write_bytes(data)
+    with pytest.raises(UserError, match="extra.npz is damaged, or not a file of the kind"):
+        common.load_extra(tmp_path / "extra.npz", 8, CPU)
+
+
 def test_labels_of_a_streamed_set_can_be_replaced(folder):
     """Pseudo-labels are given to images that are read from files."""
     data = common.open_folder(folder / "train", 8)

@@ -1,5 +1,4 @@
 """Section 3 of common.py: parameter counts, torchvision as second implementation, mixed precision, checkpoints."""
-import copy
 import math
 
 import numpy as np
@@ -7,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import same_state
 
-from chen_pretrain_finetune import fast_second_derivatives, input_gradients_only
 from common import (
     PreActBlock, UserError, ViT, build_model, build_trunk, full_precision, load_model, place_model, save_checkpoint,
 )
@@ -248,77 +245,3 @@ def test_vit_by_hand(arch, width, patch, rows, cols, heads):
 def test_vit_refuses_images_it_cannot_cut():
     with pytest.raises(ValueError, match="cannot be cut into patches of 4"):
         build_trunk("vit_ti4", 1 / 3, "cifar")(torch.rand(1, 3, 30, 32))
-
-
-# ---- second derivatives ----
-
-
-def second_derivatives(net, x, u, frozen=False):
-    """Output, gradient for x, and the derivatives of <gradient for x, u> with respect to x and all weights."""
-    x = x.clone().requires_grad_()
-    y = net(x)
-    weights = [] if frozen else list(net.parameters())
-    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    return [y, g, *torch.autograd.grad((g * u).sum(), [x, *weights])]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [(3, 1, 1, 6), (3, 2, 1, 6), (3, 2, 1, 7), (1, 1, 0, 5), (7, 2, 3, 9)])
-def test_fast_second_derivatives_are_pytorchs(kernel, stride, padding, size, training):
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        torch.nn.BatchNorm2d(3, eps=1e-2), torch.nn.Conv2d(3, 5, kernel, stride, padding, bias=False), torch.nn.BatchNorm2d(5), torch.nn.Softplus()
-    ).double().train(training)  # fmt: skip
-    for m in (net[0], net[2]):
-        for v in (m.weight, m.bias, m.running_mean, m.running_var):
-            torch.nn.init.uniform_(v, 0.5, 2)
-    fast = copy.deepcopy(net)
-    fast_second_derivatives(fast)
-    assert type(fast[1]) is not torch.nn.Conv2d and type(fast[2]) is not torch.nn.BatchNorm2d and fast.state_dict().keys() == net.state_dict().keys()
-    x, u = torch.randn(4, 3, size, size, dtype=torch.float64) + 1, torch.randn(4, 3, size, size, dtype=torch.float64)
-    for theirs, ours in zip(second_derivatives(net, x, u), second_derivatives(fast, x, u), strict=True):
-        assert torch.allclose(theirs, ours, rtol=1e-9, atol=1e-9)
-    assert same_state(net.state_dict(), fast.state_dict())  # the running statistics too
-    with input_gradients_only(fast):
-        assert not any(p.requires_grad for p in fast.parameters())
-        for theirs, ours in zip(second_derivatives(net, x, u, True), second_derivatives(fast, x, u, True), strict=True):
-            assert torch.allclose(theirs, ours, rtol=1e-9, atol=1e-9)
-    assert all(p.requires_grad for p in fast.parameters())
-    net(x).square().sum().backward(), fast(x).square().sum().backward()
-    for a, b in zip(net.parameters(), fast.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-9)
-
-
-def test_fast_second_derivatives_say_what_they_lack():
-    net = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-    fast_second_derivatives(net)
-    y = net(torch.randn(4, 3, 5, 5, requires_grad=True))
-    (g,) = torch.autograd.grad(y.square().sum(), net[0].weight, create_graph=True)
-    with pytest.raises(NotImplementedError, match="BatchNorm's weights"):
-        g.sum().backward()
-
-
-def test_fast_second_derivatives_leave_other_layers_alone():
-    net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=2, bias=False), torch.nn.Conv2d(4, 4, 3, dilation=2, bias=False))
-    fast_second_derivatives(net)
-    assert all(type(m) is torch.nn.Conv2d for m in net)
-
-
-def test_fast_second_derivatives_in_mixed_precision():
-    """As good as PyTorch's own in bfloat16, against float64."""
-    torch.manual_seed(0)
-    net = build_model("resnet26v2", {"class": 10}, width=1 / 8)
-    x, u = torch.rand(8, 3, 16, 16), torch.randn(8, 3, 16, 16)
-
-    def h(net, dtype, amp):
-        z = x.to(dtype).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            (g,) = torch.autograd.grad(net.trunk(z).float().square().sum(), z, create_graph=True)
-        return torch.autograd.grad((g * u).sum(), z)[0].flatten()
-
-    true = h(copy.deepcopy(net).double(), torch.float64, False).float()
-    theirs = h(net, torch.float32, True)
-    fast_second_derivatives(net)
-    ours = h(net, torch.float32, True)
-    assert F.cosine_similarity(ours, true, 0) > F.cosine_similarity(theirs, true, 0) - 0.02
-    assert F.cosine_similarity(h(net, torch.float32, False), true, 0) > 0.999

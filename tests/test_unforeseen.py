@@ -14,9 +14,9 @@ from PIL import Image
 import eval_unforeseen
 import rotation_at
 from common import (
-    UserError, batches, build_model, ce_per_image, draw, load_data, load_model, plasma, robust_accuracy,
+    UserError, batches, build_model, ce_per_image, draw, load_data, load_model, robust_accuracy,
 )  # fmt: skip
-from eval_unforeseen import UNFORESEEN, frank_wolfe, from_jpeg, snow, snow_kernels, to_jpeg, unforeseen, warp
+from eval_unforeseen import UNFORESEEN, frank_wolfe, from_jpeg, plasma, snow, snow_kernels, to_jpeg, unforeseen, warp
 
 CPU = torch.device("cpu")
 
