@@ -3180,32 +3180,6 @@ def progress_bar(total: int, label: str, unit: str = "img") -> Any:
     return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True)
 
 
-def load_splits(args: Any, device: torch.device) -> tuple[Images, Images, Images]:
-    """(training, validation, test) images as a script's flags ask for them. Raises UserError if they cannot
-    be had."""
-    train_set, test_set = load_data(
-        args.dataset,
-        args.data_dir,
-        device,
-        image_size=args.image_size,
-        data_mirror=args.data_mirror,
-        workers=args.workers,
-    )
-    train_set, val_set = split_train(
-        train_set, val_fraction=args.val_fraction, seed=args.seed, label_fraction=args.label_fraction
-    )
-    check_batches(len(train_set), args.batch_size)
-    if not len(val_set) and args.select != "last" and getattr(args, "stage", "") != "compare":
-        raise UserError(
-            "no validation images to select the best epoch by: raise --val-fraction, or --select last."
-        )
-    if (
-        args.eval_examples
-    ):  # drawn at random, since folders are sorted by class; by a fixed seed, so that runs compare
-        test_set = draw(test_set, min(args.eval_examples, len(test_set)), seed=0)
-    return train_set, val_set, test_set
-
-
 def old_evaluate(
     run: OldRun, name: str, state: dict, test_set: Images, eval_eps: list[float], *,
     paper: dict[float, float] | None = None, **more: Any,
