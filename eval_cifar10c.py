@@ -15,13 +15,14 @@ and 4 extra ones, in 5 severities. For each type and severity (a cell) we measur
 
 The paper (section 4.4), means over corruptions, ResNet-18:
     l2 1.0:      TA T0 78.36, T1 80.23, T2 79.15, T3 76.52;  RA T0 35.83, T3 38.33
-    linf 8/255:  RA T0 32.20, T3 36.22
+    linf, radius not given (8/255 in Table 2):  RA T0 32.20, T3 36.22
 
 Our choice where the paper, which released no code, is silent:
-- The attack has the norm and radius of each checkpoint's training, its PGD is that of section 4.2.
+- The attack has the norm and radius of the run that made the checkpoint (plain.pt, too), its PGD is that of
+  section 4.2.
 - We average over all severities, and over the 15 types as well as over all types.
-- --generate makes six types from clean test images, by the definitions and constants (for 32 pixels) of the
-  official make_cifar_c.py. Random numbers differ, so do not compare with published accuracies.
+- --generate computes six types from clean test images with the definitions and constants (for 32 pixels) of
+  the official make_cifar_c.py. Random numbers differ, so do not compare with published accuracies.
 """
 import hashlib
 import io
@@ -55,13 +56,13 @@ class Args:
     resume: bool = False  # continue the run in its folder, with the same flags, or start it
     quick: bool = False  # a miniature on the bundled digits; trains two small networks if none is named
     # data
-    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # what is corrupted
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # whose corrupted images
     data_dir: str = "data"  # it holds CIFAR-10-C/; folder: <corruption>/<severity>/<class>/*.jpg|png
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     download: bool = False  # fetch CIFAR-10-C or CIFAR-100-C if it is not there
     generate: bool = False  # make the corruptions from the test images of --dataset
-    image_size: Positive = 32  # side in pixels for --generate; networks get the size they were trained on
-    corruptions: str = ""  # types, comma-separated; empty: all there are
+    image_size: Positive = 32  # side in pixels of --generate's images; of a folder's if no checkpoint tells
+    corruptions: str = ""  # types, comma-separated; empty: all that are found
     severities: str = "1,2,3,4,5"  # severities, comma-separated
     # evaluation
     norm: Literal["own", "linf", "l2"] = "own"  # norm of the attack's ball (own: that of the training)
@@ -112,7 +113,7 @@ def open_data(args: Args, device: torch.device) -> tuple[list[str], Callable[[st
     if args.dataset not in ARCHIVES:
         raise UserError(f"there are no files of corrupted {args.dataset}: add --generate.")
     name, classes, _, _ = ARCHIVES[args.dataset]
-    wanted = args.download and world()[0] == 0  # the other ranks wait
+    wanted = args.download and world()[0] == 0  # rank 0 downloads, the other ranks wait
     all_ranks_fine(download(args.dataset, root, args.data_mirror) if wanted else "")
     folder = root / name if (root / name).is_dir() else root
     if not (folder / "labels.npy").exists():
@@ -127,7 +128,9 @@ def download(dataset: str, root: Path, mirror: str) -> str:
     from torchvision.datasets.utils import download_and_extract_archive
 
     name, _, record, md5 = ARCHIVES[dataset]
-    if all((root / name / f"{file}.npy").exists() for file in (*BENCHMARK, *EXTRA, "labels")):
+    files = [f"{file}.npy" for file in (*BENCHMARK, *EXTRA, "labels")]
+    unpacked = not (root / f"{name}.tar").exists()  # the archive is removed when all of it is unpacked
+    if unpacked and any(all((folder / f).exists() for f in files) for folder in (root / name, root)):
         return ""
     url = f"{mirror.rstrip('/') or f'https://zenodo.org/records/{record}/files'}/{name}.tar"
     timeout = socket.getdefaulttimeout()
@@ -196,7 +199,7 @@ def corrupt(pixels: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
             x = torch.stack([as_jpeg(image, c) for image in part]) / 255
         else:
             x = blur(x, c)
-        # Rounded down, as there; without the 1e-3 a value that has not changed could fall to the one below.
+        # Rounded down, as in make_cifar_c.py. Without the 1e-3 an unchanged value could become one less.
         parts.append((x.clamp(0, 1) * 255 + 1e-3).byte())
     return torch.cat(parts)
 
@@ -221,7 +224,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 # ---- networks and their accuracy ---------------------------------------------------------------------
 
-# The networks whose means the paper gives (results/paper.txt). Other flags are not said or do not matter.
+# The networks whose means the paper gives (results/paper.txt). It does not give other flags.
 PAPER_TRAINING = {
     "script": "rotation_at", "stage": "train", "dataset": "cifar10", "image_size": 32, "arch": "resnet18",
     "width": 1.0, "stem": "cifar", "init": "", "pretrain": "none", "epochs": 100, "lr": 0.1, "step_size": 0.0,
@@ -247,8 +250,13 @@ def load_network(path: Path, classes: int, args: Args) -> dict:
         if PAPER_TRAINING.items() <= (trained | state).items():
             setting = f"{trained['norm']} {eps_name(trained['eps'])} {trained['variant']}"
             paper = [float(v) if v else None for v in paper_numbers("eval_cifar10c", args, setting)]
+    if args.generate and size > args.image_size:
+        raise UserError(f"{path} was trained on images of {size} pixels: add --image-size {size}.")
+    if args.dataset == "folder" and not size and args.image_size == Args.image_size:
+        raise UserError(f"{path} does not say how large its images are: add --image-size.")
     if args.eval_attack != "none" and not possible:
-        raise UserError(f"which norm and radius has {path}? Give --norm and --eps, or --eval-attack none.")
+        ball = f"there is no attack with norm {norm} and radius {eps:g}"
+        raise UserError(f"{path}: {ball}. Give --norm linf --eps 8/255 or the like, or --eval-attack none.")
     return state | {"norm": norm, "eps": eps, "size": size, "paper": paper or [None, None]}
 
 
@@ -269,16 +277,17 @@ def evaluate_cell(model: Network, state: dict, images: Images, attack: str, run:
     torch.manual_seed(args.seed + world()[0])
     with full_precision(model, not args.eval_amp):
         if attack == "none":
-            eps, accuracy = 0, robust_accuracy(model, stream())
+            accuracy = robust_accuracy(model, stream())
         elif attack == "pgd20":
-            attack, accuracy = f"pgd-{args.eval_steps}", robust_accuracy(model, stream(), attack_by_pgd)
+            accuracy = robust_accuracy(model, stream(), attack_by_pgd)
         else:
             attacks, batch_size = suite_attacks(attack, norm, eps, args.seed), args.batch_size // world()[1]
             after = suite_accuracy(model, stream(), attacks, batch_size=max(1, batch_size))
             accuracy = list(after.values())[-1]
+    name = f"pgd-{args.eval_steps}" if attack == "pgd20" else attack
+    row = {"attack": name, "norm": norm, "eps": 0 if attack == "none" else eps, "examples": len(images)}
     correct = round(accuracy * len(images) / 100)  # means are computed from it
-    row = {"attack": attack, "norm": norm, "eps": eps, "examples": len(images), "correct": correct}
-    return row | {"accuracy": round(accuracy, 2)}
+    return row | {"correct": correct, "accuracy": round(accuracy, 2)}
 
 
 def mean(cells: list[dict], **wanted: str | int) -> float:
@@ -294,7 +303,8 @@ def means(cells: list[dict], papers: dict[str, list]) -> list[dict]:
     for name, attack in dict.fromkeys((cell["name"], cell["attack"]) for cell in cells):
         mine = [cell for cell in cells if (cell["name"], cell["attack"]) == (name, attack)]
         benchmark = [cell for cell in mine if cell["corruption"] in BENCHMARK]
-        for some in (benchmark, mine) if 0 < len(benchmark) < len(mine) else (mine,):
+        groups = [mine] if len(benchmark) in (0, len(mine)) else [benchmark, mine]
+        for some in groups:
             types = len({cell["corruption"] for cell in some})
             of = " of 15" if some == benchmark and types < 15 else ""
             row = some[0] | {"corruption": f"mean of {types}{of}", "severity": "all"}
@@ -313,6 +323,10 @@ def main(args: Args) -> dict:
         raise UserError(f"--severities {args.severities}: give numbers from 1 to 5, such as 1,3,5.")
     if not args.checkpoints and not args.quick:
         raise UserError("name at least one checkpoint, such as runs/.../best.pt, or try --quick.")
+    if not args.checkpoints and args.dataset != "digits":
+        raise UserError("--quick trains its networks on digits: leave out --dataset, or name a checkpoint.")
+    if args.download and (args.generate or args.dataset not in ARCHIVES):
+        raise UserError("--download fetches CIFAR-10-C or CIFAR-100-C (--dataset), not with --generate.")
     run = start_run(args, Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "")
     run.remember_files("checkpoints", args.checkpoints)
     results = run.finished(table) or evaluate_all(run, args)
@@ -328,21 +342,27 @@ def evaluate_all(run: Run, args: Args) -> dict:
     if unknown := [kind for kind in wanted if kind not in types]:
         raise UserError(f"there is no '{unknown[0]}' here; there are {', '.join(types)}.")
     cells = dict.fromkeys((kind, int(severity)) for kind in wanted for severity in args.severities.split(","))
-    classes, digest = [], hashlib.sha256()
+    first, digest = None, hashlib.sha256()
     for kind, severity in cells:  # can all be read?
         images = open_cell(kind, severity, 0)
-        classes = classes or images.classes
-        if images.classes != classes:  # a class that is missing would shift the labels of those after it
-            raise UserError(f"{kind} {severity} has {len(images.classes)} class folders, not {len(classes)}.")
+        first = first or images
+        # A missing class would shift the labels of those after it.
+        if images.classes != first.classes or len(images) != len(first):
+            raise UserError(f"{kind} {severity} has not the classes and number of images of the first type.")
         digest.update(images.digest.encode())
-    run.remember("data", digest.hexdigest())
+    run.remember("data", digest.hexdigest())  # labels and 100 images of each cell, of folders the file names
 
     files = args.checkpoints or [train_digits(run) / name for name in ("plain.pt", "best.pt")]
     paths = [Path(file) for file in files]
     names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
-    states = {name: load_network(path, len(classes), args) for name, path in zip(names, paths, strict=True)}
+    classes = len(first.classes)
+    states = {name: load_network(path, classes, args) for name, path in zip(names, paths, strict=True)}
     if len(states) < len(paths):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
+    for name, state in states.items():
+        its = state.get("args", {}).get("dataset", "unknown data")
+        if its != args.dataset and args.dataset != "folder":
+            run.say(f"warning: {name} was trained on {its}, not on {args.dataset}: are the classes the same?")
     rows = run.rows()
     seen = {(row["name"], row["corruption"], row["severity"]) for row in rows}
     for name, state in states.items():
@@ -364,14 +384,18 @@ def evaluate_all(run: Run, args: Args) -> dict:
 
 def table(results: dict, args: Args) -> str:
     """What results.json holds as text: a column per network and attack; a line per type (mean over
-    severities), per severity (mean over types) and per mean of both."""
+    severities), per severity (mean over the types of the benchmark) and per mean of both."""
     rows = results["rows"]
     cells = [row for row in rows if row["severity"] != "all"]
+    counted = [cell for cell in cells if cell["corruption"] in BENCHMARK] or cells
+    types = len({cell["corruption"] for cell in counted})
     pairs = dict.fromkeys((row["name"], row["attack"]) for row in rows)
     columns, lines = [{"name": name, "attack": attack} for name, attack in pairs], []
-    for key, value in dict.fromkeys((key, cell[key]) for key in ("corruption", "severity") for cell in cells):
-        title = f"severity {value}" if key == "severity" else value
-        lines.append([title, *(f"{mean(cells, **{key: value}, **column):.2f}" for column in columns)])
+    for kind in dict.fromkeys(cell["corruption"] for cell in cells):
+        lines.append([kind, *(f"{mean(cells, corruption=kind, **column):.2f}" for column in columns)])
+    for s in dict.fromkeys(cell["severity"] for cell in counted):
+        numbers = (f"{mean(counted, severity=s, **column):.2f}" for column in columns)
+        lines.append([f"severity {s}, mean of {types}", *numbers])
     for title in dict.fromkeys(row["corruption"] for row in rows if row["severity"] == "all"):
         found = [row for row in rows if row["corruption"] == title]
         lines.append([title, *(f"{row['accuracy']:.2f}" for row in found)])
@@ -384,7 +408,7 @@ def table(results: dict, args: Args) -> str:
     source = "corruptions GENERATED here, not the official ones" if args.generate else f"from {args.data_dir}"
     about = (
         f"{args.dataset}, {source}; accuracy (%) on {cells[0]['examples']:,}\nimages per type and severity, "
-        f"{'mixed precision' if args.eval_amp else 'float32'}. {results['seconds']:.0f} s."
+        f"{'mixed precision' if args.eval_amp else 'float32'}."
     )
     header = [f"{name} {'clean' if attack == 'none' else attack}" for name, attack in pairs]
     return "\n" + "\n".join([about, *attacks]) + "\n\n" + text_table(["corruption", *header], lines)

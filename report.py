@@ -53,7 +53,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,10 +67,9 @@ import mtl_reverse
 import rotation_at
 from common import (
     VITS, UserError, apgd, batches, ce_per_image, check_classifier, cli, eps_name, grouped_bars, l2_norm, load_checkpoint, load_data,
-    margin, rebuild, results_table, write_atomically,
+    margin, paper_numbers, rebuild, results_table, write_atomically,
 )  # fmt: skip
-from chen_pretrain_finetune import PAIRS, PAPER_TABLE4, PAPER_TABLE5_JIGSAW, PAPER_TABLE6, PAPER_TABLE7, TASKS
-from chen_pretrain_finetune import PAPER as CHEN_PAPER
+from chen_pretrain_finetune import TASKS
 from rotation_at import TABLE_EPS
 
 if TYPE_CHECKING:
@@ -98,9 +97,7 @@ NOT_THE_SETTING = {
 NAMED = {"dataset", "arch", "width", "epochs", "norm", "eps", "variant", "eval_steps", "eval_attack", "method", "extra_data"}
 JIGSAW_ONLY = {"grid", "num_permutations", "permutations"}
 # chen_pretrain_finetune.py: which cells a run fills or compares, and what matters to some of them only (see `text_of`).
-CHEN_CELLS = {
-    "task", "pretrain", "finetune", "table3", "dpe_lambda", "frames", "models", "stage", "init", "low_memory",
-}  # fmt: skip
+CHEN_CELLS = {"task", "pretrain", "finetune", "table3", "dpe_lambda", "models", "init"}
 # What its rows hold besides, by kind; those of Table 3 have none.
 CHEN_ROWS = {
     None: {"task", "pair", "pick", "best_epoch", "images"}, "transfer": {"source", "target"}, "venn": {"source", "target", "other"},
@@ -135,7 +132,7 @@ def read(paths: tuple[str, ...]) -> list[dict]:
                 print(f"left out: {file} is of {result['script']}.py, which report.py does not know.")
                 continue
             needed = {"name", "attack", "norm", "eps", "examples", "accuracy"}
-            needed |= {"paper"} if result["script"] not in EITHER else set()
+            needed |= {"paper"} if result["script"] in ("adv_mae", "mtl_reverse") else set()
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
             if result["script"] == "adv_mae":
                 needed |= {"set", "layer_decay", "pretrained", "checkpoint"}
@@ -143,7 +140,7 @@ def read(paths: tuple[str, ...]) -> list[dict]:
                 if not all({"method", "norm", "eps", "epochs"} <= row["pretrained"].keys() for row in result["rows"]):
                     raise ValueError
             if result["script"] == "chen_pretrain_finetune":
-                args |= {"models", "init", "dpe_lambda", "select", "pretrain_images", "extra_data"}
+                args |= {"models", "init", "dpe_lambda", "pretrain_images", "extra_data"}
                 made = {(row.get("source"), row.get("target")) for row in result["rows"] if row.get("kind") == "transfer"}
                 for row in result["rows"]:
                     if not CHEN_ROWS[row.get("kind")] <= row.keys():
@@ -167,6 +164,13 @@ def read(paths: tuple[str, ...]) -> list[dict]:
     if not results:
         raise UserError("no results.json found; name the files or the folders of finished runs, such as runs/*.")
     return results
+
+
+def own_args(result: dict) -> Any:
+    """The flags of a run as its script's Args; of an older run without those that have gone since."""
+    cls = SCRIPTS[result["script"]].Args
+    its = {k: tuple(v) if isinstance(v, list) else v for k, v in result["args"].items()}
+    return cls(**{f.name: its[f.name] for f in fields(cls) if f.name in its})
 
 
 def dataset_name(result: dict) -> str:
@@ -487,7 +491,7 @@ def figure4(results: list[dict], path: Path) -> None:
         grouped_bars(ax, types, heights)
         for i, name in enumerate(names):
             for row in rows:
-                if row["severity"] == "all" and row["paper"] is not None and row["name"] == name and (row["attack"] == "none") == clean:
+                if row["severity"] == "all" and row["paper"] and row["name"] == name and (row["attack"] == "none") == clean:
                     ax.axhline(row["paper"], color=f"C{i % 10}", linestyle="--", linewidth=1, label=f"{name}, the paper's mean")
                     break
         balls = dict.fromkeys(f"{row['norm']} {eps_name(row['eps'])}" for row in mine)
@@ -515,24 +519,18 @@ class Head:
     clean: list[float]
     robust: list[float]
     paper: tuple[float | None, float | None]
-    seeds: set[tuple[int, int]]  # of the run and of its encoder
+    seeds: set[int]
 
     def name(self) -> str:
-        """'BYORL, robust head', 'UAT-FT + 500000 images'."""
-        head = f", {self.row['head']} head" if self.row["head"] else ""
-        extra = f" + {self.row['extra_images']} images" if self.row["extra_images"] else ""
-        before = self.row["pretrained"]  # what is said of it only where it is not as in judging
-        other = [before["dataset"]] if before["dataset"] != self.result["args"]["dataset"] else []
-        other += [f"{before['norm']} {eps_name(before['eps'])}"] if before["eps"] and (before["norm"], before["eps"]) != (self.row["norm"], self.row["eps"]) else []
-        other += [f"{100 * self.row['encoder_fraction']:g}% of its labels"] if self.row["encoder"] == "uat-ft" and self.row["head"] else []
-        return self.row["encoder"].upper() + extra + (f" from {', '.join(other)}" if other else "") + head
+        """'BYORL, robust head', 'cifar10 UAT-FT 100% +500000, robust head'."""
+        encoder = re.sub("byorl|byol|uat-ft", lambda found: found[0].upper(), self.row["encoder"])
+        return encoder + (f", {self.row['head']} head" if self.row["head"] else "")
 
     def key(self, *free: str) -> str:
         """Equal for heads that differ in the arguments and keys `free` only."""
         args = {k: v for k, v in self.result["args"].items() if k not in NOT_THE_SETTING | set(free) | {"init", "extra_data", "method", "eps"}}
-        row = {k: self.row[k] for k in ("encoder", "encoder_fraction", "head", "label_fraction", "extra_images", "eps") if k not in free}
-        before = {k: v for k, v in self.row["pretrained"].items() if k != "seed" and k not in free}
-        return json.dumps([args, row, before, dataset_name(self.result)], sort_keys=True)
+        row = {k: self.row[k] for k in ("encoder", "head", "label_fraction", "eps") if k not in free}
+        return json.dumps([args, row, dataset_name(self.result)], sort_keys=True)
 
 
 def all_heads(results: list[dict]) -> list[Head]:
@@ -540,12 +538,13 @@ def all_heads(results: list[dict]) -> list[Head]:
     found: dict[str, Head] = {}
     for result in results:
         for clean, robust in zip(result["rows"][::2], result["rows"][1::2], strict=True) if result["script"] == "byorl" else []:
-            new = Head(result, robust, [], [], (clean["paper"], robust["paper"]), set())
-            head, seeds = found.setdefault(new.key(), new), (result["args"]["seed"], robust["pretrained"]["seed"])
-            if seeds in head.seeds:
-                print(f"left out: {clean['name']} of another run with the same arguments and seeds ({describe(result)}, seed {seeds[0]}).")
+            known = paper_numbers("byorl", own_args(result), robust["name"]) or ["", ""]
+            new = Head(result, robust, [], [], tuple(float(v) if v else None for v in known), set())
+            head, seed = found.setdefault(new.key(), new), result["args"]["seed"]
+            if seed in head.seeds:
+                print(f"left out: {clean['name']} of another run with the same arguments and seed ({describe(result)}, seed {seed}).")
                 continue
-            head.seeds.add(seeds)
+            head.seeds.add(seed)
             head.clean.append(clean["accuracy"])
             head.robust.append(robust["accuracy"])
     return list(found.values())
@@ -571,7 +570,7 @@ def accuracy_figures(heads: list[Head], over: str, out: Path) -> list[Path]:
     labels = over == "label_fraction"
     groups, written = defaultdict(list), []
     for head in heads:
-        groups[head.key(over, "encoder", "encoder_fraction", "head", "extra_images", "eps", "dataset") + f"{head.row['eps']}"].append(head)
+        groups[head.key(over, "encoder", "head", "eps", "dataset") + f"{head.row['eps']}"].append(head)
     for group in groups.values():
         lines = defaultdict(list)
         for head in group:
@@ -664,10 +663,27 @@ def landscape_figure(checkpoint: str, out: Path, taken: list[Path], images: int 
 
 # ---- Chen et al. ---------------------------------------------------------------------------------------------------
 
-# Table 5, and Figure 1 with it, have another Jigsaw than Table 3.
+PAIRS = [pair for pair in chen_pretrain_finetune.PAIRS if not pair.startswith("RS")]  # the lines of Table 3
+CHEN_PAPER, PAPER_TABLE4, CHEN_TABLE6, PAPER_TABLE7 = {}, {}, {}, {}  # filled from results/paper.txt
+PAPER_TABLE5_JIGSAW = ()
+for _line in (Path(__file__).resolve().parent / "results" / "paper.txt").read_text().splitlines():
+    if _line.startswith("chen_pretrain_finetune"):
+        _, _flags, _name, _numbers = (part.strip() for part in _line.split("|"))
+        _known = tuple(int(v) if v.isdigit() else float(v) for v in _numbers.split())
+        _task, _pair = ("", _name) if "-" not in _name else _name.split("-", 1)
+        if " -> " in _name:
+            _source, _target = _name.replace("-P3F4", "").split(" -> ")
+            PAPER_TABLE4[_source, _source if _target == "itself" else _target] = _known[0]
+        elif " + " in _name:
+            CHEN_TABLE6[tuple(sorted(_name.replace("-P3F4", "").split(" + ")))] = _known
+        elif "Table 5" in _name:  # Table 5, and Figure 1 with it, have another Jigsaw than Table 3
+            PAPER_TABLE5_JIGSAW = _known
+        elif "pretrain_images" in _flags:
+            PAPER_TABLE7[int(re.search(r"pretrain_images=(\d+)", _flags)[1]), _pair] = _known
+        else:
+            CHEN_PAPER[{"ensemble": "se" if "dpe_lambda=0" in _flags else "dpe"}.get(_task, _task), _pair] = _known
 CHEN_TABLE5 = {task: CHEN_PAPER[task, "P3F4"] for task in TASKS} | {"jigsaw": PAPER_TABLE5_JIGSAW}
 CHEN_TABLE5 |= {"AP+SE": CHEN_PAPER["se", "P3F4"], "AP+DPE": CHEN_PAPER["dpe", "P3F4"]}
-CHEN_TABLE6 = {tuple(sorted(names)): known for names, known in PAPER_TABLE6.items()}
 Values = dict[tuple, dict[int, float]]  # {what (see `measured`): {seed: value}}
 
 
@@ -677,7 +693,7 @@ class Setting:
 
     result: dict  # of the first such run
     values: dict[tuple[str, str], Values]  # by kind of row and `text_of`
-    paper: bool = False  # do rows carry the paper's numbers?
+    paper: bool = False  # has it the paper's flags?
 
     def of(self, kind: str) -> list[tuple[str, Values]]:
         """[(text, values)] of a kind."""
@@ -692,7 +708,7 @@ def text_of(result: dict, row: dict) -> str:
     if not row.get("pair", "").startswith("P1"):
         names += ["init", "pretrain_epochs"]
     if row.get("task") == "ensemble":
-        names += ["frames"] + (["dpe_lambda"] if args["dpe_lambda"] > 0 else [])
+        names += ["dpe_lambda"] if args["dpe_lambda"] > 0 else []
     return ", ".join([describe(result), *unusual(result, names)])
 
 
@@ -702,10 +718,10 @@ def ours(text: str, *numbers: dict[int, float]) -> str:
 
 
 def measured(result: dict, row: dict) -> dict[tuple, float]:
-    """What a row says. Of a cell's two checkpoints the one that --select names is reported."""
+    """What a row says. Of a cell's two checkpoints that of best TA is reported."""
     args, kind, value = result["args"], row.get("kind"), row["accuracy"]
     clean = row["attack"] == "none"
-    if kind is None and row["pick"] == ("ta" if args["select"] == "clean" else "ra"):
+    if kind is None and row["pick"] == "ta":
         task = ("AP+DPE" if args["dpe_lambda"] > 0 else "AP+SE") if row["task"] == "ensemble" else row["task"]
         cell = (task, row["pair"])
         return {(*cell, "TA"): value} if clean else {(*cell, "RA"): value, (*cell, "epochs"): row["best_epoch"], (*cell, "images"): row["images"] or 0}
@@ -725,7 +741,7 @@ def chen_settings(results: list[dict]) -> list[Setting]:
         ignored = (NOT_THE_SETTING | CHEN_CELLS) - ({"data_dir"} if args["dataset"] == "folder" else set())
         key = json.dumps([{k: v for k, v in args.items() if k not in ignored}, dataset_name(result)], sort_keys=True)
         setting = found.setdefault(key, Setting(result, defaultdict(lambda: defaultdict(dict))))
-        setting.paper |= any(row["paper"] is not None for row in result["rows"])
+        setting.paper |= any(paper_numbers(result["script"], own_args(result), row["name"]) for row in result["rows"] if "pair" in row)
         for row in result["rows"]:
             for what, value in measured(result, row).items():
                 seeds = setting.values[row.get("kind", "cell"), text_of(result, row)][what]
@@ -776,7 +792,7 @@ def asr_blocks(settings: list[Setting]) -> list[str]:
 
 def subset(models: Iterable[str]) -> tuple[str, ...]:
     """Models as the paper names them, 'rotation' for 'rotation-P3F4.ta'; others by their own names."""
-    return tuple(sorted(re.sub(r"-P3F4(\.[tr]a)?$", "", model) for model in models))
+    return tuple(sorted(re.sub(r"^.*/|-P3F4(\.[tr]a)?$", "", model) for model in models))
 
 
 def average_rows(settings: list[Setting]) -> list[list[str]]:
@@ -840,7 +856,7 @@ def chen_tables(settings: list[Setting]) -> str:
         sections["Table 4: share (%) of images that, attacked for one model, another gets wrong"] = "\n\n".join(blocks)
     if not sections:
         return ""
-    what = "TA: clean accuracy (%), RA: under attack, epochs: that of the best RA on held-out images; ± is the standard deviation over seeds."
+    what = "TA: clean accuracy (%), RA: under attack, epochs: that of best RA on held-out images (F1, F3: of best TA); ± is the standard deviation over seeds."
     return "\n\n".join(["# Chen et al. 2020", what] + [f"## {title}\n\n{sections[title]}" for title in sorted(sections)]) + "\n"
 
 
@@ -1296,8 +1312,10 @@ def printed(results: list[dict]) -> str:
     with contextlib.redirect_stdout(out):
         if hasattr(script, "show"):
             script.show(merged, Path())
+        elif hasattr(script, "table"):
+            print(script.table(merged, own_args(merged)))
         else:
-            args = script.Args(**{f.name: merged["args"][f.name] for f in fields(script.Args) if f.name in merged["args"]})
+            args = own_args(merged)
             rule = "the last" if args.select == "last" else f"best {args.select} validation accuracy"
             print(results_table(merged, args, rule))
     lines = [line.rstrip() for line in out.getvalue().splitlines() if not line.startswith("results.json")]

@@ -131,16 +131,16 @@ def test_networks_that_do_not_fit(tmp_path, checkpoint, one_sentence):
     made = {
         "hundred": ({"network": hundred.spec, "model": hundred.state_dict()}, "no classifier of the 10 classes"),
         "pretrain": (state | {"stage": "pretrain"}, "no finished classifier"),
-        "bare": (bare, "which norm and radius"),
+        "bare": (bare, "no attack with norm"),
         "size": (state | {"args": state["args"] | {"image_size": "large"}}, "size.pt is damaged"),
         "eps": (state | {"args": state["args"] | {"eps": [1]}}, "eps.pt is damaged"),
-        "far": (state | {"args": state["args"] | {"eps": 8.0}}, "Give --norm and --eps"),
+        "far": (state | {"args": state["args"] | {"eps": 8.0}}, "Give --norm linf"),
     }
     argv = ["--generate", "--dataset", "digits", "--corruptions", "contrast", "--severities", "1", "--out", tmp_path / "run"]
     for name, (saved, told) in made.items():
         save_checkpoint(tmp_path / f"{name}.pt", saved)
         assert told in one_sentence(script, tmp_path / f"{name}.pt", *argv)
-    assert "Give --norm and --eps" in one_sentence(script, checkpoint, *argv, "--norm", "l2")
+    assert "Give --norm linf" in one_sentence(script, checkpoint, *argv, "--norm", "l2")
     assert "two of the checkpoints have the same name" in one_sentence(script, checkpoint, checkpoint, *argv)
     rows = main(Args((str(tmp_path / "bare.pt"),), dataset="digits", generate=True, norm="l2", eps=0.5, eval_steps=1,
                      eval_examples=5, corruptions="contrast", severities="1", out=str(tmp_path / "run")))["rows"]  # fmt: skip
@@ -165,7 +165,7 @@ def test_imagenet_c_folders(tmp_path, checkpoint):
     assert [r["accuracy"] for r in a["rows"]] == [r["accuracy"] for r in b["rows"]] and len(a["rows"]) == 11
     assert 20 < a["rows"][-1]["accuracy"] < 100
     (tmp_path / "fog" / "2" / "class3").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="fog 2 has 9 class folders, not 10"):
+    with pytest.raises(UserError, match="fog 2 has not the classes and number of images"):
         main(Args(**more, dataset="folder", out=str(tmp_path / "c")))
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import ROOT, TINY
 import adv_mae
 import byorl
 import chen_pretrain_finetune
+import common
 import eval_cifar10c
 import eval_unforeseen
 import jigsaw_at
@@ -83,7 +85,6 @@ def test_the_text_has_no_numbers_of_its_own():
         for name in dir(script):
             if name.startswith(("PAPER", "TABLE")) and not isinstance(getattr(script, name), str):
                 add(getattr(script, name))
-    papers |= set(re.findall(r"\d+\.\d+", byorl.PAPER))
     # Table 5 of Gowal et al.; Hendrycks et al. in Chen et al., section 4.4; Carmon et al.; MAE; differences in Rebuffi and Lawhon et al.
     papers |= set("65.14 45.44 62.39 41.58 47.07 31.57 65.27 43.83 62.40 41.06 47.64 31.99 69.64 65.48 66.39 61.90 55.06 51.00".split())
     papers |= {"83.69", "51.14", "89.69", "83.6", "3.64", "0.67", "0.3", "1.1"}
@@ -111,18 +112,12 @@ def test_paper_numbers_in_the_table():
         script = SCRIPTS[f"{name}.py"]
         args = parse_args(script.Args, shlex.split(flags))
         if script is byorl:
-            assert byorl.paper_numbers(head_of(args), args) == (float(clean), float(robust))
+            assert common.paper_numbers("byorl", args, "byorl robust 100%") == [clean, robust]
             continue
         pretrained = {"runs/p1/pretrain.pt": "l2", "runs/p2/pretrain.pt": "linf"}.get(args.init, args.pretrain)
         numbers = report.kucer_numbers(name)[args.norm, pretrained, args.variant]
         paper = dict(zip(script.TABLE_EPS[args.norm], numbers, strict=True))
         assert (paper[0], paper[args.eps]) == (float(clean), float(robust))
-
-
-def head_of(args, encoder="byorl", head="robust", extra_images=0) -> dict:
-    """What byorl.py writes into the checkpoint of a head on all labels."""
-    about = {"encoder": encoder, "head": head, "label_fraction": 1.0, "encoder_fraction": 1.0, "extra_images": extra_images}
-    return about | {"encoder_args": vars(args), "args": vars(args) | {"eps": byorl.head_eps(args)}}
 
 
 def test_paper_numbers_of_byorl():
@@ -131,24 +126,25 @@ def test_paper_numbers_of_byorl():
     found = 0
     for encoder, *cells in lines[1:]:
         name, head, _ = encoder.replace(",", "").lower().split()
-        for (judged, norm), cell in zip(columns, cells, strict=True):
-            eps = {"l2": 128 / 255, "linf": 8 / 255}[norm]
-            args = byorl.Args(width=4.0, norm=norm, eps=eps if name == "byorl" else 0.0)
-            judge = byorl.Args(width=4.0, norm=norm, eps=eps, dataset=judged.lower().replace("-", ""))
+        for (dataset, norm), cell in zip(columns, cells, strict=True):
+            args = byorl.Args(width=4.0, norm=norm, eps={"l2": 128 / 255, "linf": 8 / 255}[norm], dataset=dataset.lower().replace("-", ""))
+            row = f"{'cifar10 ' * (dataset != 'CIFAR-10')}{name} +500000 {head} 100%"
+            args = replace(args, extra_data="extra.npz") if dataset == "CIFAR-10" else replace(args, init="byorl.pt")
             if cell.strip():
-                assert byorl.paper_numbers(head_of(args, name, head, 500_000), judge) == tuple(map(float, cell.split("/"))), (encoder, judged, norm)
+                assert common.paper_numbers("byorl", args, row) == [v.strip() for v in cell.split("/")], (encoder, dataset, norm)
                 found += 1
     assert found == 14
 
 
 def test_paper_numbers_of_chen():
-    chen, found = chen_pretrain_finetune, 0
+    found = 0
     for line in re.findall(r"^\| P\dF\d \|.*$", README, re.M):
         pair, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
         for task, cell in zip(("selfie", "rotation", "jigsaw"), cells, strict=True):
             if cell != "the same":
-                task = "" if pair.startswith("P1") else task
-                assert chen.paper_numbers(task, pair, chen.Args()) == tuple(map(float, cell.split("/"))), (pair, task)
+                name = pair if pair.startswith("P1") else f"{task}-{pair}"
+                known = common.paper_numbers("chen_pretrain_finetune", chen_pretrain_finetune.Args(table3=True), name)
+                assert known[:2] == cell.split(" / "), name
                 found += 1
     assert found == 20
 

@@ -121,7 +121,7 @@ def test_figures_draw_what_was_measured(tmp_path, monkeypatch):
 
 
 def corrupted() -> dict:
-    rows = [{"name": n, "attack": k, "norm": "linf", "eps": 0.1, "examples": 9, "paper": None, "corruption": c, "severity": s,
+    rows = [{"name": n, "attack": k, "norm": "linf", "eps": 0.1, "examples": 9, "corruption": c, "severity": s,
              "accuracy": a - s, "generated": True}
             for n, a in (("plain", 60.0), ("T0", 80.0)) for k in ("none", "pgd-20") for c in ("fog", "snow") for s in (1, 5)]  # fmt: skip
     return {"script": "eval_cifar10c", "args": {"dataset": "digits", "generate": True, "severities": "1,5"}, "rows": rows}
@@ -186,10 +186,9 @@ def byorl_result(seed=0, method="byorl", fractions=(0.01, 0.1, 1.0), base=50.0, 
         for eps, accuracy in (0, base + 30 + 5 * f), (8 / 255, base + 5 * f + seed):
             encoder = method if args["eps"] else "byol"
             rows.append({
-                "name": f"{encoder} {100 * f:g}%", "attack": "suite" if eps else "none", "norm": "linf", "eps": eps, "examples": 10_000,
-                "accuracy": accuracy, "paper": (43.24 if eps else 80.80) if f == 1 and method == "byorl" else None, "label_fraction": f,
-                "head": "robust" if method == "byorl" else "", "encoder": encoder, "extra_images": 0, "encoder_fraction": 1.0,
-                "pretrained": {k: args[k] for k in ("dataset", "norm", "eps", "batch_size", "weight_decay", "seed")},
+                "name": f"{encoder} {'robust ' * (method == 'byorl')}{100 * f:g}%", "attack": "suite" if eps else "none", "norm": "linf",
+                "eps": eps, "examples": 10_000, "accuracy": accuracy, "epoch": 9, "label_fraction": f,
+                "head": "robust" if method == "byorl" else "", "encoder": encoder,
             })  # fmt: skip
     return {"script": "byorl", "args": args, "device": "CPU", "torch": "2", "seconds": 1.0, "rows": rows}
 
@@ -207,18 +206,6 @@ def test_gowal_table_and_figures(tmp_path, capsys):
     assert sum(n.startswith("gowal-labels-linf-8_255") for n in names) == 1  # BYORL and UAT-FT in one picture
     assert sum(n.startswith("gowal-jitter-linf-8_255") for n in names) == 1
     assert all((tmp_path / "report" / n).stat().st_size > 5000 for n in names if n.endswith(".png"))
-
-
-def test_heads_on_other_encoders_are_other_heads(tmp_path):
-    """Same flags of the run, another encoder: neither averaged nor left out."""
-    for i, (seed, changes) in enumerate([(0, {}), (1, {"eps": 4 / 255}), (1, {"dataset": "cifar100"}), (1, {"seed": 1})]):
-        run = byorl_result(seed, fractions=(1.0,))
-        for row in run["rows"]:
-            row["pretrained"] |= changes
-        (tmp_path / f"{i}.json").write_text(json.dumps(run))
-    report.main(report.Args(results=tuple(str(tmp_path / f"{i}.json") for i in range(4)), out=str(tmp_path / "report")))
-    lines = (tmp_path / "report" / "gowal-table.md").read_text().splitlines()[6:]
-    assert len(lines) == 4 - 1 and "2 seeds" in lines[0] and "from linf 4/255" in lines[1] and "from cifar100" in lines[2]
 
 
 def test_landscape_of_a_linear_network():
@@ -268,14 +255,14 @@ def test_the_results_of_this_repository_can_be_reported(tmp_path):
 # ---- Chen et al. ----
 
 
-ABOUT = {"attack": "pgd-20", "norm": "linf", "eps": 8 / 255, "examples": 10_000, "paper": None}
+ABOUT = {"attack": "pgd-20", "norm": "linf", "eps": 8 / 255, "examples": 10_000}
 CLEAN = ABOUT | {"attack": "none", "eps": 0}
 
 
-def cell(task, pair, ta, ra, epoch=50, pick="ta", known=(None, None), images=45_000) -> list[dict]:
+def cell(task, pair, ta, ra, epoch=50, pick="ta", images=45_000) -> list[dict]:
     rest = {"name": f"{task}-{pair}".removeprefix("-"), "task": task, "pair": pair, "pick": pick, "best_epoch": epoch, "epoch": epoch,
             "images": images if task else None}  # fmt: skip
-    return [CLEAN | rest | {"accuracy": ta, "paper": known[0]}, ABOUT | rest | {"accuracy": ra, "paper": known[1]}]
+    return [CLEAN | rest | {"accuracy": ta}, ABOUT | rest | {"accuracy": ra}]
 
 
 def compared(joint: dict[tuple, float], models=("selfie-P3F4", "rotation-P3F4", "jigsaw-P3F4")) -> list[dict]:
@@ -304,12 +291,12 @@ ASR = {(0, 0): 48.0, (0, 1): 38.0, (0, 2): 37.0, (0, 1, 2): 24.5, (1, 0): 36.0, 
        (2, 0): 35.0, (2, 1): 36.0, (2, 2): 51.0, (2, 0, 1): 35.0}  # fmt: skip
 
 
-def table3(seed=0, paper=False, **changes) -> dict:
+def table3(seed=0, **changes) -> dict:
     """All cells of Table 3, transfer, Figure 5 and Table 6; `seed` is added to all accuracies."""
     rows = []
-    for (task, pair), (ta, ra, epoch) in chen.PAPER.items():
-        if pair in chen.PAIRS and task not in ("se", "dpe"):
-            rows += cell(task, pair, ta - 1 + seed, ra - (ra > 0) + seed, epoch + seed, known=(ta, ra) if paper else (None, None))
+    for (task, pair), (ta, ra, epoch) in report.CHEN_PAPER.items():
+        if pair in report.PAIRS and task not in ("se", "dpe"):
+            rows += cell(task, pair, ta - 1 + seed, ra - (ra > 0) + seed, epoch + seed)
             rows += cell(task, pair, 1.0, 1.0, epoch, "ra")
     models = [f"{task}-P3F4" for task in chen.TASKS]
     for chosen in ((0,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
@@ -318,16 +305,16 @@ def table3(seed=0, paper=False, **changes) -> dict:
 
 
 def test_chen_tables_hold_the_papers_numbers():
-    ours = [cell(t, p, 50, 20) for t in chen.TASKS for p in (*chen.PAIRS, "RSF2", "RSF4") if p[:2] != "P1"]
+    ours = [cell(t, p, 50, 20) for t in chen.TASKS for p in chen.PAIRS if p[:2] != "P1"]
     ours += [cell("", "P1F4", 50, 20), compared({(0, 0): 40.0}), average(("a", "b"), 60, 30)]
     text = chen_text(chen_result(*ours), chen_result(cell("rotation", "P3F2", 50, 20), pretrain_images=30_000))
-    for pair in (*chen.PAIRS, "RSF2", "RSF4"):
-        known = [chen.PAPER["" if pair[:2] == "P1" else task, pair] for task in chen.TASKS]
+    for pair in chen.PAIRS:
+        known = [report.CHEN_PAPER["" if pair[:2] == "P1" else task, pair] for task in chen.TASKS]
         assert f"| {pair} | the paper | " + " | ".join(f"{ta:.2f} | {ra:.2f} | {e}" for ta, ra, e in known) + " |" in text
     table5 = text.split("## Table 5")[1].split("\n## ")[0]
     assert "| jigsaw | the paper | 83.74 | 48.83 | 48 |" in table5 and "84.50 | 49.61" not in table5
     for name, key in ("AP+SE", "se"), ("AP+DPE", "dpe"):
-        assert f"| {name} | the paper | " + " | ".join(f"{v:.2f}" for v in chen.PAPER[key, "P3F4"][:2]) + " | " in table5
+        assert f"| {name} | the paper | " + " | ".join(f"{v:.2f}" for v in report.CHEN_PAPER[key, "P3F4"][:2]) + " | " in table5
     for known in "| rotation | 38.92 | 49.60 | 38.12 |", "| jigsaw + rotation + selfie | the paper | 86.04 | 54.64 |":
         assert known in text
     assert "| 150,000 | the paper | 67.73 | 30.24 | 95 | 85.18 | 50.61 | 55 |" in text
@@ -353,11 +340,9 @@ def test_chen_tables_hold_our_numbers_and_average_seeds():
     assert "Table 7" not in text and "Table 8" not in text
 
 
-def test_the_checkpoint_that_select_names_is_reported():
+def test_the_checkpoint_of_best_clean_accuracy_is_reported():
     rows = cell("rotation", "P3F4", 80, 40), cell("rotation", "P3F4", 75, 45, pick="ra")
     assert line(chen_text(chen_result(*rows)), "Table 3", "P3F4")[3:6] == ["80.00", "40.00", "50"]
-    text = chen_text(chen_result(*rows, select="robust"))
-    assert line(text, "Table 3", "P3F4")[3:6] == ["75.00", "45.00", "50"] and "--select robust" in text
 
 
 def test_chen_settings_are_not_averaged(capsys):
@@ -376,7 +361,7 @@ def test_chen_settings_are_not_averaged(capsys):
     ensembles = enumerate((0.1, 0.5, 0.0))
     text = chen_text(*(chen_result(cell("ensemble", "P3F4", 80, 10 + i), seed=i, task="ensemble", dpe_lambda=v) for i, v in ensembles))
     assert text.count("| AP+DPE | ours") == 2 and "--dpe-lambda 0.5" in text and "| AP+SE | ours" in text and "±" not in text.split("## Table 5")[1]
-    ones = [chen_result(average(("x", "y"), 80, ra), stage="compare", models=(f"{where}/x.pt", f"{where}/y.pt"), seed=i)
+    ones = [chen_result(average(("x", "y"), 80, ra), models=(f"{where}/x.pt", f"{where}/y.pt"), seed=i)
             for i, (where, ra) in enumerate((("a", 30), ("a", 34), ("b", 50)))]  # fmt: skip
     text = chen_text(*ones)
     assert "checkpoints of a, 2 seeds | 80.00 ± 0.00 | 32.00 ± 2.83 |" in text and "checkpoints of b, 1 seed | 80.00 | 50.00 |" in text
@@ -406,7 +391,7 @@ def test_chen_pictures_show_what_was_measured(tmp_path, monkeypatch):
         real = getattr(matplotlib.axes.Axes, kind)
         monkeypatch.setattr(matplotlib.axes.Axes, kind, lambda *a, kind=kind, real=real, **k: calls.append((kind, a[1:], k)) or real(*a, **k))
     ensemble = chen_result(cell("ensemble", "P3F4", 83, 52, 56), task="ensemble")
-    settings = report.chen_settings([table3(0, paper=True), table3(2, paper=True), ensemble])
+    settings = report.chen_settings([table3(0), table3(2), ensemble])
     (path,) = report.summary_figures(settings, tmp_path)  # runs of one setting, one picture
     points = {k["label"]: a for kind, a, k in calls if kind == "scatter" and "label" in k}
     hollow = [a[:2] for kind, a, k in calls if kind == "scatter" and k.get("facecolors") == "none"]
