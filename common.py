@@ -1068,11 +1068,14 @@ def _read(
                 raise UserError(next(p for p in problems if p))
             yield x, y
     except (OSError, EOFError) as e:  # its connection may break before its death is noticed
+        time.sleep(1)  # then torch's handler of SIGCHLD raises
         raise UserError(f"{READER_DIED}. ({e})") from None
 
 
 def _worker_signals(worker: int) -> None:
-    """Workers ignore Ctrl-C, which the main process handles, and end on SIGTERM."""
+    """Workers ignore Ctrl-C, which the main process handles, and end on SIGTERM. What ends them is told by
+    the main process, so their threads print no traceback."""
+    sys.excepthook = lambda *error: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
