@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (  # noqa: E402
     STATS, amp_dtype, batches, batchnorm_mode, build_model, choose_device, device_name, full_precision, load_data, pgd,
-    place_model, print_table, robust_accuracy,
+    place_model, robust_accuracy, text_table,
 )  # fmt: skip
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 10
@@ -179,14 +179,14 @@ def write_json(path: str, device: torch.device, command: str, rows: list[dict]) 
 def print_rows(rows: list[dict], device: torch.device, amp: str) -> None:
     """The table of `in_turns`."""
     print(f"{device_name(device)}, torch {torch.__version__}, mixed precision {amp_dtype(amp, device) or 'off'}")
-    print_table(
+    print(text_table(
         ["step", "images/s", "peak MB", "ratio", "GFLOP/image", "of matmul peak"],
         [
             [r["name"], f"{r['images_per_s']}", f"{r['peak_mb'] or '-'}", f"{r['ratio']:.2f}", f"{r.get('gflops_per_image', '')}",
              f"{100 * r['share_of_matmul_peak']:.0f}%" if "share_of_matmul_peak" in r else ""]
             for r in rows
         ],
-    )
+    ))
 
 
 def compare(batch: int, device: torch.device, rounds: int, amp: str, compile: bool) -> list[dict]:
@@ -255,7 +255,7 @@ def main() -> None:
     print("ratio to the library: " + "; ".join(f"{r['name']} {r['ratio_to_library']}" for r in rows if "ratio_to_library" in r))
     strength = attack_strength(device)
     print()
-    print_table(["attack", "accuracy %"], [[r["name"], f"{r['accuracy']:.2f}"] for r in strength])
+    print(text_table(["attack", "accuracy %"], [[r["name"], f"{r['accuracy']:.2f}"] for r in strength]))
     write_json(args.json, device, "at_step.py", rows + strength)
 
 

@@ -13,7 +13,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
 from test_suite import EPS, REFERENCE, load_reference  # noqa: E402
 
-from common import choose_device, device_name, print_table, suite_accuracy, suite_attacks  # noqa: E402
+from common import choose_device, device_name, suite_accuracy, suite_attacks, text_table  # noqa: E402
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     for name in names:
         theirs = {norm: REFERENCE.get((norm, name)) for norm in networks}
         rows.append([name, *(t for n in networks for t in (f"{left[n][name]:.2f}", "" if theirs[n] is None else f"{theirs[n]:.2f}"))])
-    print_table(header, rows)
+    print(text_table(header, rows))
     if flags.json:
         result = {"benchmark": "attacks.py", "device": device_name(device), "torch": torch.__version__, "table": [header, *rows]}
         Path(flags.json).write_text(json.dumps(result, indent=1))
