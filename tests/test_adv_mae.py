@@ -516,7 +516,7 @@ def test_other_methods_are_fine_tuned_too(method, tmp_path):
 def test_fine_tuning_takes_an_encoder_of_byorl(tmp_path):
     byorl.main(byorl.Args(
         dataset="digits", image_size=16, flip=False, arch="vit_mini4", width=0.5, epochs=1, warmup_epochs=0, batch_size=240, hidden=16, projection=8, attack="pgd",
-        attack_steps=2, step_size=0.3, stage="pretrain", val_images=200, amp="off", device="cpu", out=str(tmp_path / "byorl"),
+        attack_steps=2, step_size=0.3, heads="none", val_images=200, amp="off", device="cpu", out=str(tmp_path / "byorl"),
     ))  # fmt: skip
     results = main(tiny(stage="finetune", init=str(tmp_path / "byorl" / "byorl.pt"), out=str(tmp_path / "run")))
     assert {row["name"] for row in results["rows"]} == {"byorl-0.75"}
