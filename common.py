@@ -251,6 +251,9 @@ def cli(main: Callable, args_class: type) -> None:
             if world()[0] == 0:
                 print("\ninterrupted: continue after the last epoch with --resume", file=sys.stderr)
             sys.exit(130)
+        finally:
+            # All is written. While Python ends, Ctrl-C would print a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves while another still works would be taken for dead
             dist.destroy_process_group()
