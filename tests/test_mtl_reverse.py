@@ -928,7 +928,9 @@ ddp = distribute(branch, sync_bn=False)  # by a name, or its hooks are gone befo
 losses = ddp(share)
 (losses.sum() * 2 / 7).backward()  # DDP divides by the number of ranks
 torch.save({{"z": z.detach(), "first": first, "losses": losses.detach(), "grads": [p.grad for p in branch.head.parameters()]}}, f"{out}/{{rank}}.pt")
-dist.barrier(); dist.destroy_process_group()
+dist.barrier()
+del ddp
+dist.destroy_process_group()
 """
 
 
