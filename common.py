@@ -1380,8 +1380,9 @@ def simclr_augment(
     jitter: float = 0.8, rand: Callable = torch.rand,
 ) -> Tensor:  # fmt: skip
     """One view of each image as in SimCLR (Chen et al. 2020) and BYOL: a crop of at least the share `crop` of
-    the area (0: none), flip, colour jitter with probability `jitter` (brightness, contrast and saturation 0.8, hue 0.2,
-    all times `strength`), grey with probability 0.2, and blur with probability `blur`, for large images.
+    the area (0: no crop), flip, colour jitter with probability `jitter` (brightness, contrast and saturation
+    0.8, hue 0.2, all times `strength`), grey with probability 0.2, and blur with probability `blur`, for
+    large images.
 
     rand: here and above a replacement for torch.rand, such as numbers fixed per image (mtl_reverse.py).
     """
@@ -2544,7 +2545,7 @@ def evaluate(
 def train_digits(run: Run) -> Path:
     """Train two small networks, without and with attack, by rotation_at.py in another process. Returns the
     folder of plain.pt and best.pt. Raises UserError."""
-    folder = run.folder / "digits"
+    folder, problem = run.folder / "digits", ""
     if world()[0] == 0:
         run.say("training two small networks on digits (rotation_at.py --quick --variant T0) ...")
         command = [sys.executable, str(Path(__file__).resolve().with_name("rotation_at.py")), "--quick"]
@@ -2552,9 +2553,8 @@ def train_digits(run: Run) -> Path:
         alone = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}  # one rank
         done = subprocess.run(command, env=alone, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"training on digits failed ({done.stderr.strip()[-300:]}); name a checkpoint.")
-    if world()[1] > 1:
-        dist.barrier()
+            problem = f"training on digits failed ({done.stderr.strip()[-300:]}); name a checkpoint."
+    all_ranks_fine(problem)  # the other ranks wait here
     return folder
 
 
