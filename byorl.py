@@ -52,13 +52,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from common import (
-    STATS, CommonArgs, Images, Positive, Run, Share, apgd, batches, batchnorm_mode, build_model,
+    STATS, CommonArgs, Images, Positive, Run, Share, Shares, apgd, batches, batchnorm_mode, build_model,
     ce_per_image, cli, count_batches, distribute, draw, evaluate, join, learning_rate, load_checkpoint,
     load_extra, load_trunk, map_images, pgd, place_model, random_crop_flip, random_flip, reading, rebuild,
-    results_table, robust_accuracy, save_image_grid, share, simclr_augment, split_train, start_run,
+    results_table, robust_accuracy, save_image_grid, simclr_augment, split_train, start_run,
     sync_batchnorm, transformed, world,
 )  # fmt: skip
 
@@ -70,11 +70,6 @@ Arch = Literal[
     "preact18", "preact34", "resnet18", "resnet34", "resnet50",
     "vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4",
 ]  # fmt: skip
-
-
-def fractions(text: str) -> tuple[float, ...]:
-    """Read comma-separated fractions such as 0.01,0.1,1. Raises ValueError."""
-    return tuple(share(word) for word in text.split(","))
 
 
 @dataclass
@@ -108,7 +103,7 @@ class Args(CommonArgs):
     attack_steps: Positive = 40  # steps of the attack in pre-training (paper: 40; Table 4: 5 to 60)
     step_size: float = 0.0  # step of PGD in pre-training; 0: linf 2/255 or more, l2 2 eps / steps
     # heads and UAT-FT
-    label_fractions: Annotated[tuple, fractions] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions
+    label_fractions: Shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions
     heads: Literal["both", "robust", "plain", "none"] = "both"  # heads on the encoder; none: pre-train only
     probe_epochs: Positive = 50  # epochs of a head; its learning rate is divided by 10 after half of them
     probe_lr: float = 2e-3  # learning rate of Adam for heads

@@ -95,8 +95,14 @@ def share(text: str) -> float:
     return number(text)
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """Read comma-separated numbers from 0 to 1 such as 0.01,0.1,1. Raises ValueError for anything else."""
+    return tuple(share(word) for word in text.split(","))
+
+
 Positive = Annotated[int, positive]
 Share = Annotated[float, share]
+Shares = Annotated[tuple, shares]
 
 
 @dataclass
@@ -199,18 +205,20 @@ def _script_of(cls: type) -> str:
 
 def check_radii(args: Any) -> None:
     """Raise UserError for a radius or step longer than any image's, and for the default of the other norm."""
-    such_as, longest = ("8/255", 1.0) if args.norm == "linf" else ("0.5", 3**0.5 * (args.image_size or 224))
+    such_as = {"linf": "8/255", "l2": "0.5"}
+    longest = {"linf": 1.0, "l2": 3**0.5 * (args.image_size or 224)}
     for name, value in vars(args).items():
         if name in ("eps", "step_size") or name.endswith("_eps"):
-            value = numbers(value) if isinstance(value, str) else value
+            norm = getattr(args, "eval_norm", args.norm) if name == "eval_eps" else args.norm
             radii = value if isinstance(value, tuple) else (value,)
-            if max(radii, default=0) > longest:
+            if max(radii, default=0) > longest[norm]:
                 flag = f"--{name.replace('_', '-')} {max(radii):g}"
-                raise UserError(f"{flag}: images are in [0, 1], so take {args.norm} radii such as {such_as}.")
+                raise UserError(f"{flag}: images are in [0, 1], so take {norm} radii such as {such_as[norm]}.")
     usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     if args.norm != usual["norm"] and usual["eps"] and args.eps == usual["eps"]:
         other = f"--eps {eps_name(args.eps)} is the default for {usual['norm']}"
-        raise UserError(f"--norm {args.norm} needs a radius of its own, such as --eps {such_as}: {other}.")
+        wanted = f"a radius of its own, such as --eps {such_as[args.norm]}"
+        raise UserError(f"--norm {args.norm} needs {wanted}: {other}.")
 
 
 READER_DIED = "a process that reads images died (--workers 0 needs none)"
@@ -460,16 +468,16 @@ class Run:
                 digests.append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
         self.remember(key, " ".join(digests))
 
-    def load_data(self, stream: bool = False) -> tuple["Images", "Images"]:
+    def load_data(self, stream: bool = False, image_size: int = 0) -> tuple["Images", "Images"]:
         """(training images, test images) of --dataset, the latter cut to --eval-examples. stream: read the
-        images of a folder as they are needed, however few they are.
+        images of a folder as they are needed, however few they are. image_size: 0 is --image-size.
 
         Raises UserError if they cannot be had, or if the run was started with other file names or labels.
         """
         args = self.args
         train, test = load_data(
-            args.dataset, args.data_dir, self.device,
-            image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers, stream=stream,
+            args.dataset, args.data_dir, self.device, image_size=image_size or args.image_size,
+            data_mirror=args.data_mirror, workers=args.workers, stream=stream,
         )  # fmt: skip
         self.remember("images", train.digest + test.digest)
         return train, draw(test, min(args.eval_examples, len(test)), seed=0) if args.eval_examples else test
@@ -741,7 +749,9 @@ def reading(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"there is no {path}.") from None
     except Exception as e:  # torch.load and json raise a dozen kinds
+        refused = re.search(r"GLOBAL (\S+)", str(e))  # torch names it after a page of advice
         reason = " ".join(str(e).split())[:200]
+        reason = f"it holds {refused[1]}, which may run code; save the weights alone" if refused else reason
         what = "is damaged, or not a file of the kind that is expected"
         raise UserError(f"{path} {what} ({type(e).__name__}: {reason}).") from None
 
@@ -778,6 +788,16 @@ def load_checkpoint(path: str | Path) -> dict:
         if not isinstance(state["network"], dict) or not isinstance(state["model"], dict):
             raise TypeError("'network' or 'model' is no dict")
     return state
+
+
+def load_foreign(path: str | Path) -> Any:
+    """What a checkpoint of any program holds, on the CPU, without executing anything in it: tensors,
+    containers, numbers and text, and argparse.Namespace, which MAE puts beside its weights.
+
+    Raises UserError if the file is missing or damaged, or if it holds something else, which is named.
+    """
+    with reading(path), torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(module: nn.Module, weights: dict, source: str | Path) -> None:
@@ -1608,7 +1628,7 @@ class ResNet(nn.Module):
 
 
 @functools.cache  # needed in every forward pass, and copying them to a GPU makes it wait
-def sincos_positions(dim: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
+def sincos_positions(dim: int, rows: int, cols: int) -> Tensor:
     """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers
     encodes the column, the second the row, each as the sines, then the cosines, of position / 10000^(i / n),
     i = 0 ... n - 1, n = dim / 4 (MAE)."""
@@ -1616,7 +1636,7 @@ def sincos_positions(dim: int, rows: int, cols: int, device: torch.device | str 
     places = [torch.arange(n, dtype=torch.float64, device="cpu")[:, None] for n in (cols, rows)]
     col, row = (place * rate for place in places)  # (n, dim / 4)
     col, row = (torch.cat([t.sin(), t.cos()], 1) for t in (col, row))  # (n, dim / 2)
-    return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float().to(device)
+    return torch.cat([col.repeat(rows, 1), row.repeat_interleave(cols, 0)], 1).float()
 
 
 class Attention(nn.Module):
@@ -1700,6 +1720,8 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
         self.dim = dim
+        self.grid = (0, 0)  # of the table of fixed positions, which is no part of checkpoints
+        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
         self.pos_embed = None
         if learned:
             start = sincos_positions(dim, math.isqrt(learned), math.isqrt(learned))
@@ -1710,7 +1732,9 @@ class ViT(nn.Module):
     def positions(self, rows: int, cols: int) -> Tensor:
         """(rows * cols, dim). Raises ValueError if they are learned, for another number of patches."""
         if self.pos_embed is None:
-            return sincos_positions(self.dim, rows, cols, self.cls_token.device)
+            if self.grid != (rows, cols):  # the first images, or images of another size
+                self.grid, self.table = (rows, cols), sincos_positions(self.dim, rows, cols).to(self.table)
+            return self.table
         if rows * cols != self.pos_embed.shape[1] - 1:
             raise ValueError(
                 f"{rows * cols} patches, but learned positions for {self.pos_embed.shape[1] - 1}"
@@ -1772,10 +1796,9 @@ def build_trunk(arch: str, width: float = 1.0, stem: str = "cifar", positions: i
             return ResNet(PreActBlock, short, c, stem, **preact)
         case "preact34":
             return ResNet(PreActBlock, long, c, stem, **preact)
-        case "wrn28_10":  # Zagoruyko and Komodakis 2016: 6 * 4 + 4 layers, 160, 320 and 640 channels
-            return ResNet(
-                PreActBlock, (4, 4, 4), max(1, round(160 * width)), stem, stem_channels=16, **preact
-            )
+    if wide := re.fullmatch(r"wrn(\d\d)_10", arch):  # Zagoruyko and Komodakis 2016: 6 n + 4 layers, such as
+        n = (int(wide[1]) - 4) // 6  # wrn28_10; 160, 320 and 640 channels
+        return ResNet(PreActBlock, (n, n, n), max(1, round(160 * width)), stem, stem_channels=16, **preact)
     raise UserError(f"unknown architecture '{arch}'.")
 
 

@@ -132,12 +132,12 @@ def read(paths: tuple[str, ...]) -> list[dict]:
                 print(f"left out: {file} is of {result['script']}.py, which report.py does not know.")
                 continue
             needed = {"name", "attack", "norm", "eps", "examples", "accuracy"}
-            needed |= {"paper"} if result["script"] in ("adv_mae", "mtl_reverse") else set()
+            needed |= {"paper"} if result["script"] == "mtl_reverse" else set()
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
             if result["script"] == "adv_mae":
-                needed |= {"set", "layer_decay", "pretrained", "checkpoint"}
+                needed |= {"set", "recipe", "layer_decay", "pretrained", "checkpoint"}
                 args |= {"recipe", "width"}
-                if not all({"method", "norm", "eps", "epochs"} <= row["pretrained"].keys() for row in result["rows"]):
+                if not all({"method", "norm", "eps", "epochs", "as_paper"} <= row["pretrained"].keys() for row in result["rows"]):
                     raise ValueError
             if result["script"] == "chen_pretrain_finetune":
                 args |= {"models", "init", "dpe_lambda", "pretrain_images", "extra_data"}
@@ -964,8 +964,8 @@ def venn_figures(results: list[dict], out: Path) -> list[Path]:
 
 # Flags of adv_mae.py that a table shows in a place of their own, that do not matter to a fine-tuned network, or that are its pre-training's.
 REBUFFI_SHOWN = {
-    "method", "layer_decay", "recipe", "norm", "eps", "eval_data", "real", "eval_eps", "eval_norm", "eval_attack", "eval_steps", "eval_examples",
-    "accumulate", "pretrain_epochs", "image_size",
+    "method", "layer_decay", "recipe", "norm", "eps", "eval_data", "real", "eval_eps", "eval_norm", "eval_attack", "eval_steps",
+    "attack_examples", "accumulate", "pretrain_epochs", "image_size",
 }  # fmt: skip
 METHODS = {"supervised": "supervised", "rotnet": "RotNet", "mae": "MAE", "byol": "BYOL"}
 
@@ -982,7 +982,7 @@ class Tuned:
     epochs: int | None  # of pre-training
     clean: dict[str, list[float]]  # {test set: accuracy per seed}
     robust: dict[tuple[str, str, float], list[float]]  # {(attack, norm, radius): accuracy per seed}
-    paper: float | None
+    paper: str
 
     def average(self, sets: Iterable[str]) -> float:
         return fmean(fmean(self.clean[s]) for s in sets)
@@ -1016,16 +1016,17 @@ def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
         for row in result["rows"]:
             about = row["pretrained"]
             setting = ", ".join([
-                dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['image_size']} pixels", f"recipe {a['recipe']}",
+                dataset_name(result), f"{a['arch']} x{a['width']:g}", f"{a['image_size']} pixels",
+                f"recipe {'imagenet' if row['layer_decay'] is None else row['recipe']}",  # from scratch: the figures compare it with these
                 *(["--quick"] if a["quick"] else []), *flags,
             ])  # fmt: skip
             key = (setting, about["method"], about["norm"] if about["eps"] else "", about["eps"], row["layer_decay"], about["epochs"])
-            tuned = found.setdefault(key, Tuned(*key, {}, {}, None))
+            tuned = found.setdefault(key, Tuned(*key, {}, {}, ""))
             if row["eps"]:
                 tuned.robust.setdefault((row["attack"], row["norm"], row["eps"]), []).append(row["accuracy"])
                 continue
             tuned.clean.setdefault(row["set"], []).append(row["accuracy"])
-            tuned.paper = row["paper"] or tuned.paper
+            tuned.paper = adv_mae.paper_number(row, own_args(result)) or tuned.paper
             corrupted = means.get(Path(row["checkpoint"]).resolve())
             if row["set"] == "test" and corrupted is not None:
                 tuned.clean.setdefault("corruptions", []).append(corrupted)
@@ -1059,7 +1060,7 @@ def rebuffi_table(groups: dict[str, list[Tuned]]) -> str:
             row = [t.name, "" if t.epochs is None else str(t.epochs), "" if t.gamma is None else f"{t.gamma:g}", *(mean_sd(t.clean[s]) for s in sets)]
             row += [f"{t.average(sets):.2f}"] * (len(sets) > 1)
             row += [f"{t.average(sets) - scratch.average(sets):+.2f}"] if scratch else []
-            rows.append([*row, *(mean_sd(t.robust.get(key, [])) for key in attacks), "" if t.paper is None else f"{t.paper:.2f}"])
+            rows.append([*row, *(mean_sd(t.robust.get(key, [])) for key in attacks), t.paper])
         seeds = [len(v) for t in networks for v in t.clean.values()]
         parts.append(f"## {setting}; {count_seeds(*seeds)}\n\n{markdown(header, rows)}")
     return "\n\n".join(parts) + "\n"

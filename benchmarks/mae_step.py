@@ -25,9 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
-from adv_mae import Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, patchify, perturb, recipe_of, target_of, transformed  # noqa: E402
+from adv_mae import (  # noqa: E402
+    Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, perturb, recipe_of, standardise,
+)  # fmt: skip
 from common import (  # noqa: E402
-    batches, build_model, choose_device, image_uniform, l2_norm, open_folder, place_model, sincos_positions,
+    batches, build_model, choose_device, image_uniform, l2_norm, open_folder, patchify, place_model, transformed,
 )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def plain_loss(model, x, order, n: int, target):
     tokens = net.encoder.embed((x - model.mean) / model.std)
     tokens = net.embed(net.norm(net.encoder.encode(tokens * (1 - hidden))))
     patches = tokens[:, 1:] * (1 - hidden) + net.mask_token * hidden
-    patches = patches + sincos_positions(net.width, net.side, net.side, x.device)
+    patches = patches + net.positions
     out = net.predict(net.decoder_norm(net.decoder(torch.cat([tokens[:, :1], patches], 1))))[:, 1:]
     return ((out[b, order[:, n:]] - target) ** 2).mean()
 
@@ -57,7 +59,7 @@ def plain_step(model, opt, x, seeds, args: Args) -> None:
     patches = patchify(x, 16)
     order = image_uniform(seeds, 196).argsort(1)
     n, b = 49, torch.arange(len(x), device=x.device)[:, None]
-    target = target_of(patches[b, order[:, n:]], model, args)
+    target, _, _ = standardise(patches[b, order[:, n:]], model)
     mask = torch.zeros(len(x), 196, device=x.device)
     mask[b, order[:, :n]] = 1
     mask = mask.view(-1, 1, 14, 14).repeat_interleave(16, 2).repeat_interleave(16, 3)

@@ -98,7 +98,7 @@ def test_masks_are_those_of_a_cpu():
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_a_run_of_adv_mae(tmp_path, amp):
-    args = adv_mae.Args.QUICK | dict(device="cuda", amp=amp, accumulate=2, plain=False, eval_eps="0.25", out=str(tmp_path))
+    args = adv_mae.Args.QUICK | dict(device="cuda", amp=amp, accumulate=2, plain=False, eval_eps=(0.25,), out=str(tmp_path))
     rows = adv_mae.main(adv_mae.Args(**args))["rows"]
     assert rows[0]["accuracy"] > 60  # chance: 10; on a CPU 91
 
