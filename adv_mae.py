@@ -29,15 +29,19 @@ Differs from the paper, which has no public code and refers to He et al., or is 
 - The attack runs without drop path and stays in [0, 1]. For l2 it starts on the ball's surface and takes
   normalised steps (eq. 2 shows linf). Label smoothing and mixed labels are part of the attacked loss.
 - Patches are normalised after the channels, with the unbiased variance and 1e-6 (He et al.'s code).
-- Positions stay fixed in fine-tuning (their code trains them).
+- Positions are fixed (their code trains them in fine-tuning), but for those of a published ViT that learned
+  them. 75% of the patches are hidden, as by He et al.; batches of an epoch have equal sizes, none is dropped.
 - Layer k from the top has learning rate gamma^k. The paper prints gamma^-k, against its own limits: gamma 0
   is a frozen encoder, 1 full fine-tuning.
 - Fine-tuning's "batch size 512, learning rate 0.0005" is taken literally (He et al. would scale it to 0.001).
 - Mixup, cutmix, label smoothing, drop path, RandAugment and random erasing have the values of their code.
   torchvision's RandAugment has Identity and a milder Posterize, but no Invert and SolarizeAdd.
-- Warm-up is the same fraction of any number of epochs. The moving average of the weights is faster in the
-  first steps. Rotations are drawn once per image, after the augmentation.
-- Table 1's augmentation is "random horizontal flipping": no mixup, cutmix, RandAugment or erasing there.
+- Warm-up is the same fraction of any number of epochs. Rotations are drawn once per image, after the
+  augmentation. Mixup and cutmix draw once per GPU and step.
+- After supervised and RotNet pre-training the moving average of the weights is fine-tuned. Its decay rises
+  with the step s as (1 + s) / (10 + s), to 0.9999.
+- Table 1's augmentation is "random horizontal flipping" (appendix C): no mixup, cutmix, RandAugment, erasing.
+  Its AdamW keeps 100 epochs, label smoothing and drop path. Its number stands beside each gamma.
 - Figure 5's attack and radii: PGD-20 at l2 0.25 to 2 on 1,000 images. ImageNet-A and -R are evaluated among
   their 200 classes. Conflict Stimuli's 16 classes have the mean probability of their ImageNet classes.
 - The last epoch is reported.
@@ -81,9 +85,9 @@ class Args(CommonArgs):
     method: Literal["mae", "rotnet", "supervised"] = "mae"  # for BYOL: byorl.py --heads none, then --init
     pretrain_epochs: int = 0  # epochs of pre-training; 0: mae 800, rotnet and supervised 300
     pretrain_batch_size: Positive = 4096  # images per step of pre-training over all GPUs
-    pretrain_lr: float = 0.0  # highest learning rate; 0: mae 1.5e-4, others 1e-4, times batch size / 256
+    pretrain_lr: float = 0.0  # highest learning rate; 0: batch size / 256 times 1.5e-4 (mae) or 1e-4
     accumulate: Positive = 1  # parts of each GPU's share of a batch, one after the other, to save memory
-    mask_ratio: Share = 0.75  # fraction of the patches that MAE hides (paper: 75%)
+    mask_ratio: Share = 0.75  # fraction of the patches that MAE hides (He et al.: 75%)
     decoder_width: Positive = 512  # channels of MAE's decoder
     decoder_depth: Positive = 8  # layers of MAE's decoder
     decoder_heads: Positive = 16  # attention heads of MAE's decoder
@@ -93,16 +97,16 @@ class Args(CommonArgs):
     eps: float = 0.5  # radius, in [0, 1] pixel units (the paper's best: BEST_EPS); 0: no attack
     attack_steps: Positive = 2  # PGD steps in training (paper: 2)
     step_size: float = 0.0  # length of a step; 0: 5 eps / 8 (paper)
-    # fine-tuning
+    # fine-tuning (appendix C)
     recipe: Literal["imagenet", "adamw", "sgd", "none"] = "imagenet"  # adamw, sgd: Table 1; none: evaluate
     epochs: Positive = 100  # epochs of fine-tuning (imagenet, adamw)
     steps: Positive = 2500  # steps of fine-tuning (sgd)
     batch_size: Positive = 512  # images per step of fine-tuning over all GPUs, and of evaluation
     lr: float = 0.0  # highest learning rate of fine-tuning; 0: imagenet and adamw 5e-4, sgd 0.01
-    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma, a fine-tuned network each (not sgd); 0: frozen
+    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma (section 4.2), a network each; not for sgd
     # augmentation (see RECIPES)
-    crop: Share = 0.0  # smallest fraction of an image's area in a random crop; 0: MAE 0.2, others 0.08
-    regularise: bool = True  # what the recipe has of mixup, cutmix, label smoothing, drop path, ... erasing
+    crop: Share = 0.0  # smallest area of a random crop; 0: mae 0.2, others 0.08 (adamw, sgd: no crop)
+    regularise: bool = True  # RandAugment, erasing, mixup, cutmix, label smoothing, drop path as in RECIPES
     # evaluation
     eval_data: str = ""  # further test sets, comma-separated folders: ImageNet-A, -R, -V2, -Sketch, Conflict
     real: str = ""  # real.json of ImageNet-ReaL, for --data-dir with files ILSVRC2012_val_*
@@ -154,7 +158,7 @@ RECIPES = {
         epochs=300, lr=1e-4, warmup=20 / 300, weight_decay=0.3, betas=(0.9, 0.95), ema=0.9999,
         crop=0.08, rand_augment=True, mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1,
     ),
-    # fine-tuning: section 4.1 and He et al.; for Table 1 by AdamW or SGD (appendix E; Steiner et al. 2021)
+    # fine-tuning: appendix C and He et al.; for Table 1 by AdamW or SGD (appendix E; Steiner et al. 2021)
     "imagenet": Recipe(
         epochs=100, lr=5e-4, lowest=1e-6, warmup=5 / 100, weight_decay=0.05, betas=(0.9, 0.999),
         crop=0.08, rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1,
@@ -187,7 +191,7 @@ def recipe_of(kind: str, args: Args) -> Recipe:
 
 
 class MAE(nn.Module):
-    """Encoder and decoder. The encoder sees the visible patches only: this makes MAE fast."""
+    """Encoder and decoder (section 3.1). The encoder sees the visible patches only: this makes MAE fast."""
 
     def __init__(self, encoder: ViT, patches: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -252,7 +256,7 @@ def shuffle_patches(x: Tensor, seeds: Tensor, args: Args) -> tuple[Tensor, Tenso
     which come first). The order depends on the image's seed alone: the attack, the update and any number of
     ranks have the same mask."""
     patches = patchify(x, VITS[args.arch][0])
-    order = image_uniform(seeds, patches.shape[1]).argsort(1)
+    order = image_uniform(seeds, patches.shape[1]).argsort(dim=1, stable=True)  # two numbers may be equal
     image = torch.arange(len(x), device=x.device)[:, None]
     return patches[image, order], order, count_visible(patches.shape[1], args.mask_ratio)
 
@@ -379,8 +383,8 @@ def mix(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tensor, Ten
 
 def parameter_groups(model: Network, weight_decay: float, gamma: float | None) -> list[dict]:
     """Groups for an optimizer. `scale` multiplies the learning rate: gamma^k for layer k from the top in
-    fine-tuning (14 layers for ViT-B), 1 if gamma is None. Vectors have no weight decay, nor has the class
-    token in fine-tuning (He et al.'s code)."""
+    fine-tuning (section 4.2; 14 layers for ViT-B), 1 if gamma is None. Vectors have no weight decay, nor has
+    the class token but for MAE's (He et al.'s code)."""
     groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -519,7 +523,7 @@ def split_weights(kind: str, weights: dict) -> dict:
 
 # ---- how an encoder was pre-trained ------------------------------------------------------------------
 
-# Best radii (linf, l2): section 4.1 and Table 1. BYOL's: 2/255, 2.
+# Best radii (linf: section 4.1, l2: Table 1). BYOL's: 2/255, 2.
 BEST_EPS = {"supervised": (6 / 255, 4.0), "rotnet": (4 / 255, 4.0), "mae": (1 / 255, 0.5)}
 # Table 1's numbers stand beside networks that were pre-trained (on a folder named imagenet) and fine-tuned
 # with the defaults of these flags.
@@ -536,8 +540,8 @@ def usual(args: Args) -> bool:
 
 
 def data_name(args: Args) -> str:
-    """'cifar10', or the name of --data-dir."""
-    return Path(args.data_dir).name.lower() if args.dataset == "folder" else args.dataset
+    """'cifar10', or 'folder imagenet' for --data-dir data/ImageNet."""
+    return args.dataset if args.dataset != "folder" else f"folder {Path(args.data_dir).name.lower()}"
 
 
 def pretraining_of(state: dict) -> dict:
@@ -554,9 +558,10 @@ def pretraining_of(state: dict) -> dict:
 
 def paper_number(row: dict, args: Args) -> str:
     """Table 1's accuracy for a row of results.json, or '' if its setting is another."""
-    about = row["pretrained"]
+    about, gamma = row["pretrained"], row["layer_decay"]
     known = paper_numbers("adv_mae", Args(), f"{data_name(args)} {args.recipe} {about['method']}")
-    if not (known and args.init and about["as_paper"] and usual(args) and row["set"] == "test"):
+    same = about["as_paper"] and usual(args) and (args.recipe == "sgd" or gamma in Args.layer_decay)
+    if not (known and args.init and same and row["set"] == "test"):
         return ""
     best = (0.0, *BEST_EPS[about["method"]])
     column = 0 if about["eps"] == 0 else 1 if about["norm"] == "linf" else 2
@@ -627,8 +632,8 @@ CONFLICT = {
 class ChooseAmong(nn.Module):
     """A classifier that chooses among groups of its classes by the mean of their probabilities.
 
-    (B, 3, S, S) -> (B, k), those means. groups: (k, classes), each row sums to one. A row with a single 1
-    stands for one class: so only the 200 classes of ImageNet-A and -R are chosen among.
+    (B, 3, S, S) -> (B, k), those means up to a factor. groups: (k, classes), each row sums to one. A row with
+    a single 1 stands for one class: so only the 200 classes of ImageNet-A and -R are chosen among.
     """
 
     def __init__(self, model: nn.Module, groups: Tensor):
@@ -636,20 +641,21 @@ class ChooseAmong(nn.Module):
         self.model, self.groups = model, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).softmax(1) @ self.groups.T
+        logits = self.model(x).masked_fill((self.groups == 0).all(0), -math.inf)  # else all could round to 0
+        return logits.softmax(1) @ self.groups.T
 
 
 def groups_of(names: list[str], classes: list[str], folder: str) -> Tensor:
     """For the class folders of a test set, which of the network's classes they are: (k, classes).
 
-    A folder has the name of a class, the number of one (ImageNet-V2), or is one of Conflict Stimuli's 16.
-    Raises UserError for another name.
+    A folder has the name of a class or, for ImageNet's 1,000 classes, the number of one (ImageNet-V2) or one
+    of Conflict Stimuli's 16 names. Raises UserError for another name.
     """
     groups = torch.zeros(len(names), len(classes))
     for row, name in zip(groups, names, strict=True):
         if name in classes:
             row[classes.index(name)] = 1
-        elif name.isdecimal() and int(name) < len(classes):
+        elif name.isdecimal() and int(name) < len(classes) == 1000:
             row[int(name)] = 1
         elif name in CONFLICT and len(classes) == 1000:
             for part in CONFLICT[name].split():
@@ -691,6 +697,8 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
         return None
     with reading(args.real):
         labels = dict(enumerate(json.loads(Path(args.real).read_text()), start=1))
+        if max(max(some, default=0) for some in labels.values()) >= len(test_set.classes):
+            raise ValueError(f"it has labels of more than the {len(test_set.classes)} classes")
         files = [Path(test_set.pixels.samples[i][0]) for i in test_set.index.tolist()]
         return [list(map(int, labels[int(file.stem.split("_")[-1])])) for file in files]
 
@@ -784,9 +792,7 @@ def load_vit(path: str, args: Args) -> dict:
         weights = weights.get("model", weights.get("state_dict", weights))
         weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
         pooled, positions = "fc_norm.weight" in weights, weights["pos_embed"][0].float()
-        n, side = len(positions) - 1, args.image_size // VITS[args.arch][0]
-        if n != side**2:
-            raise UserError(f"{path} has positions for {n} patches; --arch and --image-size make {side**2}.")
+        n, side = len(positions) - 1, math.isqrt(len(positions))
         fixed = F.pad(sincos_positions(positions.shape[1], side, side), (0, 0, 1, 0))
         learned = not torch.allclose(positions, fixed, atol=1e-5)
         dropped = ("mask_token", "decoder_") + ("norm.", "head.") * (not pooled)
@@ -812,12 +818,16 @@ def main(args: Args) -> dict:
                 raise ValueError("no finished ViT such as a-mae.pt, or byorl.pt with --arch vit_b16")
             if args.recipe == "none":
                 check_classifier(start, args.init)
+            n = (args.image_size // VITS[start["network"]["arch"]][0]) ** 2
+            if (learned := start["network"].get("positions", n)) != n:
+                raise UserError(f"{args.init} has positions for {learned} patches, --image-size makes {n}.")
             about = pretraining_of(start)
             its = {flag: start["network"][flag] for flag in ("arch", "width")}
             its |= {"norm": about["norm"], "eps": about["eps"]}
             args = replace(args, **its)
-        name = f"{Path(args.init).stem}-{data_name(args)}-{args.recipe}"
+        name = f"{Path(args.init).stem}-{data_name(args).split()[-1]}-{args.recipe}"
     run = start_run(args, name)
+    run.remember_files("files of --init and --real", filter(None, (args.init, args.real)))
     if start:
         mean, std = (", ".join(f"{v:g}" for v in start["network"][k]) for k in ("mean", "std"))
         how = f"{about['method']}, {about['norm']} eps {eps_name(about['eps'])}"
@@ -836,15 +846,17 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
     stored = {"cifar10": 32, "cifar100": 32, "stl10": 96}.get(args.dataset, args.image_size)
     train_set, test_set = run.load_data(stream=True, image_size=stored)
     variants, real = open_variants(args, train_set.classes), real_labels(args, test_set)
+    run.remember("images of --eval-data", " ".join(images.digest for images, _ in variants.values()))
     if start:
         encoders = {start["stage"]: start}
     else:
         radii = {args.method: 0.0} if args.plain or args.eps == 0 else {}
         radii |= {f"a-{args.method}": args.eps} if args.eps > 0 else {}  # a for adversarial
-        encoders, as_paper = {}, usual(args) and data_name(args) == "imagenet"
+        encoders, imagenet = {}, data_name(args) == "folder imagenet" and len(train_set.classes) == 1000
         for name, eps in radii.items():
-            about = {"method": args.method, "norm": args.norm, "eps": eps, "as_paper": as_paper}
-            about["epochs"] = recipe_of(args.method, args).epochs
+            epochs = recipe_of(args.method, args).epochs
+            about = {"method": args.method, "norm": args.norm, "eps": eps, "epochs": epochs}
+            about["as_paper"] = usual(args) and imagenet
             encoders[name] = train(name, args.method, run, args, train_set, about)
         if args.method == "mae":
             picture(run, args, encoders, test_set)

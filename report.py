@@ -37,7 +37,6 @@ Lawhon et al. 2022 (mtl_reverse.py):
 
     lawhon-table.md          Table 1 per run, with standard errors and paired differences, all attacks, the losses before and after
     lawhon-losses-*.png      histograms of the tasks' losses of clean, attacked and reversed images
-    lawhon-sweep-*.png       accuracy over K and eps_v (runs with --sweep)
 
 This is the only file that needs matplotlib; without it only the tables are written.
 """
@@ -105,9 +104,8 @@ CHEN_ROWS = {
 }  # fmt: skip
 # The same of mtl_reverse.py.
 LAWHON_ROWS = {
-    None: {"name", "attack", "lambda", "eps", "examples", "accuracy", "se", "paper"}, "column": {"name", "column", "strongest", "examples", "accuracy", "se"},
+    None: {"name", "attack", "lambda", "eps", "examples", "accuracy", "se"}, "column": {"name", "column", "strongest", "examples", "accuracy", "se"},
     "difference": {"name", "column", "difference", "se"}, "losses": {"name", "task", "images", "mean", "values"},
-    "sweep": {"name", "attack", "reverse_eps", "reverse_steps", "accuracy"},
 }  # fmt: skip
 
 
@@ -132,7 +130,6 @@ def read(paths: tuple[str, ...]) -> list[dict]:
                 print(f"left out: {file} is of {result['script']}.py, which report.py does not know.")
                 continue
             needed = {"name", "attack", "norm", "eps", "examples", "accuracy"}
-            needed |= {"paper"} if result["script"] == "mtl_reverse" else set()
             args = {"dataset", "generate"} if result["script"] == "eval_cifar10c" else {"dataset", "arch", "epochs", "norm", "eps", "seed", "quick"}
             if result["script"] == "adv_mae":
                 needed |= {"set", "recipe", "layer_decay", "pretrained", "checkpoint"}
@@ -187,6 +184,8 @@ def unusual(result: dict, names: Iterable[str]) -> list[str]:
     parts = []
     for k in names:
         v, flag = args[k], k.replace("_", "-")
+        if isinstance(v, list):  # tuples are lists in JSON
+            v, usual[k] = (",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values) for values in (v, usual.get(k, v)))
         if v != usual.get(k, v):
             parts.append((f"--{flag}" if v else f"--no-{flag}") if isinstance(v, bool) else f"--{flag} {v:g}" if isinstance(v, float) else f"--{flag} {v}")
     return parts
@@ -1007,7 +1006,7 @@ def corruption_means(results: list[dict]) -> dict[Path, float]:
 
 def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
     """{setting: its networks}, those of adv_mae.py."""
-    means, found = corruption_means(results), {}
+    means, found, seen = corruption_means(results), {}, set()
     for result in results:
         if result["script"] != "adv_mae":
             continue
@@ -1020,6 +1019,11 @@ def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
                 f"recipe {'imagenet' if row['layer_decay'] is None else row['recipe']}",  # from scratch: the figures compare it with these
                 *(["--quick"] if a["quick"] else []), *flags,
             ])  # fmt: skip
+            one = (Path(row["checkpoint"]).resolve(), row["set"], row["attack"], row["norm"], row["eps"])
+            if one in seen:  # evaluated again by --recipe none
+                continue
+            seen.add(one)
+            setting += "" if about["as_paper"] else ", pre-training not the paper's"
             key = (setting, about["method"], about["norm"] if about["eps"] else "", about["eps"], row["layer_decay"], about["epochs"])
             tuned = found.setdefault(key, Tuned(*key, {}, {}, ""))
             if row["eps"]:
@@ -1179,7 +1183,7 @@ def filter_figure(states: dict[str, dict], out: Path) -> Path:
 def reversal_setting(result: dict) -> str:
     """The setting of a run of mtl_reverse.py in a few words."""
     a = result["args"]
-    hidden = NOT_THE_SETTING | {"dataset", "arch", "width", "norm", "eps", "victim", "branches", "attacks", "sweep", "as_published"}
+    hidden = NOT_THE_SETTING | {"dataset", "arch", "width", "norm", "eps", "victim", "branches", "attacks"}
     network = a["victim"] or f"{a['arch']} x{a['width']:g}"
     n = next(row["examples"] for row in result["rows"] if row.get("kind") is None)
     parts = [dataset_name(result), network, f"attacked with {a['norm']} {eps_name(a['eps'])}", f"{n:,} test images", *(["--quick"] if a["quick"] else [])]
@@ -1199,9 +1203,6 @@ def lawhon_table(results: list[dict]) -> str:
         columns = list(dict.fromkeys(column for _, column in cells))
         rows = [[name, *(f"{cells[name, c]['accuracy']:.2f} ± {cells[name, c]['se']:.2f}" if (name, c) in cells else "" for c in columns)]
                 for name in dict.fromkeys(name for name, _ in cells)]  # fmt: skip
-        for name, numbers in mtl_reverse.PAPER.items():
-            known = dict(zip(("clean", "pgd"), numbers, strict=True))
-            rows.append([f"*the paper, {name} (Carmon et al.'s network)*", *(f"{known[c]:.1f}" if c in known else "" for c in columns)])
         for name in dict.fromkeys(name for name, _ in differences):
             rows.append([name, *(f"{d['difference']:+.2f} ± {d['se']:.2f}" if (d := differences.get((name, c))) else "" for c in columns)])
         single = [[row["name"], row["attack"] + (f", λ {row['lambda']:g}" if row["attack"].startswith("aware") else ""), f"{row['accuracy']:.2f} ± {row['se']:.2f}"]
@@ -1217,7 +1218,7 @@ def lawhon_table(results: list[dict]) -> str:
 
 
 def lawhon_figures(results: list[dict], out: Path) -> list[Path]:
-    """Histograms of the losses, and accuracy over K and eps_v. Returns what was written."""
+    """Histograms of the losses. Returns what was written."""
     plt, written = pyplot(), []
 
     def write(figure: "Figure", kind: str, result: dict) -> None:
@@ -1246,34 +1247,6 @@ def lawhon_figures(results: list[dict], out: Path) -> list[Path]:
                     ax.set_title(f"{name}: {task} loss (dotted: mean)", fontsize=9)
             axes[0, 0].legend(fontsize=8)
             write(figure, "losses", result)
-        swept = kind_of(result, "sweep")
-        names, radii = (list(dict.fromkeys(row[k] for row in swept)) for k in ("name", "reverse_eps"))
-        if swept:
-            alone = {row["attack"].split("-")[0]: row["accuracy"] for row in kind_of(result, None) if row["name"] == "none"}
-            figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.8), sharey=True, layout="constrained")
-            for ax, name in zip(axes, names, strict=False):
-                for i, radius in enumerate(radii):
-                    for images, style in ("pgd", "-"), ("none", "--"):
-                        line = [(row["reverse_steps"], row["accuracy"]) for row in swept if (row["name"], row["reverse_eps"], row["attack"]) == (name, radius, images)]
-                        label = f"ε_v {eps_name(radius)}" if images == "pgd" else None
-                        ax.plot(*zip(*line, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=label)
-                ax.set(title=f"{name} (dashed: clean images)", xlabel="iterations (0: noise only)")
-                ax.set_xscale("symlog", linthresh=1)
-                ax.legend(fontsize=8)
-            last = max(row["reverse_steps"] for row in swept)
-            for i, name in enumerate(names):
-                for images, style in ("pgd", "-"), ("none", "--"):
-                    line = [(row["reverse_eps"], row["accuracy"]) for row in swept if (row["name"], row["reverse_steps"], row["attack"]) == (name, last, images)]
-                    axes[-1].plot(*zip(*line, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=name if images == "pgd" else None)
-            axes[-1].set(title=f"K {last}", xlabel="ε_v")
-            axes[-1].legend(fontsize=8)
-            for ax in axes:
-                ax.grid(alpha=0.3)
-                for images, style in ("pgd", "-"), ("none", "--"):
-                    if images in alone:
-                        ax.axhline(alone[images], linestyle=style, color="grey", linewidth=1)  # without reversal
-            axes[0].set_ylabel("accuracy (%), grey: without reversal")
-            write(figure, "sweep", result)
     return written
 
 
