@@ -10,43 +10,44 @@ decoder d reconstructs the others. A-MAE attacks the visible patches:
 
 The mask m is 1 where a patch is visible. It is drawn once for the attack (PGD, eq. 2) and the update. The
 target is the clean image. Other methods are attacked on their own loss: RotNet (eq. 5, --method rotnet),
-supervised training (eq. 1, --method supervised) and BYOL (byorl.py). Fine-tuning has no attack. Its learning
-rate decays by gamma from layer to layer towards the input (--layer-decay), which keeps robust early layers.
+supervised training (eq. 1, --method supervised) and BYOL (byorl.py). Fine-tuning has no attack. Each layer
+has gamma times the learning rate of the next one towards the head (--layer-decay), so the robust early layers
+change little.
 
     python adv_mae.py --quick                   # digits: MAE and A-MAE, two minutes on two CPU cores
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16       # ImageNet, ViT-B/16, l2 0.5
     python adv_mae.py --data-dir imagenet --method rotnet --eps 4 --recipe none   # pre-training alone
     python adv_mae.py --data-dir imagenet --init runs/X/a-mae.pt                  # fine-tuning alone
-    python adv_mae.py --data-dir imagenet --init runs/X/a-mae-0.75.pt --recipe none \
-        --eval-data imagenet-r,imagenet-a                                         # evaluation alone
+    python adv_mae.py --data-dir imagenet --init runs/X/a-mae-0.75.pt --recipe none     # evaluation alone
     python adv_mae.py --dataset cifar10 --init runs/X/a-mae.pt --recipe sgd       # a cell of Table 1
 
 The paper, CIFAR-10 (Table 1, AdamW), pre-trained without attack / linf / l2: MAE 98.03 / 98.30 / 98.46,
 RotNet 96.14 / 97.29 / 97.43, supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
 
 Differs from the paper, which has no public code and refers to He et al., or is our choice where it is silent:
-- MAE's 800 epochs are He et al.'s (their best: 1600). The best gamma is not given: all four are fine-tuned.
+- MAE hides 75% of the patches and trains for 800 epochs, as He et al. (their best: 1600). The best gamma is
+  not given: all four are fine-tuned.
 - The attack runs without drop path and stays in [0, 1]. For l2 it starts on the ball's surface and takes
   normalised steps (eq. 2 shows linf). Label smoothing and mixed labels are part of the attacked loss.
-- Patches are normalised after the channels, with the unbiased variance and 1e-6 (He et al.'s code).
-- Positions are fixed (their code trains them in fine-tuning), but for those of a published ViT that learned
-  them. 75% of the patches are hidden, as by He et al.; batches of an epoch have equal sizes, none is dropped.
-- Layer k from the top has learning rate gamma^k. The paper prints gamma^-k, against its own limits: gamma 0
-  is a frozen encoder, 1 full fine-tuning.
+- Images are normalised per channel, then each target patch by its mean and unbiased variance plus 1e-6 (the
+  code of He et al.).
+- Positions are fixed (their code trains them in fine-tuning) unless a published ViT has learned ones.
+- Layer k below the head has learning rate gamma^k. The paper prints gamma^-k, but its limits (gamma 0:
+  frozen, 1: full fine-tuning) hold for gamma^k only.
 - Fine-tuning's "batch size 512, learning rate 0.0005" is taken literally (He et al. would scale it to 0.001).
 - Mixup, cutmix, label smoothing, drop path, RandAugment and random erasing have the values of their code.
   torchvision's RandAugment has Identity and a milder Posterize, but no Invert and SolarizeAdd.
-- Warm-up is the same fraction of any number of epochs. Rotations are drawn once per image, after the
-  augmentation. Mixup and cutmix draw once per GPU and step.
+- Warm-up is the same fraction of any number of epochs. The batches of an epoch have equal sizes, none is
+  dropped. Rotations are drawn once per image, after the augmentation; mixup and cutmix once per GPU and step.
 - After supervised and RotNet pre-training the moving average of the weights is fine-tuned. Its decay rises
   with the step s as (1 + s) / (10 + s), to 0.9999.
 - Table 1's augmentation is "random horizontal flipping" (appendix C): no mixup, cutmix, RandAugment, erasing.
-  Its AdamW keeps 100 epochs, label smoothing and drop path. Its number stands beside each gamma.
+  Its AdamW keeps 100 epochs, label smoothing and drop path.
 - Figure 5's attack and radii: PGD-20 at l2 0.25 to 2 on 1,000 images. ImageNet-A and -R are evaluated among
-  their 200 classes. Conflict Stimuli's 16 classes have the mean probability of their ImageNet classes.
+  their 200 classes. Conflict Stimuli's 16 classes have the mean probability of their ImageNet classes; its 80
+  images without conflict are left out.
 - The last epoch is reported.
 """
-import contextlib
 import copy
 import functools
 import json
@@ -58,17 +59,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common import (
-    STATS, VITS, Block, CommonArgs, Images, Network, Positive, Run, Share, Shares, UserError,
-    ViT, batches, batchnorm_mode, build_model, check_classifier, cli, count_batches, distribute, draw,
+    STATS, VITS, Block, CommonArgs, Images, Network, Positive, Run, Share, Shares, UserError, ViT, batches,
+    batchnorm_mode, build_model, check_batches, check_classifier, cli, count_batches, distribute, draw,
     eps_name, evaluate, full_precision, image_uniform, init_transformer, l2_norm, learning_rate,
-    load_checkpoint, load_foreign, load_trunk, load_weights, map_images, open_folder, paper_numbers, patchify,
-    pgd, place_model, progress, reading, rebuild, robust_accuracy, rotate, save_image_grid, sincos_positions,
+    load_checkpoint, load_foreign, load_trunk, load_weights, map_images, open_folder, patchify, pgd,
+    place_model, progress, reading, rebuild, robust_accuracy, rotate, save_image_grid, sincos_positions,
     split_epoch, start_run, text_table, transformed, unpatchify, world,
 )  # fmt: skip
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
 
 
 @dataclass
@@ -78,15 +80,15 @@ class Args(CommonArgs):
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "folder"  # images and labels
     image_size: Positive = 224  # side in pixels; other images are resized
     flip: bool = True  # mirror images at random
-    arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"] = "vit_b16"  # network
+    arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"] = "vit_b16"  # see VITS
     width: float = 1.0  # multiplies the number of heads, 64 channels each
-    init: str = ""  # fine-tune this encoder: of this script, byorl.py, or a published ViT (see load_vit)
+    init: str = ""  # encoder to fine-tune, also byorl.py's or a published ViT; its arch, norm and eps win
     # pre-training
-    method: Literal["mae", "rotnet", "supervised"] = "mae"  # for BYOL: byorl.py --heads none, then --init
+    method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training task (BYOL: byorl.py, then --init)
     pretrain_epochs: int = 0  # epochs of pre-training; 0: mae 800, rotnet and supervised 300
     pretrain_batch_size: Positive = 4096  # images per step of pre-training over all GPUs
     pretrain_lr: float = 0.0  # highest learning rate; 0: batch size / 256 times 1.5e-4 (mae) or 1e-4
-    accumulate: Positive = 1  # parts of each GPU's share of a batch, one after the other, to save memory
+    accumulate: Positive = 1  # gradient accumulation: parts of each GPU's batch; also in fine-tuning
     mask_ratio: Share = 0.75  # fraction of the patches that MAE hides (He et al.: 75%)
     decoder_width: Positive = 512  # channels of MAE's decoder
     decoder_depth: Positive = 8  # layers of MAE's decoder
@@ -94,7 +96,7 @@ class Args(CommonArgs):
     plain: bool = False  # also pre-train without attack, for comparison
     # attack in pre-training (appendix C)
     norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
-    eps: float = 0.5  # radius, in [0, 1] pixel units (the paper's best: BEST_EPS); 0: no attack
+    eps: float = 0.5  # radius, in [0, 1] pixel units (the paper's best for mae: l2 0.5, linf 1/255); 0: none
     attack_steps: Positive = 2  # PGD steps in training (paper: 2)
     step_size: float = 0.0  # length of a step; 0: 5 eps / 8 (paper)
     # fine-tuning (appendix C)
@@ -103,19 +105,19 @@ class Args(CommonArgs):
     steps: Positive = 2500  # steps of fine-tuning (sgd)
     batch_size: Positive = 512  # images per step of fine-tuning over all GPUs, and of evaluation
     lr: float = 0.0  # highest learning rate of fine-tuning; 0: imagenet and adamw 5e-4, sgd 0.01
-    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma (section 4.2), a network each; not for sgd
+    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma (section 4.2), a network for each; not for sgd
     # augmentation (see RECIPES)
     crop: Share = 0.0  # smallest area of a random crop; 0: mae 0.2, others 0.08 (adamw, sgd: no crop)
     regularise: bool = True  # RandAugment, erasing, mixup, cutmix, label smoothing, drop path as in RECIPES
     # evaluation
     eval_data: str = ""  # further test sets, comma-separated folders: ImageNet-A, -R, -V2, -Sketch, Conflict
     real: str = ""  # real.json of ImageNet-ReaL, for --data-dir with files ILSVRC2012_val_*
-    eval_crop: Share = 0.875  # central crop relative to the shorter side; adamw, sgd: the squeezed image
+    eval_crop: Share = 0.875  # central crop / shorter side; adamw and sgd: no crop, resized to a square
     eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
     eval_eps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # radii at which classifiers are attacked
     attack_examples: int = 1000  # random test images to attack; 0: all
 
-    # Digits have 8 x 8 pixels: at 16 a patch is 2 x 2 of them. They are not photographs: mild crops.
+    # Digits of 8 x 8 pixels are enlarged to 16: a patch covers 2 x 2 original pixels.
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=16, flip=False, arch="vit_mini4", workers=0, amp="off",
         pretrain_epochs=20, pretrain_batch_size=64, pretrain_lr=1e-3, crop=0.6, decoder_width=64,
@@ -128,17 +130,17 @@ class Args(CommonArgs):
 class Recipe:
     """How to train: a row of RECIPES."""
 
-    epochs: int = 0
-    steps: int = 0  # in place of epochs
-    batch_size: int = 0  # a flag
-    lr: float  # highest learning rate; of pre-training per 256 images
+    epochs: int = 0  # of fine-tuning: --epochs
+    steps: int = 0  # of sgd, in place of epochs: --steps
+    batch_size: int = 0  # --pretrain-batch-size, --batch-size
+    lr: float  # highest learning rate; of pre-training: for 256 images
     lowest: float = 0.0  # learning rate at the end of the cosine
     warmup: float  # fraction of the steps
     weight_decay: float  # not on vectors (biases, LayerNorm)
     betas: tuple[float, float] | None = None  # of AdamW; None: SGD with momentum 0.9
-    clip: float = 0.0  # largest norm of the gradient; 0: any
+    clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     ema: float = 0.0  # decay of the moving average of the weights; 0: no average
-    crop: float = 0.0  # smallest area of a random crop; 0: the whole image, squeezed
+    crop: float = 0.0  # smallest area of a random crop; 0: no crop, resized to a square
     rand_augment: bool = False  # of strength 9 of 10
     erase: float = 0.0  # probability that a random rectangle is erased
     mixup: float = 0.0  # alpha
@@ -147,44 +149,39 @@ class Recipe:
     drop_path: float = 0.0  # stochastic depth: rate in the last layer, rising from 0 in the first
 
 
+ROTNET = Recipe(
+    epochs=300, lr=1e-4, warmup=20 / 300, weight_decay=0.3, betas=(0.9, 0.95), ema=0.9999, crop=0.08,
+    rand_augment=True, smoothing=0.1, drop_path=0.1,
+)  # fmt: skip
+ADAMW = Recipe(
+    lr=5e-4, lowest=1e-6, warmup=5 / 100, weight_decay=0.05, betas=(0.9, 0.999), smoothing=0.1, drop_path=0.1,
+)  # fmt: skip
 RECIPES = {
     # pre-training: He et al. 2022, appendix; RotNet has no mixup and cutmix (appendix C)
     "mae": Recipe(epochs=800, lr=1.5e-4, warmup=40 / 800, weight_decay=0.05, betas=(0.9, 0.95), crop=0.2),
-    "rotnet": Recipe(
-        epochs=300, lr=1e-4, warmup=20 / 300, weight_decay=0.3, betas=(0.9, 0.95), ema=0.9999,
-        crop=0.08, rand_augment=True, smoothing=0.1, drop_path=0.1,
-    ),
-    "supervised": Recipe(
-        epochs=300, lr=1e-4, warmup=20 / 300, weight_decay=0.3, betas=(0.9, 0.95), ema=0.9999,
-        crop=0.08, rand_augment=True, mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1,
-    ),
+    "rotnet": ROTNET,
+    "supervised": replace(ROTNET, mixup=0.8, cutmix=1.0),
     # fine-tuning: appendix C and He et al.; for Table 1 by AdamW or SGD (appendix E; Steiner et al. 2021)
-    "imagenet": Recipe(
-        epochs=100, lr=5e-4, lowest=1e-6, warmup=5 / 100, weight_decay=0.05, betas=(0.9, 0.999),
-        crop=0.08, rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, drop_path=0.1,
-    ),
-    "adamw": Recipe(
-        epochs=100, lr=5e-4, lowest=1e-6, warmup=5 / 100, weight_decay=0.05, betas=(0.9, 0.999),
-        smoothing=0.1, drop_path=0.1,
-    ),
-    "sgd": Recipe(steps=2500, lr=0.01, warmup=500 / 2500, weight_decay=0.0, clip=1.0),
-}  # fmt: skip
+    "imagenet": replace(ADAMW, crop=0.08, rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0),
+    "adamw": ADAMW,
+    "sgd": Recipe(lr=0.01, warmup=500 / 2500, weight_decay=0.0, clip=1.0),
+}
 
 
 def recipe_of(kind: str, args: Args) -> Recipe:
-    """A row of RECIPES with what the flags change."""
+    """A row of RECIPES with what the flags say."""
     recipe = RECIPES[kind]
     if not args.regularise:
         names = ("rand_augment", "erase", "mixup", "cutmix", "smoothing", "drop_path")
         recipe = replace(recipe, **dict.fromkeys(names, 0))
     if recipe.crop:
         recipe = replace(recipe, crop=args.crop or recipe.crop)
-    if kind in ("mae", "rotnet", "supervised"):
+    if recipe.epochs:  # pre-training
         epochs, batch_size = args.pretrain_epochs or recipe.epochs, args.pretrain_batch_size
         lr = args.pretrain_lr or recipe.lr * batch_size / 256
         return replace(recipe, epochs=epochs, batch_size=batch_size, lr=lr)
-    steps, epochs = (args.steps, 0) if recipe.steps else (0, args.epochs)
-    return replace(recipe, steps=steps, epochs=epochs, batch_size=args.batch_size, lr=args.lr or recipe.lr)
+    length = {"steps": args.steps} if kind == "sgd" else {"epochs": args.epochs}
+    return replace(recipe, batch_size=args.batch_size, lr=args.lr or recipe.lr, **length)
 
 
 # ---- the method --------------------------------------------------------------------------------------
@@ -199,7 +196,7 @@ class MAE(nn.Module):
             wanted = f"a multiple of 4 and of --decoder-heads {heads}"
             raise UserError(f"--decoder-width {width} must be {wanted}.")
         self.encoder = encoder
-        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)  # not the encoder's fc_norm, which is for the mean
+        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)  # of tokens; fc_norm is for their mean
         self.embed = nn.Linear(encoder.dim, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.decoder = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
@@ -214,7 +211,7 @@ class MAE(nn.Module):
         """Reconstruct the hidden patches: (B, N - n, 3 * p * p).
 
         visible: (B * n, 3, p, p), normalised. order: (B, N), all patches' numbers, the n visible ones first.
-        Attention ignores the order: the tokens stay in this one, each with the position of its number.
+        Tokens stay in this order; each has the position of its own patch.
         """
         (b, total), n = order.shape, len(visible) // len(order)
         weight, bias = self.encoder.patch_embed.weight, self.encoder.patch_embed.bias
@@ -228,9 +225,17 @@ class MAE(nn.Module):
 
 
 class MaskedAutoencoder(Network):
-    """An MAE with normalisation and mixed precision around it. A patch in [0, 1] is treated as an image."""
+    """An MAE around the trunk of `encoder`, with its normalisation and mixed precision."""
+
+    def __init__(self, encoder: Network, args: Args):
+        patches = (args.image_size // VITS[args.arch][0]) ** 2
+        mae = MAE(encoder.trunk, patches, args.decoder_width, args.decoder_depth, args.decoder_heads)
+        super().__init__(mae, {}, encoder.mean.flatten().tolist(), encoder.std.flatten().tolist())
+        self.spec = encoder.spec
+        encoder.trunk.fc_norm.requires_grad_(False)  # not used here
 
     def forward(self, visible: Tensor, order: Tensor) -> Tensor:
+        """Visible patches in [0, 1], (B * n, 3, p, p) -> hidden ones, (B, N - n, 3 * p * p)."""
         return self.features(visible, order)
 
 
@@ -238,13 +243,14 @@ Loss = Callable[[nn.Module, Tensor], Tensor]  # (network, attacked inputs (B, ..
 
 
 def image_seeds(seed: int, positions: Tensor) -> Tensor:
-    """A seed for each image by its position in the epoch with this `seed`, on whatever rank: int64 (B,)."""
-    # Room for 2^24 images in an epoch; times a large odd number, as `image_uniform` asks for.
+    """A seed for each image from an epoch's seed and the image's position in the epoch, int64 (B,): the same
+    on any rank. At most 2^24 images."""
+    # Times a large odd number, as `image_uniform` asks for.
     return (seed * 2**24 % 2**62 + positions) * 0x2545F4914F6CDD1D
 
 
 def count_visible(patches: int, mask_ratio: float) -> int:
-    """How many of an image's patches stay visible, cut to a whole number as in MAE's code: 49 of 196."""
+    """How many of an image's patches stay visible, rounded down as in MAE's code: 49 of 196."""
     visible = int(patches * (1 - mask_ratio))
     if not 0 < visible < patches:
         raise UserError(f"--mask-ratio {mask_ratio:g} leaves {visible} of {patches} patches visible.")
@@ -292,17 +298,11 @@ def labelled_task(x: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, Lo
     return x, loss
 
 
-def rotation_task(x: Tensor, seeds: Tensor, recipe: Recipe) -> tuple[Tensor, Loss]:
-    """RotNet: the images, each rotated by one of four angles, and the loss of eq. 5."""
-    k = (4 * image_uniform(seeds, 1)[:, 0]).long()  # (B,)
-    return labelled_task(rotate(x, k), k, recipe)
-
-
 def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) -> Tensor:
     """Eq. 2: PGD on a task's inputs z. The random start depends on the image's seed alone."""
-    noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1  # + 1: other numbers than the mask's
+    noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1  # + 1: independent of the mask
     if args.norm == "l2":
-        noise = torch.erfinv(noise)  # Gaussian
+        noise = torch.erfinv(noise)  # uniform to Gaussian
         noise = noise / l2_norm(noise)
     with batchnorm_mode(model, "eval"):  # without drop path
         return pgd(
@@ -311,14 +311,12 @@ def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) ->
         )  # fmt: skip
 
 
-# ---- augmentation, by the processes that read the images ---------------------------------------------
+# ---- augmentation, in the processes that read the images ---------------------------------------------
 
 
 def rand_augment(image: Any, fill: list[int]) -> Any:
-    """RandAugment (Cubuk et al. 2020) of a Pillow image, of strength 9 of 10, give or take 0.5: two
-    operations, each with probability 1/2 (He et al.'s code)."""
-    from torchvision.transforms import InterpolationMode, v2
-
+    """RandAugment (Cubuk et al. 2020) of a Pillow image: two operations, each with probability 1/2, of
+    strength 9 of 10 with standard deviation 0.5 (He et al.'s code)."""
     more = {"num_magnitude_bins": 101, "interpolation": InterpolationMode.BICUBIC, "fill": fill}
     for _ in range(2):
         if torch.rand(()) < 0.5:
@@ -329,8 +327,6 @@ def rand_augment(image: Any, fill: list[int]) -> Any:
 
 def random_erase(x: Tensor, p: float, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """With probability p, Gaussian noise in a rectangle of the image, uint8 (3, H, W) (Zhong et al. 2020)."""
-    from torchvision.transforms import v2
-
     if torch.rand(()) >= p:
         return x
     m, s = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
@@ -341,8 +337,6 @@ def random_erase(x: Tensor, p: float, mean: tuple[float, ...], std: tuple[float,
 
 def augmentation(recipe: Recipe, args: Args) -> Callable:
     """A function from a stored image to what is trained on, uint8 (3, S, S)."""
-    from torchvision.transforms import InterpolationMode, v2
-
     size, cubic = args.image_size, InterpolationMode.BICUBIC
     mean, std = STATS[args.dataset]
     steps = [v2.Resize((size, size), cubic)]
@@ -360,8 +354,6 @@ def augmentation(recipe: Recipe, args: Args) -> Callable:
 
 def central_crop(recipe: str, args: Args) -> Callable:
     """A function from a stored image to what is evaluated after fine-tuning by `recipe`, uint8 (3, S, S)."""
-    from torchvision.transforms import InterpolationMode, v2
-
     size, cubic = args.image_size, InterpolationMode.BICUBIC
     if recipe in ("adamw", "sgd"):  # "without preserving aspect ratio" (appendix C)
         return v2.Compose([v2.Resize((size, size), cubic), v2.PILToTensor()])
@@ -371,8 +363,6 @@ def central_crop(recipe: str, args: Args) -> Callable:
 
 def mix(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of a batch: images, targets (B, classes)."""
-    from torchvision.transforms import v2
-
     ways = [v2.MixUp(alpha=recipe.mixup, num_classes=classes)] if recipe.mixup else []
     ways += [v2.CutMix(alpha=recipe.cutmix, num_classes=classes)] if recipe.cutmix else []
     return v2.RandomChoice(ways)(x, y) if ways and len(x) > 1 else (x, F.one_hot(y, classes).float())
@@ -382,7 +372,7 @@ def mix(x: Tensor, y: Tensor, recipe: Recipe, classes: int) -> tuple[Tensor, Ten
 
 
 def parameter_groups(model: Network, weight_decay: float, gamma: float | None) -> list[dict]:
-    """Groups for an optimizer. `scale` multiplies the learning rate: gamma^k for layer k from the top in
+    """Groups for an optimizer. `scale` multiplies the learning rate: gamma^k for layer k below the head in
     fine-tuning (section 4.2; 14 layers for ViT-B), 1 if gamma is None. Vectors have no weight decay, nor has
     the class token but for MAE's (He et al.'s code)."""
     groups: dict[tuple, dict] = {}
@@ -395,9 +385,9 @@ def parameter_groups(model: Network, weight_decay: float, gamma: float | None) -
         elif name.startswith(("trunk.cls_token", "trunk.pos_embed", "trunk.patch_embed")):
             k = len(model.trunk.blocks) + 1
         scale = 1.0 if gamma is None else gamma**k
-        free = p.dim() == 1 or name in ("trunk.cls_token", "trunk.pos_embed")  # MAE: trunk.encoder.cls_token
-        empty = {"params": [], "scale": scale, "weight_decay": 0.0 if free else weight_decay}
-        groups.setdefault((scale, free), empty)["params"].append(p)
+        no_decay = p.dim() == 1 or name in ("trunk.cls_token", "trunk.pos_embed")
+        empty = {"params": [], "scale": scale, "weight_decay": 0.0 if no_decay else weight_decay}
+        groups.setdefault((scale, no_decay), empty)["params"].append(p)
     return list(groups.values())
 
 
@@ -414,21 +404,11 @@ def start_model(kind: str, args: Args, recipe: Recipe, start: dict | None, class
         nn.init.zeros_(model.heads["class"].bias)
     for i, block in enumerate(model.trunk.blocks):
         block.drop_path = recipe.drop_path * i / (len(model.trunk.blocks) - 1)
-    return masked_autoencoder(model, args) if kind == "mae" else model
+    return MaskedAutoencoder(model, args) if kind == "mae" else model
 
 
-def masked_autoencoder(encoder: Network, args: Args) -> MaskedAutoencoder:
-    """A new MAE around a network without heads."""
-    patches = (args.image_size // VITS[args.arch][0]) ** 2
-    mae = MAE(encoder.trunk, patches, args.decoder_width, args.decoder_depth, args.decoder_heads)
-    model = MaskedAutoencoder(mae, {}, encoder.mean.flatten().tolist(), encoder.std.flatten().tolist())
-    model.spec = encoder.spec
-    encoder.trunk.fc_norm.requires_grad_(False)  # not used here
-    return model
-
-
-# Added to the epoch in random seeds.
-FIRST_ID = {"plain": 0, "pretrain": 100_000, "finetune": 200_000}
+# Added to the epoch in random seeds, so that the three draw different numbers.
+FIRST_ID = {"plain": 0, "attacked": 100_000, "fine-tuned": 200_000}
 
 
 def train(
@@ -455,59 +435,55 @@ def train(
     steps_per_epoch = count_batches(len(train_set), recipe.batch_size)
     total = recipe.steps or recipe.epochs * steps_per_epoch
     epochs = math.ceil(total / steps_per_epoch)
-    first_id = FIRST_ID["finetune" if start else "pretrain" if eps else "plain"]
-
-    def task(x: Tensor, y: Tensor, seeds: Tensor) -> tuple[Tensor, Loss]:
-        if kind == "mae":
-            return masked_task(x, seeds, model, args)
-        if kind == "rotnet":
-            return rotation_task(x, seeds, recipe)
-        return labelled_task(x, y, recipe)
+    first_id = FIRST_ID["fine-tuned" if start else "attacked" if eps else "plain"]
 
     for epoch in run.epochs(name, epochs, model, opt, first_id=first_id, average=average):
         model.train()
         first_step = epoch * steps_per_epoch
         n = min(len(train_set), (total - first_step) * recipe.batch_size)  # sgd ends within an epoch
         images = transformed(train_set, augmentation(recipe, args), run.epoch_seed)
-        positions = split_epoch(n, recipe.batch_size)
+        positions = split_epoch(n, recipe.batch_size)  # of each batch's images, this rank's share
         seeds_of_epoch = image_seeds(run.epoch_seed, torch.cat(positions)).to(run.device)
         seeds_of_epoch = seeds_of_epoch.split([len(p) for p in positions])
-        for i, (x, y) in enumerate(run.batches(images, recipe.batch_size, n)):  # this rank's share
+        for i, (x, y) in enumerate(run.batches(images, recipe.batch_size, n)):
             step, seeds = first_step + i, seeds_of_epoch[i]
             batch_size = n // len(positions) + (i < n % len(positions))  # over all ranks
             lr = learning_rate(recipe.lr, step, round(recipe.warmup * total), total, recipe.lowest)
             for group in opt.param_groups:
                 group["lr"] = group["scale"] * lr
-            if kind not in ("mae", "rotnet"):
+            if kind == "rotnet":
+                y = (4 * image_uniform(seeds, 1)[:, 0]).long()  # one of four angles
+                x = rotate(x, y)
+            elif kind != "mae":
                 x, y = mix(x, y, recipe, classes)  # y: from now on (B, classes)
 
             opt.zero_grad()
             loss_sum = torch.zeros((), device=x.device)
-            parts = min(args.accumulate, len(x))
+            parts = min(args.accumulate, batch_size // ranks)
             for part in range(parts):
                 x_part, y_part, seeds_part = (v.tensor_split(parts)[part] for v in (x, y, seeds))
-                z, loss = task(x_part, y_part, seeds_part)
+                if kind == "mae":
+                    z, loss = masked_task(x_part, seeds_part, model, args)  # eq. 4
+                else:
+                    z, loss = labelled_task(x_part, y_part, recipe)  # eq. 1, eq. 5
                 if eps:
                     z = perturb(z, loss, seeds_part, model, args)
-                # Ranks exchange gradients once, in the last part.
-                wait = ddp is not model and part < parts - 1
-                with ddp.no_sync() if wait else contextlib.nullcontext():
-                    values = loss(ddp, z)  # (b,)
-                    # DDP averages over ranks, which makes this the gradient of the batch's mean.
-                    (values.sum() * ranks / batch_size).backward()
+                values = loss(ddp, z)  # (b,)
+                # DDP averages over ranks, which makes this the gradient of the batch's mean.
+                (values.sum() * ranks / batch_size).backward()
                 loss_sum += values.detach().sum()
             if recipe.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             opt.step()
             if recipe.ema:
-                decay = min(recipe.ema, (1 + step) / (10 + step))  # a short run forgets its initial weights
+                decay = min(recipe.ema, (1 + step) / (10 + step))  # small at first, to forget the start
                 with torch.no_grad():
                     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             run.log(loss=loss_sum / len(x))
 
         if epoch + 1 == epochs:  # here: a resumed run may have no epoch left
-            state = {"network": model.spec, "stage": name, "epoch": epochs, "recipe": kind}
-            state |= {"pretrained": about, "layer_decay": gamma}
+            state = {"network": model.spec, "stage": name, "epoch": epochs, "classes": train_set.classes}
+            state |= {"recipe": kind, "layer_decay": gamma, "pretrained": about}
             run.save(f"{name}.pt", state | split_weights(kind, average.state_dict()))
     return run.load(f"{name}.pt", stage=name, network=model.spec)
 
@@ -521,51 +497,14 @@ def split_weights(kind: str, weights: dict) -> dict:
     return {"model": encoder | {k: weights[k] for k in ("mean", "std")}, "decoder": decoder}
 
 
-# ---- how an encoder was pre-trained ------------------------------------------------------------------
-
-# Best radii (linf: section 4.1, l2: Table 1). BYOL's: 2/255, 2.
-BEST_EPS = {"supervised": (6 / 255, 4.0), "rotnet": (4 / 255, 4.0), "mae": (1 / 255, 0.5)}
-# Table 1's numbers stand beside networks that were pre-trained (on a folder named imagenet) and fine-tuned
-# with the defaults of these flags.
-SETTING = (
-    "image_size", "flip", "arch", "width", "pretrain_epochs", "pretrain_batch_size", "pretrain_lr",
-    "mask_ratio", "decoder_width", "decoder_depth", "decoder_heads", "attack_steps", "step_size", "epochs",
-    "steps", "batch_size", "lr", "crop", "regularise", "eval_amp", "eval_examples", "quick",
-)  # fmt: skip
-
-
-def usual(args: Args) -> bool:
-    """Whether these flags have their defaults."""
-    return all(getattr(args, flag) == getattr(Args(), flag) for flag in SETTING)
-
-
-def data_name(args: Args) -> str:
-    """'cifar10', or 'folder imagenet' for --data-dir data/ImageNet."""
-    return args.dataset if args.dataset != "folder" else f"folder {Path(args.data_dir).name.lower()}"
-
-
 def pretraining_of(state: dict) -> dict:
-    """How the encoder in a checkpoint was pre-trained, for tables: method, norm, eps, epochs, and whether
-    as_paper (false for byorl.py's encoders and published ones, whose flags are not compared)."""
+    """How the encoder in a checkpoint was pre-trained, for tables: method, norm, eps, epochs."""
     if "pretrained" in state:
-        once = state["layer_decay"] is None  # not fine-tuned before
-        return state["pretrained"] | {"as_paper": state["pretrained"]["as_paper"] and once}
-    its, stage = state.get("args", {}), state["stage"]
-    about = {"method": "byol" if stage in ("byol", "byorl") else stage, "norm": its.get("norm", "l2")}
+        return state["pretrained"]
+    its, stage = state.get("args", {}), state["stage"]  # byorl.py's, or a published one's, which has no args
+    method = "byol" if stage in ("byol", "byorl") else stage
     eps = 0.0 if stage == "byol" else its.get("eps", 0.0)
-    return about | {"eps": eps, "epochs": its.get("epochs"), "as_paper": False}
-
-
-def paper_number(row: dict, args: Args) -> str:
-    """Table 1's accuracy for a row of results.json, or '' if its setting is another."""
-    about, gamma = row["pretrained"], row["layer_decay"]
-    known = paper_numbers("adv_mae", Args(), f"{data_name(args)} {args.recipe} {about['method']}")
-    same = about["as_paper"] and usual(args) and (args.recipe == "sgd" or gamma in Args.layer_decay)
-    if not (known and args.init and same and row["set"] == "test"):
-        return ""
-    best = (0.0, *BEST_EPS[about["method"]])
-    column = 0 if about["eps"] == 0 else 1 if about["norm"] == "linf" else 2
-    return known[column] if math.isclose(about["eps"], best[column], rel_tol=1e-3) else ""
+    return {"method": method, "norm": its.get("norm", "l2"), "eps": eps, "epochs": its.get("epochs")}
 
 
 # ---- pictures ----------------------------------------------------------------------------------------
@@ -573,36 +512,29 @@ def paper_number(row: dict, args: Args) -> str:
 
 def picture(run: Run, args: Args, encoders: dict[str, dict], test_set: Images, count: int = 8) -> None:
     """Write reconstruction.png: test images, their visible patches, and what each MAE reconstructs from
-    attacked ones."""
-    some = test_set.subset(torch.arange(min(count * world()[1], len(test_set))))  # this rank gets its share
-    cropped = transformed(some, central_crop(args.recipe, args))
-    x, _ = next(batches(cropped, len(some), run.device, workers=0))
-    seeds = image_seeds(args.seed, torch.arange(len(x))).to(run.device)
+    these when they are attacked."""
+    images = transformed(test_set, central_crop(args.recipe, args)).pixels
+    x = torch.stack([images[i][0] for i in test_set.index[:count].tolist()]).to(run.device) / 255
+    seeds = image_seeds(args.seed, torch.arange(len(x), device=run.device))
+    image = torch.arange(len(x), device=run.device)[:, None]
     rows = {"image": x}
     for name, state in encoders.items():
-        model = masked_autoencoder(build_model(**state["network"]), args)
-        encoder = {k: v for k, v in state["model"].items() if k.startswith("trunk.")}
-        encoder = {k.replace("trunk.", "trunk.encoder.", 1): v for k, v in encoder.items()}
-        load_weights(model, encoder | state["decoder"], name)
+        model = MaskedAutoencoder(rebuild(state, name), args)
+        model.load_state_dict(state["decoder"], strict=False)  # the encoder is there
         place_model(model, run.device, args.amp).eval()
         patches, order, n = shuffle_patches(x, seeds, args)
-        visible, hidden = patches[:, :n], patches[:, n:]  # (B, n, 3, p, p), (B, N - n, 3, p, p)
-        attacked = perturb(*masked_task(x, seeds, model, args), seeds, model, args)
+        z, hidden = patches[:, :n], patches[:, n:]  # (B, n, 3, p, p), (B, N - n, 3, p, p)
+        grey, back = torch.full_like(hidden, 0.5), order.argsort(1)
+        rows["visible"] = unpatchify(torch.cat([z, grey], 1)[image, back])
+        if state["pretrained"]["eps"]:
+            z = perturb(*masked_task(x, seeds, model, args), seeds, model, args)
+            rows[f"{name}: attacked"] = unpatchify(torch.cat([z, grey], 1)[image, back])
         with torch.no_grad():
             _, mu, sigma = standardise(hidden, model)
-            out = model(attacked.flatten(0, 1), order) * sigma + mu
+            out = model(z.flatten(0, 1), order) * sigma + mu
             out = (out.view_as(hidden) * model.std + model.mean).clamp(0, 1)
-
-        def put(seen: Tensor, rest: Tensor) -> Tensor:
-            """Patches, visible ones first, back in their places: (B, 3, S, S)."""
-            image = torch.arange(len(order), device=order.device)[:, None]
-            return unpatchify(torch.cat([seen, rest], 1)[image, order.argsort(1)])
-
-        grey = torch.full_like(hidden, 0.5)
-        rows |= {"visible": put(visible, grey), f"{name}: attacked": put(attacked, grey)}
-        rows[f"{name}: reconstructed"] = put(attacked, out)
-    if world()[0] == 0:
-        save_image_grid(run.folder / "reconstruction.png", rows)
+        rows[f"{name}: reconstructed"] = unpatchify(torch.cat([z, out], 1)[image, back])
+    save_image_grid(run.folder / "reconstruction.png", rows)
 
 
 def filters(state: dict, count: int = 28) -> Tensor:
@@ -618,7 +550,7 @@ def filters(state: dict, count: int = 28) -> Tensor:
 
 # ---- ImageNet's variants -----------------------------------------------------------------------------
 
-# The 16 classes of Conflict Stimuli (Geirhos et al. 2019) as ImageNet's classes, in the order of their wnids.
+# The 16 classes of Conflict Stimuli (Geirhos et al. 2019): indices of ImageNet's classes, sorted by wnid.
 CONFLICT = {
     "airplane": "404", "bear": "294-297", "bicycle": "444 671",
     "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145", "boat": "472 554 625 814 914",
@@ -629,20 +561,15 @@ CONFLICT = {
 }  # fmt: skip
 
 
-class ChooseAmong(nn.Module):
-    """A classifier that chooses among groups of its classes by the mean of their probabilities.
+def choose_among(logits: Tensor, groups: Tensor) -> Tensor:
+    """Choose among groups of a classifier's classes by the mean of their probabilities.
 
-    (B, 3, S, S) -> (B, k), those means up to a factor. groups: (k, classes), each row sums to one. A row with
-    a single 1 stands for one class: so only the 200 classes of ImageNet-A and -R are chosen among.
+    logits: (B, classes); groups: (k, classes), each row sums to one. Returns (B, k), those means,
+    renormalised over the listed classes. With one class in each row, these are chosen among: so the 200 of
+    ImageNet-A and -R.
     """
-
-    def __init__(self, model: nn.Module, groups: Tensor):
-        super().__init__()
-        self.model, self.groups = model, groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x).masked_fill((self.groups == 0).all(0), -math.inf)  # else all could round to 0
-        return logits.softmax(1) @ self.groups.T
+    listed = (groups > 0).any(0)
+    return logits.masked_fill(~listed, -math.inf).softmax(1) @ groups.T
 
 
 def groups_of(names: list[str], classes: list[str], folder: str) -> Tensor:
@@ -667,16 +594,9 @@ def groups_of(names: list[str], classes: list[str], folder: str) -> Tensor:
     return groups / groups.sum(1, keepdim=True)
 
 
-def without_agreement(images: Images) -> Images:
-    """Conflict Stimuli without the 80 of 1,280 whose shape and texture agree, such as cat1-cat3.png."""
-    names = [Path(path).stem for path, _ in images.pixels.samples]
-    kinds = [[part.rstrip("0123456789") for part in name.split("-")] for name in names]
-    conflict = [i for i, kind in enumerate(kinds) if len(kind) != 2 or kind[0] != kind[1]]
-    return images.subset(torch.tensor(conflict))
-
-
 def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Tensor]]:
-    """{name: (images, groups)} of the folders --eval-data. Raises UserError for one that cannot be used."""
+    """{name: (images, groups)} of the folders --eval-data; see `groups_of`. Raises UserError for one that
+    cannot be used."""
     variants: dict[str, tuple[Images, Tensor]] = {}
     for folder in filter(None, args.eval_data.split(",")):
         name = Path(folder).name
@@ -685,7 +605,9 @@ def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Ten
         images = open_folder(Path(folder), args.image_size, "--eval-data")
         groups = groups_of(images.classes, classes, folder)
         if set(images.classes) <= set(CONFLICT) - set(classes):
-            images = without_agreement(images)
+            # Without the 80 images of 1,280 whose shape and texture agree, such as cat1-cat3.png.
+            kinds = [re.findall("[a-z]+", Path(path).stem) for path, _ in images.pixels.samples]
+            images = images.subset(torch.tensor([i for i, kind in enumerate(kinds) if len(set(kind)) > 1]))
         variants[name] = images, groups
     return variants
 
@@ -695,12 +617,17 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
     without --real. Raises UserError if file and images do not fit."""
     if not args.real:
         return None
+    if isinstance(test_set.pixels, Tensor):
+        raise UserError("--real needs --dataset folder.")
     with reading(args.real):
         labels = dict(enumerate(json.loads(Path(args.real).read_text()), start=1))
         if max(max(some, default=0) for some in labels.values()) >= len(test_set.classes):
             raise ValueError(f"it has labels of more than the {len(test_set.classes)} classes")
         files = [Path(test_set.pixels.samples[i][0]) for i in test_set.index.tolist()]
-        return [list(map(int, labels[int(file.stem.split("_")[-1])])) for file in files]
+        chosen = [list(map(int, labels[int(file.stem.split("_")[-1])])) for file in files]
+        if not any(chosen):
+            raise ValueError("it has no label for any of the test images")
+        return chosen
 
 
 # ---- evaluation --------------------------------------------------------------------------------------
@@ -714,7 +641,7 @@ def evaluate_all(
     rows = run.rows()
     radii = [eps for eps in args.eval_eps if eps > 0]
     norm, n = args.eval_norm, min(args.attack_examples or len(test_set), len(test_set))
-    small = min(args.batch_size, 64 * world()[1])  # float32 activations take 0.1 GB per image of a ViT-B/16
+    small = min(args.batch_size, 64 * world()[1])  # in float32 an image takes 0.1 GB in a ViT-B/16
     for name, state in classifiers.items():
         if any(row["name"] == name for row in rows):  # a resumed run has them already
             continue
@@ -722,12 +649,12 @@ def evaluate_all(
         model = place_model(rebuild(state, name), run.device, args.amp).eval()
         images = transformed(test_set, crop)
         found = evaluate(run, name, state, images, [0], norm=norm)
-        clean = found[0]
+        clean = found[0] = {"set": "test"} | found[0]
         with full_precision(model, not args.eval_amp):
             for where, (others, groups) in variants.items():
                 stream = batches(transformed(others, crop), args.batch_size, run.device, workers=args.workers)
-                choose = ChooseAmong(model, groups.to(run.device))
-                accuracy = robust_accuracy(choose, progress(stream, len(others), where))
+                stream, groups = progress(stream, len(others), where), groups.to(run.device)
+                accuracy = robust_accuracy(lambda x: choose_among(model(x), groups), stream)
                 found.append(clean | {"set": where, "examples": len(others), "accuracy": round(accuracy, 2)})
             if real:
                 predicted = map_images(lambda x: model(x).argmax(1), images, run, args.batch_size).tolist()
@@ -736,18 +663,18 @@ def evaluate_all(
                 found.append(clean | {"set": "real", "examples": len(correct), "accuracy": accuracy})
         if radii:
             some = draw(images, n, seed=0)
-            found += evaluate(run, name, state, some, radii, norm=norm, batch_size=small, look_at=radii[0])
+            more = evaluate(run, name, state, some, radii, norm=norm, batch_size=small, look_at=radii[0])
+            found += [{"set": "test"} | row for row in more]
         file = args.init if args.recipe == "none" and args.init else str(run.folder / f"{name}.pt")
         about = {"recipe": state.get("recipe"), "layer_decay": state.get("layer_decay")}
         about["pretrained"] = state.get("pretrained") or pretraining_of(state)
-        rows += [{"set": "test"} | row | about | {"checkpoint": file} for row in found]
+        rows += [row | about | {"checkpoint": file} for row in found]
         run.keep_rows(rows)
     return rows
 
 
 def table(results: dict, args: Args) -> str:
-    """What results.json holds as text: a line per classifier, with Table 1's accuracy beside it where the
-    setting is the paper's ('' if there is no classifier)."""
+    """What results.json holds as text: a line per classifier ('' if there is none)."""
     rows, lines = results["rows"], []
     if not rows:
         return ""
@@ -761,8 +688,6 @@ def table(results: dict, args: Args) -> str:
         values = clean + [sum(clean) / len(clean)] * (len(sets) > 1)
         values += [row["accuracy"] for row in mine if row["eps"]]
         lines.append([name, *(f"{value:.2f}" for value in values)])
-        if paper := paper_number(mine[0], args):
-            lines.append(["  the paper", paper, *[""] * (len(values) - 1)])
     how = "as they are" if args.recipe == "none" else f"fine-tuned on clean images ({args.recipe})"
     attacked = [row for row in rows if row["eps"]]
     under = f"\nand under {attacks[0][0]} on {attacked[0]['examples']:,} of them" if attacked else ""
@@ -825,16 +750,14 @@ def main(args: Args) -> dict:
             its = {flag: start["network"][flag] for flag in ("arch", "width")}
             its |= {"norm": about["norm"], "eps": about["eps"]}
             args = replace(args, **its)
-        name = f"{Path(args.init).stem}-{data_name(args).split()[-1]}-{args.recipe}"
+        data = Path(args.data_dir).name if args.dataset == "folder" else args.dataset
+        name = f"{Path(args.init).stem}-{data}-{args.recipe}"
     run = start_run(args, name)
     run.remember_files("files of --init and --real", filter(None, (args.init, args.real)))
     if start:
         mean, std = (", ".join(f"{v:g}" for v in start["network"][k]) for k in ("mean", "std"))
         how = f"{about['method']}, {about['norm']} eps {eps_name(about['eps'])}"
         run.say(f"{args.init}: {args.arch}, pre-trained by {how}; mean {mean}, standard deviation {std}")
-    elif args.method != "mae" and args.eps == Args.eps:
-        linf, l2 = BEST_EPS[args.method]
-        run.say(f"note: the paper's best radii for {args.method} are linf {eps_name(linf)} and l2 {l2:g}.")
     results = run.finished(table) or train_and_evaluate(run, args, start)
     run.say(table(results, args) + f"\n\nThe pictures and the checkpoints are in {run.folder}.")
     return results
@@ -842,23 +765,27 @@ def main(args: Args) -> dict:
 
 def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
     """Pre-train (or take the checkpoint `start`), fine-tune and evaluate; returns what results.json holds."""
-    # Small images are enlarged as they are needed.
+    # Small images are kept in their size; the augmentation enlarges them.
     stored = {"cifar10": 32, "cifar100": 32, "stl10": 96}.get(args.dataset, args.image_size)
     train_set, test_set = run.load_data(stream=True, image_size=stored)
     variants, real = open_variants(args, train_set.classes), real_labels(args, test_set)
     run.remember("images of --eval-data", " ".join(images.digest for images, _ in variants.values()))
+    if args.recipe != "none":
+        check_batches(len(train_set), args.batch_size)  # not only after pre-training
+    elif start:
+        classes = start.get("classes", train_set.classes)  # published ViTs do not name theirs
+        if classes != train_set.classes or start["network"]["heads"]["class"] != len(classes):
+            raise UserError(f"{args.init} was trained for other classes than those of the data.")
     if start:
         encoders = {start["stage"]: start}
     else:
         radii = {args.method: 0.0} if args.plain or args.eps == 0 else {}
         radii |= {f"a-{args.method}": args.eps} if args.eps > 0 else {}  # a for adversarial
-        encoders, imagenet = {}, data_name(args) == "folder imagenet" and len(train_set.classes) == 1000
+        encoders, epochs = {}, recipe_of(args.method, args).epochs
         for name, eps in radii.items():
-            epochs = recipe_of(args.method, args).epochs
             about = {"method": args.method, "norm": args.norm, "eps": eps, "epochs": epochs}
-            about["as_paper"] = usual(args) and imagenet
             encoders[name] = train(name, args.method, run, args, train_set, about)
-        if args.method == "mae":
+        if args.method == "mae" and world()[0] == 0:
             picture(run, args, encoders, test_set)
     if world()[0] == 0:
         save_image_grid(run.folder / "filters.png", {name: filters(s) for name, s in encoders.items()})
@@ -866,17 +793,13 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
     classifiers = {}
     for name, state in encoders.items():
         if args.recipe == "none":
-            classes = state["network"]["heads"].get("class")
-            if classes == len(train_set.classes):
+            if state["network"]["heads"].get("class") == len(train_set.classes):
                 classifiers[name] = state
-            elif start:
-                raise UserError(f"{args.init} has {classes} classes, not {len(train_set.classes)}.")
             continue
         for gamma in args.layer_decay if args.recipe != "sgd" else (1.0,):
             tuned = f"{name}-{gamma:g}" if args.recipe != "sgd" else f"{name}-sgd"
-            more = {"start": state, "gamma": gamma}
             classifiers[tuned] = train(
-                tuned, args.recipe, run, args, train_set, pretraining_of(state), **more
+                tuned, args.recipe, run, args, train_set, pretraining_of(state), start=state, gamma=gamma
             )
     return run.finish(evaluate_all(run, args, classifiers, test_set, variants, real))
 

@@ -6,8 +6,6 @@
 4. Attacks  PGD, AutoPGD, MultiTargeted and Square in the linf and l2 ball, robust accuracy
 5. Results  evaluation of a checkpoint, tables, pictures
 
-(and, while some scripts still need it, 6. the old run section)
-
 Conventions: images are (B, 3, H, W) floats in [0, 1]; a network normalises them itself and returns logits;
 `eps` and step sizes are in the same [0, 1] units; accuracies are in percent. Importing this file only defines
 things. To use PGD elsewhere, copy `pgd` with `l2_norm`, `project` and `check_attack`: they need only torch
@@ -25,7 +23,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -203,21 +200,24 @@ def _script_of(cls: type) -> str:
     return Path(getattr(sys.modules[cls.__module__], "__file__", cls.__module__)).stem
 
 
+SUCH_AS = {"linf": "8/255", "l2": "0.5"}
+
+
 def check_radii(args: Any) -> None:
     """Raise UserError for a radius or step longer than any image's, and for the default of the other norm."""
-    such_as = {"linf": "8/255", "l2": "0.5"}
-    longest = {"linf": 1.0, "l2": 3**0.5 * (args.image_size or 224)}
+    usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     for name, value in vars(args).items():
         if name in ("eps", "step_size") or name.endswith("_eps"):
             norm = getattr(args, "eval_norm", args.norm) if name == "eval_eps" else args.norm
+            longest = 1.0 if norm == "linf" else 3**0.5 * (args.image_size or 224)
             radii = value if isinstance(value, tuple) else (value,)
-            if max(radii, default=0) > longest[norm]:
+            if max(radii, default=0) > longest:
                 flag = f"--{name.replace('_', '-')} {max(radii):g}"
-                raise UserError(f"{flag}: images are in [0, 1], so take {norm} radii such as {such_as[norm]}.")
-    usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
+                wanted = f"{norm} radii such as {SUCH_AS.get(norm, 0.5)}"
+                raise UserError(f"{flag}: images are in [0, 1], so take {wanted}.")
     if args.norm != usual["norm"] and usual["eps"] and args.eps == usual["eps"]:
         other = f"--eps {eps_name(args.eps)} is the default for {usual['norm']}"
-        wanted = f"a radius of its own, such as --eps {such_as[args.norm]}"
+        wanted = f"a radius of its own, such as --eps {SUCH_AS[args.norm]}"
         raise UserError(f"--norm {args.norm} needs {wanted}: {other}.")
 
 
@@ -505,12 +505,13 @@ class Run:
         for epoch in range(sum(line["stage"] == stage for line in self.history), epochs):
             began = time.perf_counter()
             self.epoch, self.seed_epoch, self.sums, self.notes = epoch, first_id + epoch, {}, {}
-            self.epoch_seed = self.args.seed * 1_000_003 + self.seed_epoch
+            self.epoch_seed = (self.args.seed * 1_000_003 + self.seed_epoch) % 2**63
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             yield epoch
             seconds = time.perf_counter() - began
-            line = {"stage": stage, "epoch": epoch + 1, "lr": opt.param_groups[0]["lr"]}
+            highest = max(group["lr"] for group in opt.param_groups)
+            line = {"stage": stage, "epoch": epoch + 1, "lr": highest}
             self.history.append(line | self.means() | self.notes | {"seconds": round(seconds, 1)})
             self.save("last.pt", {
                 "stage": stage, "epoch": epoch + 1, "network": model.spec, "optimizer": opt.state_dict(),
@@ -821,7 +822,7 @@ def check_classifier(state: dict, source: str | Path) -> None:
     """Raise UserError unless a checkpoint is a trained classifier: neither pre-training's nor a last.pt."""
     heads = state["network"].get("heads", {})
     if state.get("stage") == "pretrain" or "optimizer" in state or not heads.get("class"):
-        raise UserError(f"{source} is no finished classifier: name a file such as best.pt or plain.pt.")
+        raise UserError(f"{source} is no finished classifier but, for example, an encoder or a last.pt.")
 
 
 def rebuild(state: dict, source: str | Path) -> "Network":
@@ -921,10 +922,8 @@ def _load_digits(device: torch.device, size: int) -> tuple[Images, Images]:
     grey = F.interpolate(pixels[:, None] * (255 / 16), size=(size, size), mode="bilinear")  # (N, 1, S, S)
     rgb = grey.round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
     classes = [str(i) for i in range(10)]
-    train, test = (
-        _to_images(rgb[s], labels[s], classes, device, size) for s in (slice(1437), slice(1437, None))
-    )
-    return train, test
+    train, test = slice(1437), slice(1437, None)
+    return tuple(_to_images(rgb[s], labels[s], classes, device, size) for s in (train, test))
 
 
 def _load_torchvision(
@@ -1117,10 +1116,8 @@ def split_train(
     held = val_fraction if isinstance(val_fraction, int) else round(val_fraction * len(train))
     kept = min(round(label_fraction * len(train)), len(train) - held)
     if kept < world()[1]:
-        raise UserError(
-            f"{max(kept, 0)} training images are left of {len(train)} ({held} held out, label fraction "
-            f"{label_fraction:g}), too few."
-        )
+        left = f"{max(kept, 0)} training images are left of {len(train)}"
+        raise UserError(f"{left} ({held} held out, label fraction {label_fraction:g}), too few.")
     return train.subset(order[held : held + kept]), train.subset(order[:held])
 
 
@@ -1160,9 +1157,8 @@ def join(a: Images, b: Images) -> Images:
 def draw(data: Images, n: int, seed: int) -> Images:
     """n of the images at random by `seed`: every one as often as any other, give or take one."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat(
-        [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(n / len(data)))]
-    )
+    times = range(math.ceil(n / len(data)))
+    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in times])
     return data.subset(order[:n])
 
 
@@ -1211,7 +1207,7 @@ def count_batches(n: int, batch_size: int) -> int:
 def check_batches(n: int, batch_size: int) -> None:
     """Raise UserError if a training step on n images would leave a rank with one image."""
     if n // (count_batches(n, batch_size) * world()[1]) < 2:
-        raise UserError("BatchNorm needs at least 2 images per rank and step: raise --batch-size.")
+        raise UserError("a training step needs at least 2 images per rank: take larger batches.")
 
 
 def image_uniform(seeds: Tensor, n: int) -> Tensor:
@@ -1315,11 +1311,8 @@ def crop_resize(x: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _bicubic(at: Tensor, size: int) -> Tensor:
-    """Weights of a line's pixels in its values at `at` (B, n), in pixels from its border: (B, n, size); a =
-    -0.75.
-
-    Same result as F.grid_sample, written as a matrix so that it can be differentiated twice.
-    """
+    """Weights of a line's pixels in its values at `at` (B, n), in pixels from its border: (B, n, size). As in
+    F.grid_sample (a = -0.75), but as a matrix, so that it can be differentiated twice."""
     first = (at - 0.5).floor()
     pixel = first[:, :, None] + torch.arange(-1, 3, device=at.device)  # (B, n, 4), the nearest four
     d = (at[:, :, None] - 0.5 - pixel).abs()
@@ -1595,9 +1588,7 @@ class ResNet(nn.Module):
     ):  # fmt: skip
         super().__init__()
         n = stem_channels or channels
-        self.conv1 = (
-            nn.Conv2d(3, n, 3, 1, 1, bias=False) if stem == "cifar" else nn.Conv2d(3, n, 7, 2, 3, bias=False)
-        )
+        self.conv1 = nn.Conv2d(3, n, *((3, 1, 1) if stem == "cifar" else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(n) if bn_first else None
         self.pool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         self.stages = len(depths)
@@ -1627,7 +1618,6 @@ class ResNet(nn.Module):
 # ---- Vision Transformers ------------------------------------------------------------------------------
 
 
-@functools.cache  # needed in every forward pass, and copying them to a GPU makes it wait
 def sincos_positions(dim: int, rows: int, cols: int) -> Tensor:
     """Fixed positions of a grid of patches, row by row: (rows * cols, dim). The first half of the numbers
     encodes the column, the second the row, each as the sines, then the cosines, of position / 10000^(i / n),
@@ -1712,9 +1702,8 @@ class ViT(nn.Module):
     def __init__(self, patch: int, dim: int, depth: int, heads: int, learned: int = 0):
         super().__init__()
         if dim % 4 or dim % heads or math.isqrt(learned) ** 2 != learned:
-            raise ValueError(
-                f"dim {dim} must be a multiple of 4 and of the {heads} heads, learned {learned} a square"
-            )
+            sizes = f"dim {dim} must be a multiple of 4 and of the {heads} heads"
+            raise ValueError(f"{sizes}, learned {learned} a square")
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
@@ -1736,9 +1725,8 @@ class ViT(nn.Module):
                 self.grid, self.table = (rows, cols), sincos_positions(self.dim, rows, cols).to(self.table)
             return self.table
         if rows * cols != self.pos_embed.shape[1] - 1:
-            raise ValueError(
-                f"{rows * cols} patches, but learned positions for {self.pos_embed.shape[1] - 1}"
-            )
+            learned = self.pos_embed.shape[1] - 1
+            raise ValueError(f"{rows * cols} patches, but learned positions for {learned}")
         return self.pos_embed[0, 1:]
 
     def embed(self, x: Tensor) -> Tensor:
@@ -1746,9 +1734,7 @@ class ViT(nn.Module):
         does not fit."""
         patch = self.patch_embed.stride[0]
         if x.shape[2] % patch or x.shape[3] % patch:
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]} pixels cannot be cut into patches of {patch}"
-            )
+            raise ValueError(f"images of {tuple(x.shape[2:])} pixels cannot be cut into patches of {patch}")
         x = self.patch_embed(x)  # (B, dim, H / patch, W / patch)
         # Positions are float32, so in mixed precision what the blocks add to is float32, too.
         return x.flatten(2).transpose(1, 2) + self.positions(*x.shape[2:])
@@ -1764,6 +1750,13 @@ class ViT(nn.Module):
 
 # ---- networks by name, with heads --------------------------------------------------------------------
 
+# (block, blocks per stage)
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet26v2": (PreActBottleneck, (2, 2, 2, 2)),
+    "resnet50v2": (PreActBottleneck, (3, 4, 6, 3)), "preact18": (PreActBlock, (2, 2, 2, 2)),
+    "preact34": (PreActBlock, (3, 4, 6, 3)),
+}  # fmt: skip
 # (patch, depth, heads); 64 channels per head. vit_*4 are for images of 32 pixels, vit_mini4 for the digits of
 # --quick.
 VITS = {
@@ -1779,25 +1772,14 @@ def build_trunk(arch: str, width: float = 1.0, stem: str = "cifar", positions: i
         patch, depth, heads = VITS[arch]
         heads = max(1, round(heads * width))
         return ViT(patch, 64 * heads, depth, heads, positions)
-    c, short, long = max(1, round(64 * width)), (2, 2, 2, 2), (3, 4, 6, 3)
-    preact = dict(bn_first=False, bn_last=True)
-    match arch:
-        case "resnet18":
-            return ResNet(BasicBlock, short, c, stem)
-        case "resnet34":
-            return ResNet(BasicBlock, long, c, stem)
-        case "resnet50":
-            return ResNet(Bottleneck, long, c, stem)
-        case "resnet26v2":
-            return ResNet(PreActBottleneck, short, c, stem)
-        case "resnet50v2":
-            return ResNet(PreActBottleneck, long, c, stem)
-        case "preact18":
-            return ResNet(PreActBlock, short, c, stem, **preact)
-        case "preact34":
-            return ResNet(PreActBlock, long, c, stem, **preact)
-    if wide := re.fullmatch(r"wrn(\d\d)_10", arch):  # Zagoruyko and Komodakis 2016: 6 n + 4 layers, such as
-        n = (int(wide[1]) - 4) // 6  # wrn28_10; 160, 320 and 640 channels
+    preact = {"bn_first": False, "bn_last": True}
+    if arch in RESNETS:
+        block, depths = RESNETS[arch]
+        more = preact if block is PreActBlock else {}
+        return ResNet(block, depths, max(1, round(64 * width)), stem, **more)
+    wide = re.fullmatch(r"wrn(\d+)_10", arch)  # Zagoruyko and Komodakis 2016, such as wrn28_10
+    if wide and int(wide[1]) % 6 == 4:  # 6 n + 4 layers of 160, 320 and 640 channels
+        n = (int(wide[1]) - 4) // 6
         return ResNet(PreActBlock, (n, n, n), max(1, round(160 * width)), stem, stem_channels=16, **preact)
     raise UserError(f"unknown architecture '{arch}'.")
 
@@ -1872,14 +1854,8 @@ def build_model(
     `model.spec` keeps the arguments: it goes into checkpoints as `network`, from which `load_model` rebuilds
     it.
     """
-    spec = {
-        "arch": arch,
-        "heads": dict(heads),
-        "width": width,
-        "stem": stem,
-        "mean": list(mean),
-        "std": list(std),
-    }
+    spec = {"arch": arch, "heads": dict(heads), "width": width, "stem": stem}
+    spec |= {"mean": list(mean), "std": list(std)}
     spec |= {"positions": positions} if positions else {}
     model = Network(build_trunk(arch, width, stem, positions), heads, mean, std)
     model.spec = spec
@@ -1888,11 +1864,8 @@ def build_model(
 
 def load_trunk(trunk: nn.Module, state: dict, source: str | Path) -> None:
     """Copy the trunk's weights from a checkpoint, and nothing else. Raises UserError if they do not fit."""
-    load_weights(
-        trunk,
-        {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")},
-        source,
-    )
+    weights = {k.removeprefix("trunk."): v for k, v in state["model"].items() if k.startswith("trunk.")}
+    load_weights(trunk, weights, source)
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -2654,9 +2627,8 @@ def grouped_bars(ax: Any, groups: list[str], heights: dict[str, list[float]]) ->
 def save_attack_picture(path: Path, x: Tensor, x_adv: Tensor) -> None:
     """Write a PNG: images, their adversarial versions and the magnified difference (grey is none)."""
     gain = 0.5 / max((x_adv - x).abs().max().item(), 1e-6)
-    save_image_grid(
-        path, {"clean": x, "adversarial": x_adv, f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)}
-    )
+    difference = {f"difference x {gain:.3g}": 0.5 + gain * (x_adv - x)}
+    save_image_grid(path, {"clean": x, "adversarial": x_adv} | difference)
 
 
 def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
@@ -2675,567 +2647,3 @@ def save_image_grid(path: Path, rows: dict[str, Tensor]) -> None:
     for i, caption in enumerate(rows):
         ImageDraw.Draw(picture).text((4, (i + 0.5) * pixels.shape[0] / len(rows) - 6), caption, fill="black")
     write_atomically(path, lambda f: picture.save(f, format="PNG"))
-# ======================================================================================================
-# 6. The old run section. Only adv_mae.py and mtl_reverse.py still use it; it goes when they have the form of
-#    rotation_at.py.
-# ======================================================================================================
-
-
-def old_numbers(text: str, flag: str, such_as: str = "0,4/255,8/255") -> list[float]:
-    """Read a comma-separated list of numbers (none negative). Raises UserError, naming `flag` and an example,
-    if it is none."""
-    with contextlib.suppress(ValueError):
-        values = [number(word) for word in words(text)]
-        if all(v >= 0 for v in values):
-            return values
-    raise UserError(f"--{flag} {text!r} is not a list of numbers such as {such_as}.")
-
-
-def words(text: str) -> list[str]:
-    """Read a comma-separated list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def old_parse_args(cls: type, argv: list[str] | None = None) -> Any:
-    """`parse_args`, where with `--resume --out DIR` the arguments of the run in DIR take the place of the
-    defaults."""
-    given = given_flags(cls, argv)
-    values = {f.name: f.default for f in fields(cls)} | (cls.QUICK if given.get("quick") else {})
-    if given.get("resume") and given.get("out"):
-        values |= {k: v for k, v in _saved_args(Path(given["out"]), _script_of(cls)).items() if k in values}
-    return cls(**(values | given))
-
-
-# Lowest and highest value of a flag, wherever it appears, if not 0 and infinity.
-_RANGES = {
-    "image_size": (8, 4096), "width": (1 / 64, 64), "branch_width": (1 / 64, 64), "label_fraction": (1e-6, 1), "val_fraction": (0, 0.9),
-    "eval_crop": (0.1, 1), "crop": (0, 1), "mask_ratio": (0, 1), "whole": (0, 1), "blur": (0, 1), "erase": (0, 1), "tau": (0, 1),
-    "smoothing": (0, 0.99), "drop_path": (0, 0.99), "ema": (0, 0.999999), "jitter_strength": (0, 1.25), "temperature": (1e-3, math.inf),
-    "seed": (0, 2**31), "workers": (0, 1024), "grid": (2, 4096), "num_permutations": (1, 10_000), "decoder_width": (4, math.inf),
-} | dict.fromkeys(
-    ("batch_size", "pretrain_batch_size", "branch_batch_size", "head_batch_size", "eval_batch_size", "views"), (2, math.inf)
-) | dict.fromkeys(
-    ("epochs", "probe_epochs", "uat_epochs", "branch_epochs", "steps", "eval_steps", "adaptive_steps", "unforeseen_steps", "accumulate",
-     "hidden", "projection", "decoder_depth", "decoder_heads", "val_images", "bank", "eot"), (1, math.inf)
-)  # fmt: skip
-
-
-def usual_args(args: Any) -> dict:
-    """The arguments of a script without any flag but --quick, if that is given."""
-    return vars(type(args)()) | (type(args).QUICK if args.quick else {})
-
-
-def overruled(args: Any, its: dict) -> list[str]:
-    """Flags that were given, but that a checkpoint overrules with the values `its`: to be told, not to be
-    refused."""
-    usual = usual_args(args)
-    return [
-        f"--{k.replace('_', '-')} {getattr(args, k)}"
-        for k, v in its.items()
-        if getattr(args, k) not in (usual[k], v)
-    ]
-
-
-def check_args(args: Any) -> None:
-    """Raise UserError for a value outside its range (`Args(...)` built by hand included)."""
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if get_origin(f.type) is Literal and value not in get_args(f.type):
-            raise UserError(
-                f"--{f.name.replace('_', '-')} {value}: choose from {', '.join(get_args(f.type))}."
-            )
-        if f.type in (int, float):
-            low, high = _RANGES.get(f.name, (0, math.inf))
-            if not (math.isfinite(value) and low <= value <= high):
-                span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise UserError(f"--{f.name.replace('_', '-')} {value:g} must be {span}.")
-    with contextlib.suppress(ValueError):  # a list that is none is told by the script
-        check_radii(args)
-    patch = VITS.get(getattr(args, "arch", ""), (1,))[0]
-    if getattr(args, "image_size", 0) % patch:
-        raise UserError(
-            f"--image-size {args.image_size} is no multiple of {patch}, the side of a patch of {args.arch}."
-        )
-
-
-def old_cli(main: Callable, args_class: type) -> None:
-    """`cli` for scripts that can stop in the middle of an epoch. Exit codes: also 143 SIGTERM."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _Signals.handle)
-    try:
-        with errors_in_one_sentence():
-            main(old_parse_args(args_class))
-    except KeyboardInterrupt as e:
-        if world()[0] == 0:
-            what = f" ({e})" if str(e) else ""
-            run = _Signals.run if _Signals.run and (_Signals.run.folder / "config.json").exists() else None
-            how = (
-                f"; go on with: {command_line(run.script, {'resume': True, 'out': run.folder})}"
-                if run
-                else ""
-            )
-            print(f"\ninterrupted{what}{how}", file=sys.stderr, flush=True)
-        sys.exit(128 + (_Signals.received or signal.SIGINT))
-    finally:
-        if _Signals.run is not None and world()[0] == 0:
-            with contextlib.suppress(OSError):
-                (_Signals.run.folder / ".lock").unlink(missing_ok=True)
-                _Signals.run.folder.rmdir()  # succeeds only if empty: a run that could not begin leaves no folder
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.barrier()  # a rank that leaves while another still works would be taken for dead
-            dist.destroy_process_group()
-
-
-def command_line(script: str, flags: dict) -> str:
-    """The command that starts a script on as many processes as this one, as one types it."""
-    start = (
-        f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}" if world()[1] > 1 else "python"
-    )
-    file = sys.argv[0] if Path(sys.argv[0]).stem == script else f"{script}.py"
-    given = []
-    for k, v in flags.items():
-        k = k.replace("_", "-")
-        v = eps_name(v) if isinstance(v, float) and number(eps_name(v)) == v else v  # 8/255
-        given += [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
-    return f"{start} {shlex.join([file, *given])}"
-
-
-class _Signals:
-    """SIGINT and SIGTERM stop the program at once, or, inside an `Epoch`, after the step that is running."""
-
-    received = 0
-    deferred = False
-    run: Any = None  # the run in progress, for what `cli` says and tidies
-
-    @classmethod
-    def handle(cls, signum: int, frame: Any) -> None:
-        again, cls.received = bool(cls.received), signum
-        if again and "TORCHELASTIC_RUN_ID" in os.environ:
-            return  # a Ctrl-C arrives twice, from the terminal and from torchrun: the second must not cut the saving short
-        if again or not cls.deferred:
-            raise KeyboardInterrupt
-
-
-def sync_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's running statistics, so that all ranks attack and evaluate the same network."""
-    if world()[1] == 1:
-        return
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    flat = torch.cat([b.flatten() for b in buffers])  # one message instead of forty
-    dist.broadcast(flat, 0)
-    for b, new in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        b.copy_(new.view_as(b))
-
-
-def _saved_args(folder: Path, script: str) -> dict:
-    """The arguments of the run in `folder`; {} if it holds none. Raises UserError if it is another
-    script's."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{folder / 'config.json'} is not readable as a run's config; choose another --out."
-        ) from None
-    if config.get("script", script) != script:
-        raise UserError(
-            f"{folder} is a run of {config['script']}.py, not of {script}.py: choose another --out."
-        )
-    return saved
-
-
-def _contradictions(args: Any, saved: dict) -> list[str]:
-    return [
-        f"--{k.replace('_', '-')} {v} (the run has {'none' if saved[k] in ('', ()) else saved[k]})"
-        for k, v in asdict(args).items()
-        if k in saved and k not in FREE_ON_RESUME and v != saved[k]
-    ]
-
-
-@dataclass
-class OldRun:
-    """A run's folder and where it computes. All writing is done by rank 0; on other ranks it does nothing."""
-
-    folder: Path
-    device: torch.device
-    script: str
-    args: Any
-
-    def begin(self) -> None:
-        """Write config.json: from here on the folder holds a run. Call it when arguments and data have proved
-        good."""
-        if not (self.folder / "config.json").exists():
-            config = {"script": self.script, "args": asdict(self.args), "device": device_name(self.device)}
-            config |= {"torch": torch.__version__, "ranks": world()[1]}
-            self.write("config.json", json.dumps(config, indent=1))
-
-    def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if world()[0] == 0:
-            print(text, flush=True)
-
-    def save(self, name: str, state: dict) -> None:
-        """Write a checkpoint, unless its weights are NaN or infinite: then raise UserError and keep the last
-        good one."""
-        if world()[0] == 0:
-            check_finite(name, state)
-            save_checkpoint(self.folder / name, state | {"script": self.script})
-
-    def load(self, name: str, *needed: str) -> dict | None:
-        """The run's own checkpoint `name`, on the CPU, with the entries `needed`; None if not written yet."""
-        path = self.folder / name
-        found = torch.tensor(int(path.exists()), device=self.device)
-        if world()[1] > 1:
-            dist.broadcast(found, 0)
-        state = load_checkpoint(path) if found else None
-        if state is not None and (missing := set(needed) - state.keys()):
-            raise UserError(
-                f"{path} cannot be resumed from: it has no '{min(missing)}' entry (is it another file?)."
-            )
-        if state is not None and state.get("script") != self.script:
-            raise UserError(f"{path} was written by {state.get('script')}.py, not by {self.script}.py.")
-        return state
-
-    def require(self, name: str) -> dict:
-        """`load`, where the run has written the file before. Raises UserError if it is gone."""
-        state = self.load(name)
-        if state is None:
-            raise UserError(
-                f"{self.folder / name}, which this run had written, is gone: start again with another --out."
-            )
-        return state
-
-    def resume(self, name: str, model: nn.Module, opt: torch.optim.Optimizer) -> dict:
-        """From where to train `name`: last.pt, if it is of that training (then weights and optimiser are
-        loaded), else the beginning: a dict with at least epoch, step, sums, history and seconds, the last two
-        of all trainings of the run."""
-        state = self.load("last.pt", "optimizer", "name", "history", "seconds")
-        if state is None or state["name"] != name:
-            before = state or {"history": [], "seconds": 0.0}
-            return {"epoch": 0, "step": 0, "sums": {}} | {k: before[k] for k in ("history", "seconds")}
-        load_weights(model, state["model"], self.folder / "last.pt")
-        with reading(self.folder / "last.pt"):
-            opt.load_state_dict(state["optimizer"])
-            if not (
-                type(state["epoch"]) is type(state["step"]) is int and isinstance(state["history"], list)
-            ):
-                raise TypeError("epoch, step or history")
-        return state
-
-    def write(self, name: str, text: str) -> None:
-        """Write a text file of the run atomically."""
-        if world()[0] == 0:
-            write_atomically(self.folder / name, lambda f: f.write(text.encode()))
-
-    def log(self, history: list[dict], stage: str, epoch: int, epochs: int, **metrics: float) -> None:
-        """Append one epoch's metrics to `history`, print them, and rewrite metrics.jsonl from the whole
-        history (so that an epoch replayed after a kill is not in it twice)."""
-        before = history[-1]["seconds"] if history and "seconds" in history[-1] else 0.0
-        history.append({"stage": stage, "epoch": epoch} | metrics)
-        left = (epochs - epoch) * (
-            metrics.get("seconds", 0.0) - before
-        )  # seconds, if every epoch took as long as this one
-        eta = (
-            f"  ({left / 3600:.1f} h left)"
-            if left > 3600
-            else f"  ({left / 60:.0f} min left)"
-            if left > 60
-            else ""
-        )
-        self.say(f"{stage} {epoch}/{epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + eta)
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-
-    def read(self, name: str) -> dict | None:
-        """A JSON file that this run wrote before it was resumed, the same on every rank; None if there is
-        none, or it is damaged."""
-        path = self.folder / name
-        found = [None]
-        if world()[0] == 0 and path.exists() and (self.folder / "config.json").exists():
-            try:
-                found = [json.loads(path.read_text())]
-                if not (
-                    isinstance(found[0], dict)
-                    and found[0].get("script") == self.script
-                    and found[0].get("rows")
-                ):
-                    raise ValueError
-            except ValueError:
-                found = [None]
-                self.say(f"{path} is damaged; evaluating again.")
-        if world()[1] > 1:
-            dist.broadcast_object_list(found, 0)
-        return found[0]
-
-    def next_command(self, **changes: Any) -> str:
-        """The command that goes on from what this run has made: its flags that are not the usual ones, and
-        `changes`."""
-        usual = usual_args(self.args) | {"quick": False}
-        wanted = {
-            k: v
-            for k, v in (vars(self.args) | changes).items()
-            if k not in ("out", "resume") and not isinstance(v, tuple)
-        }
-        return command_line(self.script, {k: v for k, v in wanted.items() if v != usual[k]})
-
-    def rows(self, name: str) -> list[dict]:
-        """What `keep` has written to the file `name` before the run was resumed; [] if nothing."""
-        return (self.read(name) or {"rows": []})["rows"]
-
-    def keep(self, name: str, rows: list[dict]) -> None:
-        """Write rows of results.json that are final already to a file, so that a resumed run need not make
-        them again."""
-        self.write(name, json.dumps({"script": self.script, "rows": rows}, indent=1))
-
-    def finished(self) -> dict | None:
-        """results.json of a resumed run that had reached its end; None otherwise."""
-        return self.read("results.json")
-
-
-def old_start_run(args: Any, name: str = "") -> OldRun:
-    """Check the arguments, join the other ranks if torchrun started us, choose the device, make the folder.
-
-    The folder is --out, or runs/<name> with -2, -3, ... appended when it is taken; name is
-    <script>[-<variant>][-quick]-<norm>-<eps>-s<seed>. An existing run is continued with --resume and refused
-    without. With --resume and no --out it is the newest run of the default name with the same arguments; if
-    there is none, a new one starts. Raises UserError for all that can be wrong.
-    """
-    check_args(args)
-    script = _script_of(type(args))
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        device = choose_device(args.device)
-        # The time limit is for downloads, during which the other ranks wait; a dead rank is noticed at once
-        # by torchrun.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    else:
-        device = choose_device(args.device)
-    answer: list = [None, None]  # folder, error: decided on rank 0, told to all
-    if world()[0] == 0:
-        try:
-            parts = [
-                script,
-                getattr(args, "variant", ""),
-                "quick" if args.quick else "",
-                args.norm,
-                eps_name(args.eps).replace("/", "_"),
-                f"s{args.seed}",
-            ]
-            answer[0] = _run_folder(args, script, name or "-".join(filter(None, parts)))
-            lock = lock_folder(Path(answer[0]))
-        except UserError as e:
-            answer[1] = str(e)
-        except OSError as e:
-            answer[1] = f"cannot make the run's folder ({e.strerror}: {e.filename}); choose another --out."
-    if world()[1] > 1:
-        dist.broadcast_object_list(answer, 0)
-    if answer[1]:
-        raise UserError(answer[1])
-    run = OldRun(Path(answer[0]), device, script, args)
-    there = torch.tensor(int(run.folder.is_dir()), device=device)
-    if world()[1] > 1:
-        dist.all_reduce(there, dist.ReduceOp.MIN)
-    if not there:
-        raise UserError(
-            f"not every machine sees {run.folder}: with several machines --out must be on a shared disk."
-        )
-    run.lock = lock if world()[0] == 0 else None
-    _Signals.run = run
-    run.say(f"{script}: {run.folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
-    if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < getattr(args, "eps", 0):
-        run.say(
-            f"warning: {args.attack_steps} steps of {args.step_size:g} cannot reach the surface of a ball of radius {args.eps:g} from its centre."
-        )
-    return run
-
-
-def _run_folder(args: Any, script: str, name: str) -> str:
-    default = Path("runs") / name
-    if args.out:
-        folder = Path(args.out)
-        saved = _saved_args(folder, script)
-        if not saved and any((folder / name).exists() for name in ("results.json", "last.pt")):
-            raise UserError(
-                f"{folder} holds results but no config.json, so nothing can be continued there: choose another --out."
-            )
-        if (saved or (folder / "last.pt").exists()) and not args.resume:
-            raise UserError(
-                f"{folder} already holds a run: continue it with --resume, or choose another --out."
-            )
-        if saved and (wrong := _contradictions(args, saved)):
-            raise UserError(f"--resume: {folder} was started with other arguments: {'; '.join(wrong)}.")
-        if args.resume and not saved:
-            print(f"--resume: there is no run in {folder} yet; starting one.", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
-    if args.resume:
-        there = default.parent.iterdir() if default.parent.is_dir() else []
-        taken = [
-            p for p in there if p.name.startswith(name) and re.fullmatch(r"(-\d+)?", p.name[len(name) :])
-        ]
-        same = [p for p in taken if (saved := _saved_args(p, script)) and not _contradictions(args, saved)]
-        if same:
-            return str(max(same, key=lambda p: (p / "config.json").stat().st_mtime_ns))
-        print(f"--resume: no {default} run with these arguments yet; starting one.", flush=True)
-    for k in range(1, 100_000):
-        folder = default if k == 1 else default.with_name(f"{name}-{k}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return str(folder)
-    raise UserError(f"{default} and its numbered variants are all taken; choose an --out.")
-
-
-class Epoch:
-    """The book-keeping of one epoch's steps, as a context manager:
-
-    running means on the device, a progress bar (rate, loss, ETA; with tqdm, on a terminal, on rank 0), the
-    check for NaN, and SIGINT/SIGTERM held back until the step is over, when `interrupted()` says so on every
-    rank. `sums` (see `shared_sums`) continues the means of an epoch that was interrupted.
-    """
-
-    def __init__(
-        self,
-        epoch: int,
-        images: int,
-        steps: int,
-        device: torch.device,
-        step: int = 0,
-        sums: dict | None = None,
-    ):
-        self.epoch, self.steps, self.device, self.step = epoch, steps, device, step
-        self.sums = {k: v.to(device) for k, v in (sums or {}).items()}
-        self.begin, self.seen, self.waited = time.perf_counter(), 0, None
-        self.bar = progress_bar(images, f"epoch {epoch + 1}")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def __enter__(self) -> "Epoch":
-        _Signals.deferred = torch.backends.cudnn.benchmark = True
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        _Signals.deferred = torch.backends.cudnn.benchmark = False
-        if self.bar is not None:
-            self.bar.close()
-
-    def watch(self, stream: Iterable) -> Iterator:
-        """The same batches; `means` then has `waiting`, the share of the time in which the device had nothing
-        to do but wait for them."""
-        self.waited, stream = 0.0, iter(stream)
-        done = torch.cuda.Event() if self.device.type == "cuda" else None
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(stream)
-            except StopIteration:
-                return
-            if done is None or done.query():  # else the last step still computes
-                self.waited += time.perf_counter() - asked
-            yield item
-            if done is not None:
-                done.record()
-
-    def update(self, count: int, **losses: Tensor) -> None:
-        """Add one step of `count` images (of this rank) and its mean losses.
-        Raises UserError, naming epoch and step, when the losses are no longer finite."""
-        self.step += 1
-        self.seen += count * world()[1]
-        for k, v in (losses | {"images": torch.ones((), device=self.device)}).items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach().float() * count
-        # Reading a number makes the CPU wait for a GPU, so there it is done every 50th step only.
-        if self.device.type == "cpu" or self.step % 50 == 0:
-            self._check()
-        if self.bar is not None:
-            if self.step % 50 == 0:
-                self.bar.set_postfix(loss=f"{losses['loss'].item():.3f}", refresh=False)
-            self.bar.update(count * world()[1])
-
-    def _check(self) -> None:
-        if not math.isfinite(sum(float(v) for v in self.sums.values())):
-            raise UserError(
-                f"the loss became NaN or infinite in epoch {self.epoch + 1}, at or just before step {self.step}; "
-                "no checkpoint was written since: take a smaller learning rate (--lr or the like), or --amp off."
-            )
-
-    def interrupted(self) -> bool:
-        """Has a SIGINT/SIGTERM arrived on any rank? With several ranks asked every 10th step, since they must
-        agree."""
-        if world()[1] == 1:
-            return bool(_Signals.received)
-        if self.step % 10 and self.step < self.steps:
-            return False
-        flag = torch.tensor(_Signals.received, device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        _Signals.received = int(flag)
-        return bool(_Signals.received)
-
-    def shared_sums(self) -> dict[str, Tensor]:
-        """What to keep of an interrupted epoch: the sums over all ranks, an equal part for each."""
-        total = torch.stack([v.float() for v in self.sums.values()])
-        if world()[1] > 1:
-            dist.all_reduce(total)
-        return dict(zip(self.sums, total / world()[1], strict=True))
-
-    def means(self) -> dict[str, float]:
-        """Mean losses over the epoch's images (of all ranks), `images_per_s`, `waiting` for data (0 to 1; see
-        `watch`) and, on GPUs, `peak_gb`: this rank's memory at its fullest."""
-        self._check()
-        named = {k: float(v) for k, v in self.shared_sums().items()}
-        count = named.pop("images")
-        seconds = time.perf_counter() - self.begin
-        memory = (
-            {"peak_gb": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)}
-            if self.device.type == "cuda"
-            else {}
-        )
-        waiting = {} if self.waited is None else {"waiting": round(self.waited / seconds, 3)}
-        return (
-            {k: v / count for k, v in named.items()}
-            | {"images_per_s": round(self.seen / seconds, 1)}
-            | waiting
-            | memory
-        )
-
-
-def progress_bar(total: int, label: str, unit: str = "img") -> Any:
-    """A tqdm bar counting images (or bytes: unit "B"), or None without tqdm, off a terminal, or on ranks
-    other than 0."""
-    if world()[0] or not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True)
-
-
-def old_evaluate(
-    run: OldRun, name: str, state: dict, test_set: Images, eval_eps: list[float], *,
-    paper: dict[float, float] | None = None, **more: Any,
-) -> list[dict]:  # fmt: skip
-    """`evaluate`, with the paper's accuracies {radius: accuracy} beside the rows."""
-    rows = evaluate(run, name, state, test_set, eval_eps, **more)
-    known = [(paper or {}).get(row["eps"]) if row["attack"] in ("none", "pgd-20") else None for row in rows]
-    return [row | {"paper": value} for row, value in zip(rows, known, strict=True)]
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Print `text_table`."""
-    print(text_table(header, rows), flush=True)
-
-
-def write_results(run: Run, rows: list[dict], began: float) -> dict:
-    """Write results.json: what was run, where, and one row per accuracy (percent); its keys are listed in the
-    README.
-
-    Its seconds are those of training, in all sittings, which last.pt tells, and those since `began` (of
-    time.perf_counter()), the evaluation's.
-    """
-    last = run.load("last.pt")
-    seconds = (last["seconds"] if last else 0.0) + time.perf_counter() - began
-    results = {
-        "script": run.script, "args": asdict(run.args), "device": device_name(run.device),
-        "torch": torch.__version__, "seconds": round(seconds, 1), "rows": rows,
-    }  # fmt: skip
-    run.write("results.json", json.dumps(results, indent=1))
-    return results

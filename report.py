@@ -134,7 +134,7 @@ def read(paths: tuple[str, ...]) -> list[dict]:
             if result["script"] == "adv_mae":
                 needed |= {"set", "recipe", "layer_decay", "pretrained", "checkpoint"}
                 args |= {"recipe", "width"}
-                if not all({"method", "norm", "eps", "epochs", "as_paper"} <= row["pretrained"].keys() for row in result["rows"]):
+                if not all({"method", "norm", "eps", "epochs"} <= row["pretrained"].keys() for row in result["rows"]):
                     raise ValueError
             if result["script"] == "chen_pretrain_finetune":
                 args |= {"models", "init", "dpe_lambda", "pretrain_images", "extra_data"}
@@ -981,7 +981,6 @@ class Tuned:
     epochs: int | None  # of pre-training
     clean: dict[str, list[float]]  # {test set: accuracy per seed}
     robust: dict[tuple[str, str, float], list[float]]  # {(attack, norm, radius): accuracy per seed}
-    paper: str
 
     def average(self, sets: Iterable[str]) -> float:
         return fmean(fmean(self.clean[s]) for s in sets)
@@ -1023,14 +1022,12 @@ def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
             if one in seen:  # evaluated again by --recipe none
                 continue
             seen.add(one)
-            setting += "" if about["as_paper"] else ", pre-training not the paper's"
             key = (setting, about["method"], about["norm"] if about["eps"] else "", about["eps"], row["layer_decay"], about["epochs"])
-            tuned = found.setdefault(key, Tuned(*key, {}, {}, ""))
+            tuned = found.setdefault(key, Tuned(*key, {}, {}))
             if row["eps"]:
                 tuned.robust.setdefault((row["attack"], row["norm"], row["eps"]), []).append(row["accuracy"])
                 continue
             tuned.clean.setdefault(row["set"], []).append(row["accuracy"])
-            tuned.paper = adv_mae.paper_number(row, own_args(result)) or tuned.paper
             corrupted = means.get(Path(row["checkpoint"]).resolve())
             if row["set"] == "test" and corrupted is not None:
                 tuned.clean.setdefault("corruptions", []).append(corrupted)
@@ -1058,13 +1055,13 @@ def rebuffi_table(groups: dict[str, list[Tuned]]) -> str:
         sets, scratch = shared_sets(networks), from_scratch(networks)
         attacks = list(dict.fromkeys(key for t in networks for key in t.robust))
         more = ["average"] * (len(sets) > 1) + ["minus scratch"] * (scratch is not None)
-        header = ["pre-training", "epochs", "γ", *sets, *more, *(f"{attack.upper()} {norm} {eps_name(eps)}" for attack, norm, eps in attacks), "Table 1"]
+        header = ["pre-training", "epochs", "γ", *sets, *more, *(f"{attack.upper()} {norm} {eps_name(eps)}" for attack, norm, eps in attacks)]
         rows = []
         for t in sorted(networks, key=lambda t: (list(METHODS).index(t.method) if t.method in METHODS else 9, t.norm, t.eps, t.gamma or 0)):
             row = [t.name, "" if t.epochs is None else str(t.epochs), "" if t.gamma is None else f"{t.gamma:g}", *(mean_sd(t.clean[s]) for s in sets)]
             row += [f"{t.average(sets):.2f}"] * (len(sets) > 1)
             row += [f"{t.average(sets) - scratch.average(sets):+.2f}"] if scratch else []
-            rows.append([*row, *(mean_sd(t.robust.get(key, [])) for key in attacks), t.paper])
+            rows.append([*row, *(mean_sd(t.robust.get(key, [])) for key in attacks)])
         seeds = [len(v) for t in networks for v in t.clean.values()]
         parts.append(f"## {setting}; {count_seeds(*seeds)}\n\n{markdown(header, rows)}")
     return "\n\n".join(parts) + "\n"

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from at_step import add_work, count_flops, in_turns, print_rows, timed, write_json  # noqa: E402
 
 from common import Network, build_model, choose_device, full_precision, place_model  # noqa: E402
-from mtl_reverse import TASKS, Args, Defence, build_branches, mix_seeds, reverse, reverse_step, ssl_loss, whose_turn  # noqa: E402
+from mtl_reverse import TASKS, Args, Defence, build_branches, mix_seeds, reverse, reverse_step, tasks_in_turn  # noqa: E402
 
 
 class Plain(nn.Module):
@@ -36,40 +36,44 @@ class Plain(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         return self.trunk((x - self.mean) / self.std)
 
-    def forward(self, x: Tensor, head: str) -> Tensor:
-        return self.net.heads[head](self.features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return next(iter(self.net.heads.values()))(self.features(x))
 
 
 def make(args: Args, device: torch.device, amp: str | None, compile: bool = False) -> Defence:
     """The three tasks with random weights; amp None: plain networks whose weights have gradients."""
     torch.manual_seed(0)
-    victim = build_model("wrn28_10", {"class": 10}, mean=[0, 0, 0], std=[1, 1, 1])
-    branches = build_branches(args, victim)
+    classifier = build_model("wrn28_10", {"class": 10}, mean=[0, 0, 0], std=[1, 1, 1]).to(device).eval()
+    branches = build_branches(args, classifier)
+    if amp is None:
+        branches["contrastive"].features = Plain(classifier).features
+    else:
+        place_model(classifier.requires_grad_(False), device, amp)
     for branch in branches.values():
         branch.to(device).eval()
         for name, net in list(branch.named_children()):
             if isinstance(net, Network) and amp is None:
                 setattr(branch, name, Plain(net).to(device))
             elif isinstance(net, Network):
-                place_model(net, device, amp, compile and net is not victim)
+                place_model(net, device, amp, compile)
         if amp is not None:
             branch.requires_grad_(False)
     bank = F.normalize(torch.randn(args.bank * args.views, 16), dim=1).to(device)
-    return Defence("mtl", branches, dict.fromkeys(TASKS, 1.0), args, bank)
+    return Defence("mtl", classifier, branches, args, bank)
 
 
 def plain_iteration(z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor) -> Tensor:
     args, losses, move = defence.args, {}, 0
     for task in TASKS:
         at = z.clone().requires_grad_(True)
-        losses[task] = at, ssl_loss(defence, task, at, mix_seeds(seeds, k))
+        losses[task] = at, defence.loss(task, at, mix_seeds(seeds, k))
     total = sum(loss for _, loss in losses.values()).detach()
-    for task in whose_turn(TASKS, k):
+    for task in tasks_in_turn(TASKS, k):
         at, loss = losses[task]
         loss.sum().backward()
         move = move + (loss.detach() / total).view(-1, 1, 1, 1) * at.grad / at.grad.abs().amax((1, 2, 3), keepdim=True)
-        for p in defence.branches[task].parameters():
-            p.grad = None
+    for net in (*defence.branches.values(), defence.classifier):
+        net.zero_grad()
     return torch.clamp(z - args.reverse_step_size * move, x - args.reverse_eps, x + args.reverse_eps).clamp(0, 1)
 
 
@@ -100,7 +104,7 @@ def main() -> None:
     some, its_seeds = torch.rand(8, 3, 32, 32, device=device), mix_seeds(torch.arange(8, device=device), 1)
     mixed = reverse_step(some, some, 2, ours, its_seeds) - some
     nets = [m for b in ours.branches.values() for m in b.modules() if isinstance(m, Network)]
-    with full_precision(nn.ModuleList(nets)):
+    with full_precision(nn.ModuleList([*nets, ours.classifier])):
         exact = reverse_step(some, some, 2, ours, its_seeds) - some
     same = F.cosine_similarity(mixed.flatten(1), exact.flatten(1)).mean().item()
     print(f"Cosine of the first even step in mixed precision with that in float32: {same:.3f} (mean over 8 images).")

@@ -29,7 +29,6 @@ def flags(args: dict) -> list[str]:
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command(script module, *flags) runs it as the shell would and returns (exit code, stdout, stderr)."""
-    import common
 
     def run(script, *argv):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
@@ -48,7 +47,6 @@ def command(monkeypatch, capsys):
     yield run
     for s, handler in before.items():
         signal.signal(s, handler)
-    common._Signals.received, common._Signals.deferred = 0, False
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_a_run_of_adv_mae(tmp_path, amp):
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_reversal(tmp_path, amp):
     """The quick run in less: losses of attacked images fall, attackers that go through the reversal stay in the ball."""
-    quick = mtl_reverse.Args.QUICK | dict(device="cuda", amp=amp, epochs=4, branch_epochs=6, attacks="pgd,bpda,unrolled", adaptive_steps=2)
+    quick = mtl_reverse.Args.QUICK | dict(device="cuda", amp=amp, epochs=4, branch_epochs=6, attacks=("pgd", "bpda", "unrolled"), adaptive_steps=2)
     results = mtl_reverse.main(mtl_reverse.Args(**quick, quick=True, out=str(tmp_path)))
     mean = {(row["task"], row["images"]): row["mean"] for row in results["rows"] if row.get("kind") == "losses" and row["name"] == "mtl"}
     assert sum(mean[t, "reversed"] < mean[t, "attacked"] for t in mtl_reverse.TASKS) >= 2

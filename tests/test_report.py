@@ -453,10 +453,10 @@ def test_incomplete_chen_results_are_refused(tmp_path, one_sentence):
 # ---- Rebuffi et al. ----
 
 
-def tuned(method="mae", eps=0.5, norm="l2", gamma=0.75, clean=None, robust=None, seed=0, checkpoint="", epochs=800, as_paper=False, **changes) -> dict:
+def tuned(method="mae", eps=0.5, norm="l2", gamma=0.75, clean=None, robust=None, seed=0, checkpoint="", epochs=800, **changes) -> dict:
     """A results.json of adv_mae.py with one network; clean: {set: accuracy}, robust: {radius: accuracy}."""
-    args = vars(adv_mae.Args(seed=seed, init="x", **{"data_dir": "imagenet"} | changes))
-    pretrained = {"method": method, "norm": norm, "eps": eps, "epochs": epochs, "as_paper": as_paper}
+    args = vars(adv_mae.Args(seed=seed, init="x", data_dir="imagenet", **changes))
+    pretrained = {"method": method, "norm": norm, "eps": eps, "epochs": epochs}
     row = {"name": "a", "norm": "l2", "examples": 100, "epoch": 1, "recipe": args["recipe"], "layer_decay": gamma, "pretrained": pretrained, "checkpoint": checkpoint or f"{method}-{norm}-{eps}-{gamma}-{seed}.pt"}
     rows = [row | {"attack": "none", "eps": 0, "set": s, "accuracy": a} for s, a in (clean or {"test": 80.0}).items()]
     rows += [row | {"attack": "pgd-20", "eps": e, "set": "test", "accuracy": a} for e, a in (robust or {}).items()]
@@ -480,12 +480,10 @@ def test_rebuffi_table_averages_and_subtracts():
     assert len(groups) == 1
     text = report.rebuffi_table(groups)
     rows = {tuple(c.strip() for c in line.split("|")[1:4]): [c.strip() for c in line.split("|")[4:-1]] for line in text.splitlines() if line.startswith("|")}
-    assert rows["pre-training", "epochs", "γ"] == ["test", "a", "average", "minus scratch", "PGD-20 l2 0.5", "Table 1"]  # corruptions are not of all
-    assert rows["MAE l2 0.5", "800", "0.75"] == ["81.00 ± 1.41", "41.00 ± 1.41", "61.00", "+16.00", "32.00 ± 2.83", ""]
-    assert rows["supervised nominal", "300", ""] == ["70.00", "20.00", "45.00", "+0.00", "", ""]
-    assert rows["MAE nominal", "800", "0.75"] == ["79.00", "31.00", "55.00", "+10.00", "", ""]
-    cell = tuned(eps=0.0, clean={"test": 97.0}, as_paper=True, dataset="cifar10", recipe="adamw", data_dir="data")
-    assert "| 97.00 | 98.03 |" in report.rebuffi_table(report.tuned_networks([cell]))
+    assert rows["pre-training", "epochs", "γ"] == ["test", "a", "average", "minus scratch", "PGD-20 l2 0.5"]  # corruptions are not of all
+    assert rows["MAE l2 0.5", "800", "0.75"] == ["81.00 ± 1.41", "41.00 ± 1.41", "61.00", "+16.00", "32.00 ± 2.83"]
+    assert rows["supervised nominal", "300", ""] == ["70.00", "20.00", "45.00", "+0.00", ""]
+    assert rows["MAE nominal", "800", "0.75"] == ["79.00", "31.00", "55.00", "+10.00", ""]
     (networks,) = report.tuned_networks(results[:3] + results[4:]).values()
     assert report.shared_sets(networks) == ["test", "a", "corruptions"]
     assert {t.name: t.clean["corruptions"] for t in networks} == {"MAE l2 0.5": [60.0, 62.0], "supervised nominal": [30.0]}
