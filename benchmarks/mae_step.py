@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from at_step import add_work, in_turns, print_rows, timed, write_json  # noqa: E402
 
 from adv_mae import (  # noqa: E402
-    Args, augmentation, image_seeds, masked_autoencoder, masked_task, parameter_groups, perturb, recipe_of, standardise,
+    Args, MaskedAutoencoder, augmentation, image_seeds, masked_task, parameter_groups, perturb, recipe_of, standardise,
 )  # fmt: skip
 from common import (  # noqa: E402
     batches, build_model, choose_device, image_uniform, l2_norm, open_folder, patchify, place_model, transformed,
@@ -36,7 +36,7 @@ from common import (  # noqa: E402
 def make(args: Args, device: torch.device, amp: str | None, compile: bool = False):
     """(network, optimiser); amp None: float32."""
     torch.manual_seed(0)
-    model = masked_autoencoder(build_model(args.arch, {}), args)
+    model = MaskedAutoencoder(build_model(args.arch, {}), args)
     place_model(model, device, amp or "off", compile)
     recipe = recipe_of("mae", args)
     return model.train(), torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, None), 1e-4, betas=recipe.betas)
