@@ -412,16 +412,16 @@ FIRST_ID = {"plain": 0, "attacked": 100_000, "fine-tuned": 200_000}
 
 
 def train(
-    name: str, kind: str, run: Run, args: Args, train_set: Images, about: dict, *,
+    name: str, kind: str, run: Run, args: Args, train_set: Images, pretrained: dict, *,
     start: dict | None = None, gamma: float | None = None,
 ) -> dict:  # fmt: skip
     """Train a network by the recipe `kind` and return its checkpoint, name.pt.
 
-    about: see `pretraining_of`. Pre-training (mae, rotnet, supervised) is adversarial if its eps is not 0.
-    Fine-tuning (imagenet, adamw, sgd) starts from the checkpoint `start`, with the layer-wise decay `gamma`.
+    pretrained: see `pretraining_of`. Pre-training (mae, rotnet, supervised) is adversarial if this eps is not
+    0. Fine-tuning (imagenet, adamw, sgd) starts from the checkpoint `start`, with layer-wise decay `gamma`.
     """
     recipe, ranks = recipe_of(kind, args), world()[1]
-    classes, eps = len(train_set.classes), 0.0 if start else about["eps"]
+    classes, eps = len(train_set.classes), 0.0 if start else pretrained["eps"]
     torch.manual_seed(args.seed)
     model = start_model(kind, args, recipe, start, classes)
     average = copy.deepcopy(model).to(run.device) if recipe.ema else model
@@ -483,7 +483,7 @@ def train(
 
         if epoch + 1 == epochs:  # here: a resumed run may have no epoch left
             state = {"network": model.spec, "stage": name, "epoch": epochs, "classes": train_set.classes}
-            state |= {"recipe": kind, "layer_decay": gamma, "pretrained": about}
+            state |= {"recipe": kind, "layer_decay": gamma, "pretrained": pretrained}
             run.save(f"{name}.pt", state | split_weights(kind, average.state_dict()))
     return run.load(f"{name}.pt", stage=name, network=model.spec)
 
