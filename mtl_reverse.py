@@ -20,20 +20,21 @@ we change x within a ball of radius eps_v so that these losses fall (Algorithm 1
 
 The paper, clean / PGD, linf 8/255: no reversal 89.7 / 63.9, SSL (Mao et al.) 86.6 / 65.3, MTL 87.7 / 65.6.
 
-Attacks: pgd, the paper's, knows F only. aware maximises CE(F(x)) - lambda L(x), to leave little to reverse.
-bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates through all
-K iterations. suite is AutoPGD, MultiTargeted and Square on F. No attacker sees the defence's own draws of
-noise and views, which are the same for all.
+Attacks: pgd, the paper's, knows F only. aware maximises CE(F(x)) - lambda L(x), to leave little to reverse
+(section 4). bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates
+through all K iterations (through SSL's signs by a surrogate). suite is AutoPGD, MultiTargeted and Square on
+F. No attacker sees the defence's own draws of noise and views, which are the same for all.
 
-The authors' code (SelfSupDefense, branch one-by-one) increases the losses in its last commit, b8f5ea7, and
-decreases them in an earlier one, 855d32d; which one made Table 1 is not known. It maps the inpainting
-gradient from 128 to 32 pixels by a convolution with random weights, and runs the rotation and inpainting
-networks in train mode, on images that are not normalised.
+The authors' code (SelfSupDefense, branch one-by-one) increases the losses in its last commit, b8f5ea7: its
+step is + eta (L_t / L) d(L_t). An earlier commit, 855d32d, decreases them; which one made Table 1 is not
+known. The code keeps three perturbations, of which two are updated in every second iteration only. It maps
+the inpainting gradient from 128 to 32 pixels by a convolution with random weights, and runs the rotation and
+inpainting networks in train mode, on images that are not normalised. Its defence-aware attack has lambda 0.
 
 Differs from the paper, or is our choice where it is silent:
 - The weights of L_s, L_r and L_i are 1, 50 and 10, as in the code (paper: "weighted sum", and 1, 1, 1 in
-  Algorithm 1), and L_i is a mean over the hole (paper: a sum). With 1, 1, 1 inpainting would have less than
-  1% of L, and its loss would rise; the sum (1, 1, 9408) would have nearly all of L. See README.md.
+  Algorithm 1), and L_i is a mean over the hole (paper: a sum). In a miniature (see README.md), inpainting has
+  less than 1% of L with 1, 1, 1, and its loss rises; as a sum it has nearly all of L.
 - The ball's centre stays the given image (line 11 of Algorithm 1 would move it), and x' is clipped to [0, 1].
   The losses are those of x', also in the first iteration (line 3 prints x, without the noise).
 - A gradient is divided by its largest entry, per image, as in b8f5ea7; as printed in Algorithm 1, x' would
@@ -44,7 +45,8 @@ Differs from the paper, or is our choice where it is silent:
 - No image depends on its batch: the negatives are views of --bank training images, and the views and L_s / L
   are drawn and computed per image (code: the negatives are the rest of the batch; one draw, one ratio).
 - Branches: 200 epochs of SGD, learning rate 0.1, cosine, batch 128; the head by Adam, 1e-4, batch 1024 (Mao
-  et al.; code 3e-4). Inpainting sees images in [-1, 1], enlarged by repeating pixels (code: bilinear).
+  et al.; code 3e-4). Inpainting sees images in [-1, 1], enlarged by repeating pixels (code: in training
+  bilinear). The reversal runs in the precision of --amp.
 - Our own F is trained by PGD-10. All networks are those of the epoch of lowest loss on held-out images.
 """
 import hashlib
@@ -129,7 +131,7 @@ class Args(CommonArgs):
     reverse_steps: Positive = 40  # K, number of iterations
     reverse_step_size: float = 2 / 255  # eta, step size
     reverse_eps: float = 16 / 255  # eps_v, radius of the ball around x (paper: 8; its code doubles that)
-    weights: Annotated[tuple, three_numbers] = (1.0, 50.0, 10.0)  # of L_s, L_r and L_i (paper: 1,1,1)
+    weights: Annotated[tuple, three_numbers] = (1.0, 50.0, 10.0)  # of L_s, L_r, L_i (Algorithm 1: 1,1,1)
     views: Positive = 4  # views of each image in the contrastive loss, at least 2
     bank: Positive = 512  # training images whose views are the negatives of the contrastive loss
     # evaluation
@@ -144,7 +146,7 @@ class Args(CommonArgs):
     val_fraction: Share = 0.1  # share of the training images held out to select the epochs
 
     QUICK: ClassVar[dict] = dict(
-        # Digits stay 8 x 8. With these weights each loss has at least 15% of L.
+        # Digits stay 8 x 8. With these weights each loss has at least 15% of L on attacked images.
         dataset="digits", image_size=8, flip=False, arch="preact18", width=0.125, epochs=10, batch_size=64,
         lr=0.05, eps=0.1, attack_steps=7, eval_steps=7, branch_epochs=15, branch_batch_size=64,
         branch_lr=0.05, head_batch_size=256, head_lr=1e-2, branch_width=0.25, crop=0.5, reverse_steps=10,
@@ -211,7 +213,7 @@ def reverse_step(
         for task in defence.branches:
             with torch.set_grad_enabled(differentiable or task in turn):  # of the third only the value counts
                 losses[task] = defence.loss(task, z, mix_seeds(seeds, k))
-        total = sum(losses.values())  # line 3: L, (B,)
+        total = sum(losses.values()).clamp(min=1e-12)  # line 3: L, (B,)
         for task in turn:  # lines 4 to 9
             (g,) = torch.autograd.grad(losses[task].sum(), z, create_graph=differentiable)
             move = move + (losses[task] / total).view(-1, 1, 1, 1) * direction(g, defence.sign)
@@ -371,10 +373,11 @@ def enlarge(x: Tensor, size: int) -> Tensor:
 
 
 class Inpainting(nn.Module):
-    """L_i (section 3.2.2): mean squared error in a hole in the middle of an image, painted by a network that
-    sees the rest. Pixels are in [-1, 1]; images are enlarged four times (CIFAR-10: 128 pixels)."""
+    """L_i (section 3.2.2): mean squared error in a hole in the middle of an image, reconstructed by a network
+    that sees the rest. Pixels are in [-1, 1]; images are enlarged four times (CIFAR-10: 128 pixels). Below 32
+    pixels the hole's border cuts through enlarged pixels, so copies of some hidden ones are visible."""
 
-    FILL = (117 / 255, 104 / 255, 123 / 255)  # of the hole: ImageNet's mean colour
+    FILL = (117 / 255, 104 / 255, 123 / 255)  # of the hole (code)
 
     def __init__(self, args: Args):
         super().__init__()
@@ -405,12 +408,7 @@ class Inpainting(nn.Module):
 def build_branches(args: Args, classifier: Network) -> dict[str, nn.Module]:
     """{task: its network, which maps images to losses (B,)}, not trained."""
     rotation, inpainting = Rotation(args), Inpainting(args)
-    branches = {"contrastive": Contrastive(classifier, args), "rotation": rotation, "inpainting": inpainting}
-    for task, branch in branches.items():
-        branch.spec = {"task": task, "image size": args.image_size}  # for checkpoints
-    values = b"".join(v.cpu().numpy().tobytes() for v in classifier.state_dict().values())
-    branches["contrastive"].spec["classifier"] = hashlib.sha256(values).hexdigest()
-    return branches
+    return {"contrastive": Contrastive(classifier, args), "rotation": rotation, "inpainting": inpainting}
 
 
 # ---- the attackers -----------------------------------------------------------------------------------
@@ -467,7 +465,7 @@ class Unrolled(torch.autograd.Function):
     """`reverse` with its derivative, for attackers: backwards through all iterations, each computed again
     from where it began. K images and the graph of one iteration are kept at a time, whatever K is."""
 
-    PART = 64  # images per graph; one of WideResNet-28-10 and 4 views takes 6 GB (counted on a CPU, bfloat16)
+    PART = 64  # images per graph, which takes 6 GB for WideResNet-28-10 and 4 views (counted on a CPU)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
@@ -578,8 +576,11 @@ def get_branches(
     """{task: its network, frozen, in eval mode}: those of --branches, or trained."""
     torch.manual_seed(args.seed)
     branches = build_branches(args, classifier)
+    values = b"".join(v.cpu().numpy().tobytes() for v in classifier.state_dict().values())
+    spec = {"classifier": hashlib.sha256(values).hexdigest(), "images": train_set.digest}
     for task in needed_tasks(args):
         branch = branches[task].to(run.device)
+        branch.spec = spec | {"task": task, "image size": args.image_size}  # for checkpoints
         for net in branch.children():
             if isinstance(net, Network):
                 place_model(net, run.device, args.amp, args.compile)
@@ -587,7 +588,7 @@ def get_branches(
             path = Path(args.branches) / f"{task}.pt"
             state = load_checkpoint(path)
             if state["network"] != branch.spec:
-                raise UserError(f"{path} is for another classifier or image size: leave out --branches.")
+                raise UserError(f"{path} is for another classifier or other images: leave out --branches.")
             load_weights(branch, state["model"], path)
         else:
             train(task, run, args, branch, train_set, val_set)
@@ -777,7 +778,7 @@ def save_picture(evaluation: Evaluation, defence: Defence) -> None:
 # With --branches these flags are those of the run that trained them.
 TRAINING = (
     "branch_epochs", "branch_batch_size", "branch_lr", "head_batch_size", "head_lr", "weight_decay",
-    "branch_width", "crop", "flip", "temperature",
+    "branch_width", "crop", "flip", "temperature", "val_fraction",
 )  # fmt: skip
 
 
@@ -793,9 +794,13 @@ def main(args: Args) -> dict:
     if args.victim:
         given = load_victim(args.victim)
         check_classifier(given, args.victim)
+        if (size := given.get("args", {}).get("image_size", args.image_size)) != args.image_size:
+            raise UserError(f"{args.victim} was trained on images of {size} pixels: --image-size {size}.")
     if args.branches:
         files += [str(Path(args.branches) / f"{task}.pt") for task in needed_tasks(args)]
         with reading(files[-1]):
+            if not (Path(args.branches) / "results.json").exists():
+                raise UserError(f"--branches {args.branches}: there is no results.json of a finished run.")
             its = load_checkpoint(files[-1])["args"]
             args = replace(args, **{flag: its[flag] for flag in TRAINING})
     if "unrolled" in args.attacks:
@@ -882,7 +887,7 @@ def table(results: dict, args: Args) -> str:
         lines.append([name, *(f"{cell['accuracy']:.2f} ±{cell['se']:.2f}" for cell in mine)])
         known = paper_numbers("mtl_reverse", args, name) if rows[0]["source"] == CARMON else []
         if known:
-            lines.append(["  the paper", *known, *[""] * len(shown[len(known) :])])
+            lines.append(["  the paper (RST_adv)", *known, *[""] * len(shown[len(known) :])])
     for name in dict.fromkeys(name for _, name in differences):
         mine = [differences[column, name] for column in shown]
         lines.append([name, *(f"{cell['difference']:+.2f} ±{cell['se']:.2f}" for cell in mine)])

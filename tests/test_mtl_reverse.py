@@ -1,6 +1,7 @@
 """mtl_reverse.py: the tasks' losses, Algorithm 1, attackers, Carmon et al.'s file, runs."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -598,7 +599,7 @@ def test_the_papers_numbers_stand_beside_its_own_setting(changes, known):
     for source in (mtl_reverse.CARMON, ""):
         first = {"source": source, "examples": 9}
         text = mtl_reverse.table({"rows": [first, *rows, *losses]}, args)
-        found = [line.split()[2:] for line in text.splitlines() if "the paper" in line]
+        found = [line.split()[3:] for line in text.splitlines() if "the paper (RST_adv)" in line]
         want = [["89.7", "63.9"], ["86.6", "65.3"], ["87.7", "65.6"]]
         assert found == (want if known and source else [])
 
@@ -744,6 +745,12 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
         common.save_checkpoint(tmp_path / "wrong.pt", {"network": wrong.spec, "model": wrong.state_dict()})
         assert "10 classes" in one_sentence(mtl_reverse, *argv, tmp_path / "wrong.pt")
     assert "no finished classifier" in one_sentence(mtl_reverse, *argv, folder / "rotation.pt")
+    larger = state | {"args": {"image_size": 32}}
+    common.save_checkpoint(tmp_path / "larger.pt", larger)
+    assert "images of 32 pixels" in one_sentence(mtl_reverse, *argv, tmp_path / "larger.pt")
+    unfinished = ["--victim", folder / "classifier.pt", "--branches", tmp_path]
+    shutil.copy(folder / "inpainting.pt", tmp_path)
+    assert "no results.json" in one_sentence(mtl_reverse, *flags(TINY), *unfinished, "--out", tmp_path / "o")
 
 
 def test_a_vision_transformer_as_victim(tmp_path):
