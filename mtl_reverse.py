@@ -63,8 +63,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from common import (
     STATS, CommonArgs, Images, Network, Positive, Run, Share, UserError, batchnorm_mode, build_model,
     ce_per_image, check_classifier, cli, count_batches, distribute, draw, eps_name, full_precision,
-    image_uniform, learning_rate, load_checkpoint, load_foreign, load_weights, map_images, numbers,
-    paper_numbers, pgd, place_model, random_crop_flip, reading, rebuild, save_image_grid, seed_step,
+    image_uniform, is_correct, learning_rate, load_checkpoint, load_foreign, load_weights, map_images,
+    numbers, paper_numbers, pgd, place_model, random_crop_flip, reading, rebuild, save_image_grid, seed_step,
     simclr_augment, split_train, start_run, suite_attacks, sum_over_ranks, text_table, world,
 )  # fmt: skip
 
@@ -80,14 +80,9 @@ ATTACKS = ("pgd", "aware", "bpda", "unrolled", "suite")
 Arch = Literal["wrn28_10", "resnet18", "resnet34", "resnet50", "preact18", "preact34"]
 
 
-def some_tasks(text: str) -> tuple[str, ...]:
-    """Read comma-separated TASKS. Raises ValueError."""
-    return tuple(sorted(set(text.split(",")), key=TASKS.index))
-
-
-def some_attacks(text: str) -> tuple[str, ...]:
-    """Read comma-separated ATTACKS. Raises ValueError."""
-    return tuple(sorted(set(text.split(",")), key=ATTACKS.index))
+def some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of comma-separated words, each one of `known`. It raises ValueError."""
+    return lambda text: tuple(sorted(set(text.split(",")), key=known.index))
 
 
 def three_numbers(text: str) -> tuple[float, ...]:
@@ -127,7 +122,7 @@ class Args(CommonArgs):
     crop: Share = 0.08  # smallest fraction of an image's area that a view shows
     temperature: float = 0.2  # tau, temperature of the contrastive loss
     # reversal (Algorithm 1)
-    tasks: Annotated[tuple, some_tasks] = TASKS  # tasks of the MTL row; the SSL row is contrastive
+    tasks: Annotated[tuple, some_of(TASKS)] = TASKS  # tasks of the MTL row; the SSL row is contrastive
     reverse_steps: Positive = 40  # K, number of iterations
     reverse_step_size: float = 2 / 255  # eta, step size
     reverse_eps: float = 16 / 255  # eps_v, radius of the ball around x (paper: 8; its code doubles that)
@@ -135,7 +130,7 @@ class Args(CommonArgs):
     views: Positive = 4  # views of each image in the contrastive loss, at least 2
     bank: Positive = 512  # training images whose views are the negatives of the contrastive loss
     # evaluation
-    attacks: Annotated[tuple, some_attacks] = ATTACKS[:4]  # some of these and suite; pgd always
+    attacks: Annotated[tuple, some_of(ATTACKS)] = ATTACKS[:4]  # some of these and suite; pgd always
     eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # suite of --attacks suite
     eval_steps: Positive = 10  # steps of pgd and aware (code: 10)
     lambdas: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)  # lambda of aware, an attack for each
@@ -175,7 +170,7 @@ class Defence:
         weight, branch, views = self.args.weights[TASKS.index(task)], self.branches[task], self.args.views
         if task != "contrastive":
             return weight * branch(z)
-        return weight * branch(z, views, rand_of_views(seeds, views), self.bank)
+        return weight * branch(z, views, image_rand(seeds, views), self.bank)
 
     def classify(self, z: Tensor) -> Tensor:
         """Logits F(z), (B, classes), of images as they are; in float32 unless --eval-amp."""
@@ -183,8 +178,9 @@ class Defence:
             return self.classifier(z, "class")
 
 
-def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
-    """Algorithm 1: images x (B, 3, S, S) in [0, 1], attacked or not, to x'.
+def reverse(x: Tensor, defence: Defence, seeds: Tensor, step: Callable | None = None) -> Tensor:
+    """Algorithm 1: images x (B, 3, S, S) in [0, 1], attacked or not, to x'. step: `reverse_step`, or for
+    attackers `Step.apply`.
 
     seeds: int64 (B,). An image's noise and views depend on its seed alone, and nothing on its batch.
     """
@@ -192,7 +188,7 @@ def reverse(x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
         return x
     z = start(x, defence, seeds)
     for k in range(1, defence.args.reverse_steps + 1):  # line 2
-        z = reverse_step(z, x, k, defence, seeds)
+        z = (step or reverse_step)(z, x, k, defence, seeds)
     return z
 
 
@@ -245,20 +241,15 @@ def mix_seeds(seeds: Tensor, n: int) -> Tensor:
     return seeds * 6364136223846793005 + (n + 1) * 1442695040888963407 % 2**63
 
 
-def image_rand(seeds: Tensor) -> Callable[..., Tensor]:
-    """A torch.rand whose row i depends on seeds[i], int64 (B,), and the number of calls before, not on the
-    other images of the batch."""
-    calls = itertools.count(1)
+def image_rand(seeds: Tensor, views: int = 1) -> Callable[..., Tensor]:
+    """A torch.rand for a batch of the first views of all images, then the second, ...: a row depends on its
+    image's seed, int64 (B,), its view, and the number of calls before, on nothing else."""
+    seeds, calls = torch.cat([mix_seeds(seeds, v) for v in range(views)]), itertools.count(1)
 
     def rand(*shape: int, device: torch.device | None = None) -> Tensor:
         return image_uniform(mix_seeds(seeds, next(calls)), math.prod(shape[1:])).view(shape)
 
     return rand
-
-
-def rand_of_views(seeds: Tensor, views: int) -> Callable[..., Tensor]:
-    """`image_rand` for a batch of the first views of all images, the second, ..."""
-    return image_rand(torch.cat([mix_seeds(seeds, v) for v in range(views)]))
 
 
 # ---- the tasks: networks and losses ------------------------------------------------------------------
@@ -433,16 +424,15 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, defence: Defence, lam
         new = fresh()
         return class_loss(z) - lam * sum(defence.loss(task, z, new) for task in defence.branches)
 
-    def mean(defended: Callable) -> Tensor:  # over draws; with checkpoint() one graph of F at a time is kept
+    def defended(z: Tensor) -> Tensor:
+        if kind == "unrolled":
+            return reverse(z, defence, fresh(), Step.apply)
+        return z + (reverse(z.detach(), defence, fresh()) - z).detach()  # BPDA: the derivative by z is 1
+
+    def adaptive(z: Tensor) -> Tensor:  # mean over draws; with checkpoint() one graph of F at a time is kept
         n = args.eot if defence.branches else 1
         of_draw = partial(checkpoint, class_loss, use_reentrant=False, preserve_rng_state=False)
-        return sum(of_draw(defended()) for _ in range(n)) / n
-
-    def straight_through(z: Tensor) -> Tensor:  # BPDA: the derivative of x' by x is taken to be 1
-        return mean(lambda: z + (reverse(z.detach(), defence, fresh()) - z).detach())
-
-    def unrolled(z: Tensor) -> Tensor:
-        return mean(lambda: Unrolled.apply(z, defence, fresh()))
+        return sum(of_draw(defended(z)) for _ in range(n)) / n
 
     if kind == "none":
         return x
@@ -456,45 +446,28 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, defence: Defence, lam
     if kind == "suite":
         return suite(x, x_adv, y, defence)
     if kind in ("bpda", "unrolled"):
-        loss = straight_through if kind == "bpda" else unrolled
-        return by_pgd(loss, x, steps=args.adaptive_steps, start=x_adv, keep_best=True)
+        return by_pgd(adaptive, x, steps=args.adaptive_steps, start=x_adv, keep_best=True)
     return x_adv
 
 
-class Unrolled(torch.autograd.Function):
-    """`reverse` with its derivative, for attackers: backwards through all iterations, each computed again
-    from where it began. K images and the graph of one iteration are kept at a time, whatever K is."""
-
-    PART = 64  # images per graph, which takes 6 GB for WideResNet-28-10 and 4 views (counted on a CPU)
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, defence: Defence, seeds: Tensor) -> Tensor:
-        ctx.defence, ctx.seeds, ctx.x = defence, seeds, x.detach()
-        ctx.points = [start(ctx.x, defence, seeds)]
-        for k in range(1, defence.args.reverse_steps + 1):
-            ctx.points.append(reverse_step(ctx.points[-1], ctx.x, k, defence, seeds))
-        return ctx.points[-1].clone()
+class Step(torch.autograd.Function):
+    """`reverse_step` with its derivative, for attackers. The backward pass computes the iteration again, so
+    the images of all K iterations and the graph of one are kept, which takes 0.1 GB per image for
+    WideResNet-28-10 and 4 views."""
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        parts = torch.arange(len(g), device=g.device).split(Unrolled.PART)
-        return torch.cat([Unrolled.pull_back(ctx, g[rows], rows) for rows in parts]), None, None
+    def forward(ctx: Any, z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor) -> Tensor:
+        ctx.save_for_backward(z, x)
+        ctx.more = k, defence, seeds
+        return reverse_step(z, x, k, defence, seeds)
 
     @staticmethod
-    def pull_back(ctx: Any, g: Tensor, rows: Tensor) -> Tensor:
-        """From the derivative of something by the last images to that by x, of some rows of the batch."""
-        defence, seeds, for_x = ctx.defence, ctx.seeds[rows], torch.zeros_like(g)
-        for k in range(len(ctx.points) - 1, 0, -1):
-            # The fused attention of ViTs has no second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                z, x = ctx.points[k - 1][rows].requires_grad_(), ctx.x[rows].requires_grad_()
-                after = reverse_step(z, x, k, defence, seeds, differentiable=True)
-            g, more = torch.autograd.grad(after, (z, x), g)  # x also is the centre of the ball
-            for_x += more
-        with torch.enable_grad():
-            x = ctx.x[rows].requires_grad_()
-            first = start(x, defence, seeds)
-        return for_x + torch.autograd.grad(first, x, g)[0]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        # The fused attention of ViTs has no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            z, x = (v.detach().requires_grad_() for v in ctx.saved_tensors)
+            after = reverse_step(z, x, *ctx.more, differentiable=True)
+        return *torch.autograd.grad(after, (z, x), g), None, None, None  # x also is the centre of the ball
 
 
 def suite(x: Tensor, x_adv: Tensor, y: Tensor, defence: Defence) -> Tensor:
@@ -521,17 +494,12 @@ FIRST_ID = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "inpai
 def train(stage: str, run: Run, args: Args, model: nn.Module, train_set: Images, val_set: Images) -> dict:
     """Train the classifier (on adversarial images) or the network of a task, and return its checkpoint: the
     epoch of lowest loss on held-out images, whose weights `model` then has."""
-    if stage == "classifier":
-        epochs, batch_size, lr = args.epochs, args.batch_size, args.lr
-    elif stage == "contrastive":
-        epochs, batch_size, lr = args.branch_epochs, args.head_batch_size, args.head_lr
-    else:
-        epochs, batch_size, lr = args.branch_epochs, args.branch_batch_size, args.branch_lr
-    if stage == "contrastive":
-        opt = torch.optim.Adam(model.parameters(), lr)
-    else:
-        sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": args.weight_decay}
-        opt = torch.optim.SGD(model.parameters(), lr, **sgd)
+    sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    epochs, batch_size, lr, optimizer = {
+        "classifier": (args.epochs, args.batch_size, args.lr, sgd),
+        "contrastive": (args.branch_epochs, args.head_batch_size, args.head_lr, torch.optim.Adam),
+    }.get(stage, (args.branch_epochs, args.branch_batch_size, args.branch_lr, sgd))
+    opt = optimizer(model.parameters(), lr)
     ddp = distribute(model)
     steps_per_epoch = count_batches(len(train_set), batch_size)
     labels = val_set.labels[val_set.index].to(run.device)
@@ -611,7 +579,7 @@ def make_defences(
     some = draw(train_set, min(args.bank, len(train_set)), args.seed)
 
     def embed(x: Tensor, i: Tensor) -> Tensor:
-        rand = rand_of_views(mix_seeds(mix_seeds(i, args.seed), FOR_BANK), args.views)
+        rand = image_rand(mix_seeds(mix_seeds(i, args.seed), FOR_BANK), args.views)
         return branches["contrastive"].embed(x, args.views, rand)
 
     bank = map_images(embed, some, run, args.eval_batch_size, indexed=True).flatten(0, 1)
@@ -656,10 +624,13 @@ class Evaluation:
     def correct(self, kind: str, lam: float, on: list[Defence], x: Tensor, i: Tensor) -> Tensor:
         """1 where F is right on the attacked images behind each of the defences, else 0: (B, defences)."""
         x_adv = self.attacked(kind, x, i, on[0], lam)
-        logits = torch.stack([defence.classify(self.defended(x_adv, i, defence)) for defence in on], 1)
-        if not logits.isfinite().all():
-            raise UserError("the classifier returns NaN or infinite logits, so it has no accuracy.")
-        return (logits.argmax(2) == self.labels[i][:, None]).float()
+        logits = [defence.classify(self.defended(x_adv, i, defence)) for defence in on]
+        return torch.stack([is_correct(v, self.labels[i]) for v in logits], 1).float()
+
+    def stages(self, x: Tensor, i: Tensor, defence: Defence) -> Tensor:
+        """The images, attacked by PGD, and reversed: (B, 3, 3, S, S)."""
+        x_adv = self.attacked("pgd", x, i, defence)
+        return torch.stack([x, x_adv, self.defended(x_adv, i, defence)], 1)
 
     def each(self, f: Callable, images: int = 0) -> Tensor:
         """f(x, i) of all test images, or of the first (they are in random order)."""
@@ -742,8 +713,8 @@ def loss_rows(evaluation: Evaluation, defence: Defence, n: int = 500) -> list[di
     of L, with the weights, in percent."""
 
     def losses(x: Tensor, i: Tensor) -> Tensor:  # (B, 3, tasks)
-        x_adv, seeds = evaluation.attacked("pgd", x, i, defence), mix_seeds(evaluation.seeds[i], FOR_MEASURE)
-        images = (x, x_adv, evaluation.defended(x_adv, i, defence))
+        images, seeds = evaluation.stages(x, i, defence), mix_seeds(evaluation.seeds[i], FOR_MEASURE)
+        images = images.unbind(1)
         of_task = (torch.stack([defence.loss(t, z, seeds) for z in images], 1) for t in defence.branches)
         return torch.stack(list(of_task), 2)
 
@@ -760,12 +731,7 @@ def loss_rows(evaluation: Evaluation, defence: Defence, n: int = 500) -> list[di
 
 def save_picture(evaluation: Evaluation, defence: Defence) -> None:
     """Write reversed.png: test images, attacked by PGD, reversed, and the difference."""
-
-    def rows(x: Tensor, i: Tensor) -> Tensor:
-        x_adv = evaluation.attacked("pgd", x, i, defence)
-        return torch.stack([x, x_adv, evaluation.defended(x_adv, i, defence)], 1)
-
-    x, x_adv, z = evaluation.each(rows, 10).unbind(1)
+    x, x_adv, z = evaluation.each(partial(evaluation.stages, defence=defence), 10).unbind(1)
     gain = 0.5 / max((z - x_adv).abs().max().item(), 1e-6)
     difference = {f"difference x {gain:.3g}": 0.5 + gain * (z - x_adv)}  # grey is none
     if world()[0] == 0:

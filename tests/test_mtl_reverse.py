@@ -18,8 +18,8 @@ from common import (
     Run, UserError, build_model, ce_per_image, image_uniform, load_checkpoint, load_weights, pgd,
 )  # fmt: skip
 from mtl_reverse import (
-    FOR_DEFENCE, TASKS, Args, Contrastive, Defence, Unrolled, attack, build_branches, columns, enlarge,
-    gather, image_rand, jobs, load_victim, main, mix_seeds, network_in_network, rand_of_views, reverse,
+    FOR_DEFENCE, TASKS, Args, Contrastive, Defence, Step, attack, build_branches, columns, enlarge,
+    gather, image_rand, jobs, load_victim, main, mix_seeds, network_in_network, reverse,
     reverse_step, start, tasks_in_turn,
 )  # fmt: skip
 
@@ -86,10 +86,10 @@ def test_contrastive_loss_against_loops(parts):
     _, branches = parts
     x, seeds = some_images()
     head, views, tau = branches["contrastive"], 3, 0.2
-    z = head.embed(x, views, rand_of_views(seeds, views))
+    z = head.embed(x, views, image_rand(seeds, views))
     assert z.shape == (6, 3, 16) and torch.allclose(z.norm(dim=2), torch.ones(6, 3))
     for bank in F.normalize(torch.randn(5, 16), dim=1), None:
-        got = head(x, views, rand_of_views(seeds, views), bank)
+        got = head(x, views, image_rand(seeds, views), bank)
         for i in range(6):
             others = bank if bank is not None else torch.cat([z[j] for j in range(6) if j != i])
             terms = []
@@ -295,15 +295,14 @@ def test_memory_does_not_grow_with_the_iterations(parts):
 
 
 @pytest.mark.parametrize("tasks, sign", [(TASKS, False), (("contrastive",), False), (("contrastive",), True)])
-def test_unrolled_is_the_derivative_of_the_whole(parts, tasks, sign, monkeypatch):
+def test_unrolled_is_the_derivative_of_the_whole(parts, tasks, sign):
     """One graph through all iterations; a sign's derivative is that of the normalised gradient."""
     _, branches = parts
     x, seeds = some_images(3)
     d = defence_of(parts, tasks=tasks, reverse_steps=3, sign=sign)
     direction = torch.randn(3, 3, 8, 8)
-    monkeypatch.setattr(Unrolled, "PART", 2)  # images per graph
     z = x.clone().requires_grad_()
-    out = Unrolled.apply(z, d, seeds)
+    out = reverse(z, d, seeds, Step.apply)
     assert torch.allclose(out, reverse(x, d, seeds), atol=1e-6)
     (got,) = torch.autograd.grad((out * direction).sum(), z)
     z = x.clone().requires_grad_()
@@ -334,7 +333,7 @@ def test_unrolled_against_finite_differences():
     x = 0.3 + 0.4 * torch.rand(2, 3, 2, 2, dtype=torch.float64, generator=g)
     seeds = torch.arange(2)
     assert torch.autograd.gradcheck(
-        lambda z: Unrolled.apply(z, d, seeds), x.requires_grad_(), eps=1e-7, atol=1e-5
+        lambda z: reverse(z, d, seeds, Step.apply), x.requires_grad_(), eps=1e-7, atol=1e-5
     )
 
 
