@@ -72,8 +72,8 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def whole_number(text: str) -> int:
-    """Read 0, 1, 2, ... Raises ValueError for anything else."""
-    if int(text) < 0:
+    """Read 0, 1, 2, ..., 2^31 - 1. Raises ValueError for anything else."""
+    if not 0 <= int(text) < 2**31:
         raise ValueError(text)
     return int(text)
 
@@ -208,7 +208,8 @@ def check_radii(args: Any) -> None:
     usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     for name, value in vars(args).items():
         if name in ("eps", "step_size") or name.endswith("_eps"):
-            norm = getattr(args, "eval_norm", args.norm) if name == "eval_eps" else args.norm
+            its_own = {"eval_eps": getattr(args, "eval_norm", args.norm), "reverse_eps": "linf"}
+            norm = its_own.get(name, args.norm)
             longest = 1.0 if norm == "linf" else 3**0.5 * (args.image_size or 224)
             radii = value if isinstance(value, tuple) else (value,)
             if max(radii, default=0) > longest:
@@ -505,7 +506,7 @@ class Run:
         for epoch in range(sum(line["stage"] == stage for line in self.history), epochs):
             began = time.perf_counter()
             self.epoch, self.seed_epoch, self.sums, self.notes = epoch, first_id + epoch, {}, {}
-            self.epoch_seed = (self.args.seed * 1_000_003 + self.seed_epoch) % 2**63
+            self.epoch_seed = self.args.seed * 1_000_003 + self.seed_epoch
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             yield epoch

@@ -82,7 +82,12 @@ Arch = Literal["wrn28_10", "resnet18", "resnet34", "resnet50", "preact18", "prea
 
 def some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     """A reader of comma-separated words, each one of `known`. It raises ValueError."""
-    return lambda text: tuple(sorted(set(text.split(",")), key=known.index))
+
+    def read(text: str) -> tuple[str, ...]:
+        return tuple(sorted(set(text.split(",")), key=known.index))
+
+    read.__name__ = "/".join(known)  # for argparse's message
+    return read
 
 
 def three_numbers(text: str) -> tuple[float, ...]:
