@@ -128,7 +128,9 @@ class CommonArgs:
 
 
 # Flags that a resumed run may change: they say where to compute, not what.
-FREE_ON_RESUME = {"resume", "out", "device", "data_dir", "data_mirror", "download", "workers", "compile"}
+FREE_ON_RESUME = {
+    "resume", "out", "device", "data_dir", "data_mirror", "download", "workers", "compile", "eval_batch_size",
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1256,7 +1258,8 @@ def map_images(
     position = torch.zeros_like(images.labels)  # in place of the label: it tells which images a batch has
     position[images.index] = torch.arange(len(images))
     out = None
-    for x, i in batches(replace(images, labels=position), batch_size, run.device, workers=run.args.workers):
+    stream = batches(replace(images, labels=position), batch_size, run.device, workers=run.args.workers)
+    for x, i in progress(stream, len(images), "images"):
         values = f(x, i) if indexed else f(x)
         out = values.new_zeros(len(images), *values.shape[1:]) if out is None else out
         out[i] = values

@@ -5,11 +5,10 @@ An attack on a classifier F also raises the losses of tasks that need no labels.
 we change x within a ball of radius eps_v so that these losses fall (Algorithm 1). No network changes.
 
     x' = x + noise;  in each of K iterations:
-        L = L_s + L_r + L_i                 weighted contrastive, rotation and inpainting loss of x'
-        x' <- x' - eta (L_s / L) d(L_s)     d: the gradient with respect to x', divided by its largest entry
-        x' <- x' - eta (L_r / L) d(L_r)     in even iterations; in odd ones the same with L_i
+        L = L_s + L_r + L_i        the weighted contrastive, rotation and inpainting loss of x'
+        x' <- x' - eta ((L_s / L) d(L_s) + (L_r / L) d(L_r))      in odd iterations L_i in place of L_r
         x' <- the nearest image within eps_v of x
-    predict F(x')
+    predict F(x');  d: the gradient with respect to x', divided by its largest absolute value
 
     python mtl_reverse.py --quick                          # digits, a minute and a half on two cores
     python mtl_reverse.py --victim carmon2019.pt           # Table 1: CIFAR-10, the network of Carmon et al.
@@ -21,9 +20,9 @@ we change x within a ball of radius eps_v so that these losses fall (Algorithm 1
 The paper, clean / PGD, linf 8/255: no reversal 89.7 / 63.9, SSL (Mao et al.) 86.6 / 65.3, MTL 87.7 / 65.6.
 
 Attacks: pgd, the paper's, knows F only. aware maximises CE(F(x)) - lambda L(x), to leave little to reverse
-(section 4). bpda goes through the defence and takes the gradient at x' for that at x. unrolled differentiates
-through all K iterations (through SSL's signs by a surrogate). suite is AutoPGD, MultiTargeted and Square on
-F. No attacker sees the defence's own draws of noise and views, which are the same for all.
+(section 4). bpda goes through the defence and uses the gradient at x' as if it were that at x. unrolled
+differentiates through all K iterations (for SSL's signs: through the scaled gradient). suite is AutoPGD,
+MultiTargeted and Square on F. No attacker sees the defence's own draws of noise and views.
 
 The authors' code (SelfSupDefense, branch one-by-one) increases the losses in its last commit, b8f5ea7: its
 step is + eta (L_t / L) d(L_t). An earlier commit, 855d32d, decreases them; which one made Table 1 is not
@@ -37,11 +36,11 @@ Differs from the paper, or is our choice where it is silent:
   less than 1% of L with 1, 1, 1, and its loss rises; as a sum it has nearly all of L.
 - The ball's centre stays the given image (line 11 of Algorithm 1 would move it), and x' is clipped to [0, 1].
   The losses are those of x', also in the first iteration (line 3 prints x, without the noise).
-- A gradient is divided by its largest entry, per image, as in b8f5ea7; as printed in Algorithm 1, x' would
-  hardly move. SSL takes its signs (Mao et al.). The noise is uniform in the ball.
+- A gradient is divided by its largest absolute value, per image, as in b8f5ea7; as printed in Algorithm 1,
+  x' would hardly move. SSL takes its signs (Mao et al.). The noise is uniform in the ball.
 - From the code: K 40, eta 2/255, eps_v 16/255 (the paper's "8", doubled), temperature 0.2, 4 views, ten steps
   of PGD, the networks. L_s is a head on F's own frozen features, where the paper says "independent of F".
-- L_s is the mean over all pairs of views (code: one of three), L_i over the hole (code: and a border of it).
+- L_s is the mean over all pairs of views (code: one of three), L_i over the hole (code: and its border).
 - No image depends on its batch: the negatives are views of --bank training images, and the views and L_s / L
   are drawn and computed per image (code: the negatives are the rest of the batch; one draw, one ratio).
 - Branches: 200 epochs of SGD, learning rate 0.1, cosine, batch 128; the head by Adam, 1e-4, batch 1024 (Mao
@@ -62,10 +61,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from common import (
     STATS, CommonArgs, Images, Network, Positive, Run, Share, UserError, batchnorm_mode, build_model,
-    ce_per_image, check_classifier, cli, count_batches, distribute, draw, eps_name, full_precision,
-    image_uniform, is_correct, learning_rate, load_checkpoint, load_foreign, load_weights, map_images,
-    numbers, paper_numbers, pgd, place_model, random_crop_flip, reading, rebuild, save_image_grid, seed_step,
-    simclr_augment, split_train, start_run, suite_attacks, sum_over_ranks, text_table, world,
+    ce_per_image, check_batches, check_classifier, cli, count_batches, distribute, draw, eps_name,
+    full_precision, image_uniform, is_correct, learning_rate, load_checkpoint, load_foreign, load_weights,
+    map_images, numbers, paper_numbers, pgd, place_model, random_crop_flip, reading, rebuild, save_image_grid,
+    seed_step, simclr_augment, split_train, start_run, suite_attacks, sum_over_ranks, text_table, world,
 )  # fmt: skip
 
 import torch
@@ -102,7 +101,7 @@ def three_numbers(text: str) -> tuple[float, ...]:
 class Args(CommonArgs):
     # run
     victim: str = ""  # the classifier F: a checkpoint of any script here, or Carmon's; empty: train one
-    branches: str = ""  # folder of a run that trained the tasks' networks for this --victim; its flags win
+    branches: str = ""  # run that trained the tasks' networks for this --victim; its training flags win
     # data and model
     flip: bool = True  # mirror images at random in training and in views
     arch: Arch = "wrn28_10"  # network of F
@@ -127,7 +126,7 @@ class Args(CommonArgs):
     crop: Share = 0.08  # smallest fraction of an image's area that a view shows
     temperature: float = 0.2  # tau, temperature of the contrastive loss
     # reversal (Algorithm 1)
-    tasks: Annotated[tuple, some_of(TASKS)] = TASKS  # tasks of the MTL row; the SSL row is contrastive
+    tasks: Annotated[tuple, some_of(TASKS)] = TASKS  # comma-separated tasks of the last row
     reverse_steps: Positive = 40  # K, number of iterations
     reverse_step_size: float = 2 / 255  # eta, step size
     reverse_eps: float = 16 / 255  # eps_v, radius of the ball around x (paper: 8; its code doubles that)
@@ -135,8 +134,8 @@ class Args(CommonArgs):
     views: Positive = 4  # views of each image in the contrastive loss, at least 2
     bank: Positive = 512  # training images whose views are the negatives of the contrastive loss
     # evaluation
-    attacks: Annotated[tuple, some_of(ATTACKS)] = ATTACKS[:4]  # some of these and suite; pgd always
-    eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # suite of --attacks suite
+    attacks: Annotated[tuple, some_of(ATTACKS)] = ATTACKS[:4]  # comma-separated, also suite; pgd always
+    eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # what `suite` consists of
     eval_steps: Positive = 10  # steps of pgd and aware (code: 10)
     lambdas: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)  # lambda of aware, an attack for each
     adaptive_steps: Positive = 20  # steps of bpda and unrolled, from where pgd ended
@@ -212,7 +211,7 @@ def reverse_step(
     with torch.enable_grad():
         z = z if differentiable else z.detach().requires_grad_()
         for task in defence.branches:
-            with torch.set_grad_enabled(differentiable or task in turn):  # of the third only the value counts
+            with torch.set_grad_enabled(differentiable or task in turn):  # the third only enters L
                 losses[task] = defence.loss(task, z, mix_seeds(seeds, k))
         total = sum(losses.values()).clamp(min=1e-12)  # line 3: L, (B,)
         for task in turn:  # lines 4 to 9
@@ -232,8 +231,8 @@ def tasks_in_turn(tasks: Iterable[str], k: int) -> list[str]:
 
 
 def direction(g: Tensor, sign: bool) -> Tensor:
-    """A gradient (B, 3, S, S) divided by its largest entry, per image, or its signs. For attackers, signs
-    have the derivative of the former (BPDA), as their own is 0."""
+    """A gradient (B, 3, S, S) divided by its largest absolute value, per image, or its signs. The derivative
+    of a sign is 0, so attackers get that of the scaled gradient (BPDA)."""
     scaled = g / (g.abs().amax((1, 2, 3), keepdim=True) + 1e-12)
     return scaled + (g.sign() - scaled).detach() if sign else scaled
 
@@ -357,7 +356,7 @@ def context_networks(size: int, width: float) -> tuple[nn.Module, nn.Module]:
         encoder += [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
     encoder.append(nn.Conv2d(channels[-1], c, 4, bias=False))
     for i, (c_in, c_out) in enumerate(itertools.pairwise([c, *channels[:0:-1], 3])):
-        stride, padding = (1, 0) if i == 0 else (2, 1)  # 1 to 4 pixels, then twice as many
+        stride, padding = (1, 0) if i == 0 else (2, 1)  # first 1 to 4 pixels, then doubled
         convolution = nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=c_out == 3)
         decoder += [nn.BatchNorm2d(c_in), nn.ReLU(), convolution]
     return nn.Sequential(*encoder, nn.Flatten()), nn.Sequential(*decoder, nn.Tanh())
@@ -370,8 +369,8 @@ def enlarge(x: Tensor, size: int) -> Tensor:
 
 class Inpainting(nn.Module):
     """L_i (section 3.2.2): mean squared error in a hole in the middle of an image, reconstructed by a network
-    that sees the rest. Pixels are in [-1, 1]; images are enlarged four times (CIFAR-10: 128 pixels). Below 32
-    pixels the hole's border cuts through enlarged pixels, so copies of some hidden ones are visible."""
+    that sees the rest. Pixels are in [-1, 1]; images are enlarged four times (CIFAR-10: 128 pixels). In
+    images of less than 32 pixels some hidden pixels have visible copies."""
 
     FILL = (117 / 255, 104 / 255, 123 / 255)  # of the hole (code)
 
@@ -381,7 +380,7 @@ class Inpainting(nn.Module):
         half = [0.5] * 3  # mean and standard deviation that map [0, 1] to [-1, 1]
         encoder, decoder = context_networks(self.size, args.branch_width)
         self.encoder = Network(encoder, {}, half, half)
-        self.decoder = Network(decoder, {}, [0.0], [1.0])  # a Network for its mixed precision
+        self.decoder = Network(decoder, {}, [0.0], [1.0])  # Network adds mixed precision
         self.register_buffer("fill", torch.tensor(self.FILL).view(1, 3, 1, 1), persistent=False)
 
     def paint(self, x: Tensor) -> tuple[Tensor, Tensor, slice]:
@@ -492,7 +491,7 @@ def suite(x: Tensor, x_adv: Tensor, y: Tensor, defence: Defence) -> Tensor:
 
 # ---- training ----------------------------------------------------------------------------------------
 
-# Added to the epoch in random seeds.
+# Added to the epoch in random seeds, so that no two trainings draw the same numbers.
 FIRST_ID = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "inpainting": 300_000}
 
 
@@ -645,7 +644,7 @@ class Evaluation:
 
 def evaluate(evaluation: Evaluation, defences: list[Defence], state: dict) -> list[dict]:
     """Rows of results.json: accuracies, the tasks' losses, the cells of the table, paired differences. state:
-    the checkpoint of the classifier. A resumed run repeats nothing."""
+    the checkpoint of the classifier. A resumed run repeats no finished attack."""
     run, args = evaluation.run, evaluation.args
     names = {"none": "none", "suite": args.eval_attack}
     names |= {kind: f"{kind}-{args.eval_steps}" for kind in ("pgd", "aware")}
@@ -770,14 +769,16 @@ def main(args: Args) -> dict:
     if args.branches:
         files += [str(Path(args.branches) / f"{task}.pt") for task in needed_tasks(args)]
         with reading(files[-1]):
-            if not (Path(args.branches) / "results.json").exists():
-                raise UserError(f"--branches {args.branches}: there is no results.json of a finished run.")
+            if not (Path(args.branches) / "rows.json").exists():  # it is written after all training
+                raise UserError(f"--branches {args.branches}: there is no rows.json of a trained run.")
             its = load_checkpoint(files[-1])["args"]
             args = replace(args, **{flag: its[flag] for flag in TRAINING})
-    if "unrolled" in args.attacks:
-        args = replace(args, compile=False)  # compiled networks have no second derivatives
+    if args.compile and "unrolled" in args.attacks:
+        raise UserError("--compile: unrolled needs second derivatives; take --attacks without it.")
     run = start_run(args)
     run.remember_files("networks", files)
+    if args.branches:
+        run.say(f"{args.branches}: " + ", ".join(f"{flag} {getattr(args, flag)}" for flag in TRAINING))
     results = run.finished(table) or train_and_evaluate(run, args, given)
     run.say(table(results, args) + f"\n\nThe checkpoints and reversed.png are in {run.folder}.")
     return results
@@ -792,6 +793,8 @@ def train_and_evaluate(run: Run, args: Args, given: dict | None) -> dict:
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
     if not len(val_set) and not args.branches:
         raise UserError("no images to select the epochs by: raise --val-fraction.")
+    for size in () if args.branches else (args.branch_batch_size, args.head_batch_size, args.batch_size):
+        check_batches(len(train_set), size)  # before the first training
     torch.manual_seed(args.seed)
     classes = len(test_set.classes)
     if given and given["network"]["heads"]["class"] != classes:
@@ -805,13 +808,13 @@ def train_and_evaluate(run: Run, args: Args, given: dict | None) -> dict:
     state = given or train("classifier", run, args, classifier, train_set, val_set)
     classifier.eval().requires_grad_(False)
     branches = get_branches(run, args, classifier, train_set, val_set)
-    with full_precision(nn.Identity(), not args.eval_amp):  # no TF32 in what is not in mixed precision
+    with full_precision(nn.Identity(), not args.eval_amp):  # only switches TF32 off
         defences = make_defences(run, args, classifier, branches, train_set)
         return run.finish(evaluate(Evaluation(run, test_set), defences, state))
 
 
 CARMON = "Carmon et al. 2019"  # the network of Table 1
-# Carmon et al.'s names of weights and ours, after module. (nn.DataParallel) is dropped.
+# Names of weights of Carmon et al., after the prefix `module.` is dropped, and ours.
 CARMON_NAMES = {
     r"^conv1\.": "trunk.conv1.", r"^bn1\.": "trunk.bn.", r"^fc\.": "heads.class.",
     r"^block(\d)\.layer\.": r"trunk.layer\1.", r"\.convShortcut\.": ".shortcut.1.",

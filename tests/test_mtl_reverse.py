@@ -749,7 +749,7 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
     assert "images of 32 pixels" in one_sentence(mtl_reverse, *argv, tmp_path / "larger.pt")
     unfinished = ["--victim", folder / "classifier.pt", "--branches", tmp_path]
     shutil.copy(folder / "inpainting.pt", tmp_path)
-    assert "no results.json" in one_sentence(mtl_reverse, *flags(TINY), *unfinished, "--out", tmp_path / "o")
+    assert "no rows.json" in one_sentence(mtl_reverse, *flags(TINY), *unfinished, "--out", tmp_path / "o")
 
 
 def test_a_vision_transformer_as_victim(tmp_path):
