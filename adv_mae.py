@@ -667,7 +667,7 @@ def evaluate_all(
             found += [{"set": "test"} | row for row in more]
         file = args.init if args.recipe == "none" and args.init else str(run.folder / f"{name}.pt")
         about = {"recipe": state.get("recipe"), "layer_decay": state.get("layer_decay")}
-        about["pretrained"] = state.get("pretrained") or pretraining_of(state)
+        about["pretrained"] = pretraining_of(state)
         rows += [row | about | {"checkpoint": file} for row in found]
         run.keep_rows(rows)
     return rows

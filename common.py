@@ -210,8 +210,7 @@ def check_radii(args: Any) -> None:
     usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     for name, value in vars(args).items():
         if name in ("eps", "step_size") or name.endswith("_eps"):
-            its_own = {"eval_eps": getattr(args, "eval_norm", args.norm), "reverse_eps": "linf"}
-            norm = its_own.get(name, args.norm)
+            norm = getattr(args, name.removesuffix("eps") + "norm", args.norm)  # --eval-eps: --eval-norm
             longest = 1.0 if norm == "linf" else 3**0.5 * (args.image_size or 224)
             radii = value if isinstance(value, tuple) else (value,)
             if max(radii, default=0) > longest:

@@ -129,7 +129,7 @@ class Args(CommonArgs):
     tasks: Annotated[tuple, some_of(TASKS)] = TASKS  # comma-separated tasks of the last row
     reverse_steps: Positive = 40  # K, number of iterations
     reverse_step_size: float = 2 / 255  # eta, step size
-    reverse_eps: float = 16 / 255  # eps_v, radius of the ball around x (paper: 8; its code doubles that)
+    reverse_eps: Share = 16 / 255  # eps_v, radius of the ball around x (paper: 8; its code doubles that)
     weights: Annotated[tuple, three_numbers] = (1.0, 50.0, 10.0)  # of L_s, L_r, L_i (Algorithm 1: 1,1,1)
     views: Positive = 4  # views of each image in the contrastive loss, at least 2
     bank: Positive = 512  # training images whose views are the negatives of the contrastive loss
@@ -245,7 +245,7 @@ def mix_seeds(seeds: Tensor, n: int) -> Tensor:
     return seeds * 6364136223846793005 + (n + 1) * 1442695040888963407 % 2**63
 
 
-def image_rand(seeds: Tensor, views: int = 1) -> Callable[..., Tensor]:
+def image_rand(seeds: Tensor, views: int) -> Callable[..., Tensor]:
     """A torch.rand for a batch of the first views of all images, then the second, ...: a row depends on its
     image's seed, int64 (B,), its view, and the number of calls before, on nothing else."""
     seeds, calls = torch.cat([mix_seeds(seeds, v) for v in range(views)]), itertools.count(1)
@@ -383,21 +383,20 @@ class Inpainting(nn.Module):
         self.decoder = Network(decoder, {}, [0.0], [1.0])  # Network adds mixed precision
         self.register_buffer("fill", torch.tensor(self.FILL).view(1, 3, 1, 1), persistent=False)
 
-    def paint(self, x: Tensor) -> tuple[Tensor, Tensor, slice]:
-        """(the painted and the true centre, (B, 3, size / 2, size / 2); its rows and columns in the hole)."""
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the network's output in the hole, the truth there): both (B, 3, h, h), in [-1, 1]."""
         x = enlarge(x, self.size)
-        border = self.size // 32  # visible pixels around the hole: the outer 4 of 64
-        hole = slice(self.size // 4 + border, 3 * self.size // 4 - border)
+        quarter, border = self.size // 4, self.size // 32  # of the centre's 64 pixels the outer 4 are visible
+        hole = slice(quarter + border, 3 * quarter - border)
         holed = x.clone()
         holed[:, :, hole, hole] = self.fill
-        painted = self.decoder.features(self.encoder.features(holed)[:, :, None, None])
-        centre = slice(self.size // 4, 3 * self.size // 4)
-        return painted, 2 * x[:, :, centre, centre] - 1, slice(border, self.size // 2 - border)
+        centre = self.decoder.features(self.encoder.features(holed)[:, :, None, None])
+        return centre[:, :, border:-border, border:-border], 2 * x[:, :, hole, hole] - 1
 
     def forward(self, x: Tensor) -> Tensor:
         """L_i per image, (B,)."""
-        painted, truth, hole = self.paint(x)
-        return (painted - truth)[:, :, hole, hole].square().mean((1, 2, 3))
+        output, truth = self.reconstruct(x)
+        return (output - truth).square().mean((1, 2, 3))
 
 
 def build_branches(args: Args, classifier: Network) -> dict[str, nn.Module]:
@@ -478,14 +477,15 @@ def suite(x: Tensor, x_adv: Tensor, y: Tensor, defence: Defence) -> Tensor:
     """x_adv, but where it does not fool F, the images of the first attack of --eval-attack that does."""
     x_adv, args, model = x_adv.clone(), defence.args, defence.classify
     with torch.no_grad():
-        for _, restarts, by in suite_attacks(args.eval_attack, args.norm, args.eps, args.seed):
+        rows = (model(x_adv).argmax(1) == y).nonzero().squeeze(1)  # images that do not fool F yet
+        for _, restarts, one_attack in suite_attacks(args.eval_attack, args.norm, args.eps, args.seed):
             for i in range(restarts):
-                rows = (model(x_adv).argmax(1) == y).nonzero().squeeze(1)
                 if not len(rows):
                     return x_adv
-                found = by(model, x[rows], y[rows], i)
+                found = one_attack(model, x[rows], y[rows], i)
                 fooled = model(found).argmax(1) != y[rows]
                 x_adv[rows[fooled]] = found[fooled]
+                rows = rows[~fooled]
     return x_adv
 
 
@@ -850,7 +850,8 @@ def load_victim(path: str | Path) -> dict:
 
 def table(results: dict, args: Args) -> str:
     """What results.json holds as text: Table 1 with ours, paired differences, the tasks' losses. The paper's
-    numbers follow each line if the classifier is Carmon et al.'s and the flags are the paper's."""
+    numbers follow each line if the classifier has the layout of Carmon et al.'s and the flags their defaults
+    (eps_v may be 8/255)."""
     rows = results["rows"]
     cells = {(row["column"], row["name"]): row for row in rows if row.get("kind") == "column"}
     differences = {(row["column"], row["name"]): row for row in rows if row.get("kind") == "difference"}

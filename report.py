@@ -14,7 +14,7 @@ Kucer et al. 2021 (rotation_at.py, jigsaw_at.py, eval_cifar10c.py):
 Gowal et al. 2021 (byorl.py):
 
     gowal-table.md           all heads: clean and robust accuracy, the paper's beside them
-    gowal-labels-*.png       Figures 3, 4, 6, 7, 8: accuracy over the share of labels
+    gowal-labels-*.png       Figures 3, 4, 6, 7, 8: accuracy over the label fraction
     gowal-jitter-*.png       Figure 5: accuracy over --jitter-strength
     landscape-*.png          Figures 9 and 10 for any checkpoint: python report.py runs/X/byorl-robust-100%.pt
 
@@ -563,7 +563,7 @@ def gowal_table(heads: list[Head]) -> str:
 
 
 def accuracy_figures(heads: list[Head], over: str, out: Path) -> list[Path]:
-    """Robust accuracy on the left, clean on the right, over the share of labels or --jitter-strength; one line per encoder and head,
+    """Robust accuracy on the left, clean on the right, over the label fraction or --jitter-strength; one line per encoder and head,
     a picture per setting. Stars are the paper's numbers. Returns what was written."""
     plt = pyplot()
     labels = over == "label_fraction"
@@ -991,7 +991,7 @@ class Tuned:
 
 
 def corruption_means(results: list[dict]) -> dict[Path, float]:
-    """{checkpoint: its mean clean accuracy over the 15 types of corruption} of what eval_cifar10c.py has judged."""
+    """{checkpoint: its mean clean accuracy over the 15 types of corruption} of what eval_cifar10c.py has evaluated."""
     means = {}
     for result in results:
         if result["script"] == "eval_cifar10c":
@@ -1038,7 +1038,7 @@ def tuned_networks(results: list[dict]) -> dict[str, list[Tuned]]:
 
 
 def shared_sets(networks: list[Tuned]) -> list[str]:
-    """The test sets on which all of them were judged, in order."""
+    """The test sets on which all of them were evaluated, in order."""
     shared = [s for s in networks[0].clean if all(s in t.clean for t in networks)]
     return sorted(shared, key="corruptions".__eq__)  # last
 

@@ -232,7 +232,7 @@ def attack_strength(device: torch.device) -> list[dict]:
     for name, precision in ("mixed precision", contextlib.nullcontext()), ("float32", full_precision(model)):
         with precision:
             x_adv = [(attack(x, y, 20), y) for x, y in batches(test, 360, device)]
-        with full_precision(model):  # both sets of images are judged by the same network
+        with full_precision(model):  # both sets of images are evaluated by the same network
             rows.append({"name": f"robust accuracy, images from {name} PGD-20", "accuracy": robust_accuracy(model, x_adv)})
     return rows
 

@@ -3,6 +3,7 @@ import argparse
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -426,6 +427,8 @@ def test_gamma_0_keeps_the_encoder(pretrained, tmp_path):
         after = load_checkpoint(tmp_path / "run" / f"a-mae-{gamma}.pt")["model"]
         assert all(torch.equal(before[k], after[k]) for k in encoder) == kept
         assert after["heads.class.weight"].any()
+    frozen, full = (line["lr"] for line in metrics(tmp_path / "run"))
+    assert frozen == full > 0  # the head's, not gamma^13 of it
 
 
 def test_pretraining_learns_and_its_results(pretrained):
@@ -833,6 +836,15 @@ def test_fine_tuning_a_published_checkpoint(tmp_path):
 ])  # fmt: skip
 def test_wrong_flags(one_sentence, tmp_path, changes, match):
     assert match in one_sentence(adv_mae, *flags(TINY | changes | {"out": tmp_path / "run"}))
+    assert not list(tmp_path.glob("run/*.pt"))  # before any training
+
+
+def test_another_file_of_init_is_refused_on_resume(one_sentence, pretrained, tmp_path):
+    shutil.copy(pretrained / "a-mae.pt", tmp_path / "init.pt")
+    args = TINY | {"init": tmp_path / "init.pt", "eval_eps": (), "out": tmp_path / "run"}
+    main(Args(**args | {"init": str(args["init"]), "out": str(args["out"])}))
+    torch.save(load_checkpoint(tmp_path / "init.pt") | {"epoch": 99}, tmp_path / "init.pt")
+    assert "not those that the run" in one_sentence(adv_mae, *flags(args), "--resume")
 
 
 def test_the_attack_in_evaluation_has_its_own_norm():

@@ -62,7 +62,7 @@ def test_what_waits_for_data_is_counted(tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_attacks_in_mixed_precision_are_attacks(amp):
-    """Robust accuracy under PGD-20 found in mixed precision and in float32, judged in float32: at most 0.5 points apart,
+    """Robust accuracy under PGD-20 found in mixed precision and in float32, evaluated in float32: at most 0.5 points apart,
     or two of the 360 images (0.56)."""
     device = torch.device("cuda")
     train, test = load_data("digits", "", device)

@@ -67,13 +67,13 @@ def some_images(n=6, seed=0):
 
 def test_random_numbers_of_an_image_do_not_depend_on_its_batch():
     seeds = mix_seeds(torch.arange(50), 3)
-    rand, alone = image_rand(seeds), image_rand(seeds[[7]])
+    rand, alone = image_rand(seeds, 1), image_rand(seeds[[7]], 1)
     first, second = rand(50, 4, 1), rand(50, 300)
     assert torch.equal(first[7:8], alone(1, 4, 1)) and torch.equal(second[7:8], alone(1, 300))
     assert len(first.unique()) > 190 and not torch.equal(first[:, :, 0], second[:, :4])
     assert second.min() > 0 and second.max() < 1 and second.mean().item() == pytest.approx(0.5, abs=0.01)
     assert second.var().item() == pytest.approx(1 / 12, rel=0.02)
-    others = [rand(50, 300).flatten(), image_rand(mix_seeds(seeds, 1))(50, 300).flatten()]
+    others = [rand(50, 300).flatten(), image_rand(mix_seeds(seeds, 1), 1)(50, 300).flatten()]
     assert (torch.corrcoef(torch.stack([second.flatten(), *others])) - torch.eye(3)).abs().max() < 0.03
     uses = torch.stack([mix_seeds(mix_seeds(torch.arange(1000), a), b) for a in range(5) for b in range(10)])
     assert len(uses.unique()) == uses.numel()
@@ -135,16 +135,15 @@ def test_the_inpainting_network_of_128_pixels():
     channels = [4000, 512, 256, 128, 64, 3]
     assert transposed == [(a, b, 4, 4) for a, b in zip(channels, channels[1:], strict=False)]
     x = torch.rand(1, 3, 32, 32)
-    painted, truth, hole = branch.paint(x)
-    assert painted.shape == truth.shape == (1, 3, 64, 64) and (hole.start, hole.stop) == (4, 60)
-    assert torch.equal(truth, 2 * F.interpolate(x, scale_factor=4)[:, :, 32:96, 32:96] - 1)
+    output, truth = branch.reconstruct(x)
+    assert output.shape == truth.shape == (1, 3, 56, 56)
+    assert torch.equal(truth, 2 * F.interpolate(x, scale_factor=4)[:, :, 36:92, 36:92] - 1)
     changed = x.clone()
     changed[:, :, 9:23, 9:23] = 0.5  # the hole: 36 to 92 of 128 pixels
-    assert torch.equal(branch.paint(changed)[0], painted)
+    assert torch.equal(branch.reconstruct(changed)[0], output)
     changed[:, :, 8, 16] = 0.5
-    assert not torch.equal(branch.paint(changed)[0], painted)
-    error = (painted - truth)[:, :, 4:60, 4:60] ** 2
-    assert branch(x).item() == pytest.approx(error.sum().item() / 9408, rel=1e-5)
+    assert not torch.equal(branch.reconstruct(changed)[0], output)
+    assert branch(x).item() == pytest.approx(((output - truth) ** 2).sum().item() / 9408, rel=1e-5)
 
 
 def test_the_rotation_network_is_that_of_gidaris():
@@ -744,6 +743,12 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
         common.save_checkpoint(tmp_path / "wrong.pt", {"network": wrong.spec, "model": wrong.state_dict()})
         assert "10 classes" in one_sentence(mtl_reverse, *argv, tmp_path / "wrong.pt")
     assert "no finished classifier" in one_sentence(mtl_reverse, *argv, folder / "rotation.pt")
+    shutil.copytree(folder, tmp_path / "copy")
+    rotation = common.load_checkpoint(folder / "rotation.pt")
+    rotation["network"]["images"] = "others"
+    common.save_checkpoint(tmp_path / "copy" / "rotation.pt", rotation)
+    others = ["--victim", folder / "classifier.pt", "--branches", tmp_path / "copy", "--out", tmp_path / "p"]
+    assert "other images" in one_sentence(mtl_reverse, *flags(TINY), *others)
     larger = state | {"args": {"image_size": 32}}
     common.save_checkpoint(tmp_path / "larger.pt", larger)
     assert "images of 32 pixels" in one_sentence(mtl_reverse, *argv, tmp_path / "larger.pt")

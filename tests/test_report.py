@@ -489,6 +489,11 @@ def test_rebuffi_table_averages_and_subtracts():
     assert {t.name: t.clean["corruptions"] for t in networks} == {"MAE l2 0.5": [60.0, 62.0], "supervised nominal": [30.0]}
 
 
+def test_a_network_evaluated_twice_counts_once():
+    (networks,) = report.tuned_networks([tuned(seed=0), tuned(seed=1), tuned(seed=0)]).values()
+    assert [len(network.clean["test"]) for network in networks] == [2]
+
+
 def test_best_gamma_counts():
     (networks,) = report.tuned_networks([tuned(gamma=g, clean={"test": a}) for g, a in ((0.65, 70.0), (0.75, 72.0), (0.85, 71.0))]).values()
     assert [t.gamma for t in report.best(networks, ["test"])] == [0.75]
