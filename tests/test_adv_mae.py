@@ -207,6 +207,17 @@ def test_delta_is_zero_where_hidden_and_reaches_eps_where_visible(mae, norm, eps
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_random_start_is_independent_of_the_mask(mae, monkeypatch):
+    """The same numbers for both would start the visible patches where they are small."""
+    seen = []
+    monkeypatch.setattr(adv_mae, "pgd", lambda loss, z, start, **k: seen.append((start - z) / k["eps"]) or z)
+    model, _, _ = mae
+    seeds = image_seeds(0, torch.arange(500))
+    perturb(torch.zeros(500, 16), lambda net, z: z.sum(1), seeds, model, tiny(norm="linf", eps=0.1))
+    together = torch.stack([seen[0].flatten(), image_uniform(seeds, 16).flatten()])
+    assert torch.corrcoef(together)[0, 1].abs() < 4 / math.sqrt(8000)
+
+
 def test_the_target_is_the_clean_image(mae):
     model, x, seeds = mae
     z, loss = masked_task(x, seeds, model, tiny())

@@ -724,10 +724,35 @@ def test_a_victim_of_carmons_format_at_the_command_line(command, carmon, tmp_pat
     (["--victim", "nothing.pt"], "nothing.pt"),
     (["--val-fraction", "0"], "--val-fraction"),
     (["--views", "1"], "--views"),
+    (["--branch-batch-size", "1"], "at least 2 images"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_sentence(one_sentence, tmp_path, monkeypatch, argv, told):
     monkeypatch.chdir(tmp_path)
     assert told in one_sentence(mtl_reverse, *flags(TINY), *argv)
+    assert not list(tmp_path.glob("runs/*/*.pt"))  # before any training
+
+
+def test_the_suite_keeps_the_first_image_that_fools(parts, monkeypatch):
+    """Three attacks on a classifier that reads the mean: each gives the images that one line sets."""
+    answers = [[0.9, 0.2, 0.2], [0.7, 0.8, 0.2], [0.6, 0.6, 0.1]]  # above 0.5 fools
+    asked = []
+
+    def attack_by(values):
+        def run(model, x, y, restart):
+            asked.append(len(x))
+            numbers = (100 * x[:, 0, 0, 0]).round().int().tolist()
+            return torch.stack([torch.full((3, 8, 8), values[i]) for i in numbers])
+
+        return run
+
+    monkeypatch.setattr(mtl_reverse, "suite_attacks", lambda *a: [("", 1, attack_by(v)) for v in answers])
+    x = torch.stack([torch.full((3, 8, 8), i / 100) for i in range(3)])  # an image's value is its number
+    defence = defence_of(parts)
+    logits = lambda z: torch.stack([z.mean((1, 2, 3)) <= 0.5, z.mean((1, 2, 3)) > 0.5], 1).float()  # noqa: E731
+    monkeypatch.setattr(Defence, "classify", lambda self, z: logits(z))
+    out = mtl_reverse.suite(x, x, torch.zeros(3, dtype=torch.int64), defence)
+    assert out[:, 0, 0, 0].tolist() == pytest.approx([0.9, 0.8, 0.02])
+    assert asked == [3, 2, 1]
 
 
 def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_path):
@@ -745,6 +770,8 @@ def test_branches_of_another_classifier_are_refused(one_sentence, trained, tmp_p
     assert "no finished classifier" in one_sentence(mtl_reverse, *argv, folder / "rotation.pt")
     shutil.copytree(folder, tmp_path / "copy")
     rotation = common.load_checkpoint(folder / "rotation.pt")
+    digits, _ = common.load_data("digits", "", torch.device("cpu"), image_size=8)
+    assert rotation["network"]["images"] == digits.digest
     rotation["network"]["images"] = "others"
     common.save_checkpoint(tmp_path / "copy" / "rotation.pt", rotation)
     others = ["--victim", folder / "classifier.pt", "--branches", tmp_path / "copy", "--out", tmp_path / "p"]
