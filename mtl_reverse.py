@@ -10,7 +10,7 @@ we change x within a ball of radius eps_v so that these losses fall (Algorithm 1
         x' <- the nearest image within eps_v of x
     predict F(x');  d: the gradient with respect to x', divided by its largest absolute value
 
-    python mtl_reverse.py --quick                          # digits, a minute and a half on two cores
+    python mtl_reverse.py --quick                          # digits, under two minutes on two cores
     python mtl_reverse.py --victim carmon2019.pt           # Table 1: CIFAR-10, the network of Carmon et al.
     python mtl_reverse.py --victim carmon2019.pt --branches runs/X --out runs/Y   # networks of runs/X
     python mtl_reverse.py --victim runs/X/best.pt          # a classifier of any script here
