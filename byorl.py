@@ -2,8 +2,7 @@
 adversarial robustness for the low-label, high-data regime, ICLR 2021).
 
 BYORL is BYOL on attacked views. No labels are used. An online network (encoder e, projector g, predictor q;
-weights theta) predicts the output of a target network (e, g; weights xi), a moving average of itself, for
-another view of the same image:
+weights theta) predicts the output of a target network (e, g; weights xi) for another view of the same image:
 
     v, v' = two random augmentations of x;  z' = g_xi(e_xi(v')), without gradient
     delta = argmin over the eps-ball of cos(q(g(e(v + delta))), z')                             (eq. 5)
@@ -24,29 +23,17 @@ a plain head on clean ones. In the paper (Tables 2 and 6) a plain head on BYORL'
 The paper, CIFAR-10 alone, linf 8/255, robust head on all labels, clean / robust: x1 78.02 / 41.30,
 x2 80.80 / 43.24, x4 81.32 / 43.19.
 
-Differs from the paper, whose code is not public, or is our choice where it is silent:
+Differs from the paper, whose code is not public:
 - Eq. 6 prints ascent on the cosine. Eq. 5 and 7 and the text need descent.
-- Under attack BatchNorm uses the statistics of the batch and does not change the running ones. The two views
-  have separate statistics. The target network uses those of the batch, too. All are over all GPUs.
-- An epoch of pre-training and UAT-FT has as many images as the training set (CIFAR-10: 50,000), also with
-  --extra-data; that of a head has its labelled images, which with 1% of the labels are one batch.
-- Two variants in section 3.3 (attack the target network; match clean views, too) are not implemented: the
-  paper gives no numbers.
-- From BYOL's code: LARS without weight decay and trust ratio for biases and BatchNorm, no bias in the last
-  layer of projector and predictor, crops of 8 to 100% of the area. From SimCLR's: colour jitter 0.8, 0.8,
-  0.8, 0.2 times the strength.
-- The target network starts as a copy of the online one (BYOL's code: from other random weights).
-- The encoder's features have 512 * width dimensions; the "2048" of the text fits x4 only. Its first
-  convolution is 3 x 3 with stride 1.
-- PGD's steps (Table 4) are 2 eps / steps for l2, for linf 2/255 or that, if it is more (PGD-5: 3.2/255).
+- Under attack BatchNorm uses the statistics of the batch and does not change the running ones.
+- An epoch has as many images as the labelled training set, also with --extra-data.
+- The encoder's features have 512 * width dimensions; the "2048" of the text fits x4 only.
+- LARS (BYOL's code) has no weight decay and no trust ratio for biases and BatchNorm.
 - MultiTargeted's 20 restarts are 20 in all (see `suite_attacks`).
-- Heads use the batch size of pre-training, pad, crop and flip (a folder: random resized crops), and PGD-10
-  for robust heads. The best epoch is selected on 1,024 held-out labelled images, under attack for robust
-  heads. So 100% of the labels are 48,976. Fractions are of all labels and not balanced over classes: 1% are
-  500. Pre-training sees all images.
-- UAT-FT: 200 epochs of SGD, learning rate 0.2, warm-up of one epoch, cosine schedule, PGD-10.
-- The fractions 2 and 50%, and the attack, gallery and radius of Figure 1, are ours.
-- --eps 0 is BYOL. Its heads are trained and evaluated at l2 128/255 or linf 8/255.
+- Heads and UAT-FT are trained by PGD-10. The best epoch is selected on 1,024 held-out labelled images. So
+  100% of the labels are 48,976.
+- The settings of UAT-FT are ours; the paper gives none.
+The rest: results/gowal.md.
 """
 import math
 from collections.abc import Iterator
@@ -56,9 +43,9 @@ from typing import Any, ClassVar, Literal
 
 from common import (
     STATS, CommonArgs, Images, Positive, Run, Share, Shares, apgd, batches, batchnorm_mode, build_model,
-    ce_per_image, cli, count_batches, distribute, draw, evaluate, join, learning_rate, load_checkpoint,
-    load_extra, load_trunk, map_images, pgd, place_model, random_crop_flip, random_flip, reading, rebuild,
-    results_table, robust_accuracy, save_image_grid, simclr_augment, split_train, start_run,
+    ce_per_image, cli, count_batches, cuda_graph, distribute, draw, evaluate, join, learning_rate,
+    load_checkpoint, load_extra, load_trunk, map_images, pgd, place_model, random_crop_flip, random_flip,
+    reading, rebuild, results_table, robust_accuracy, save_image_grid, simclr_augment, split_train, start_run,
     sync_batchnorm, transformed, world,
 )  # fmt: skip
 
@@ -71,48 +58,50 @@ Arch = Literal[
     "vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4",
 ]  # fmt: skip
 
+Suite = Literal["pgd20", "apgd", "suite", "suite-fast", "standard"]
+
 
 @dataclass
 class Args(CommonArgs):
     # data and model
-    extra_data: str = ""  # FILE.npz or .npy with more unlabelled images, uint8 (N, size, size, 3)
+    extra_data: str = ""  # .npz or .npy of more unlabelled images (paper: 500,000), uint8 (N, size, size, 3)
     flip: bool = True  # mirror images at random
     arch: Arch = "preact34"  # encoder (paper: preact34; ImageNet: resnet50)
-    width: float = 2.0  # multiplies the number of channels (paper: 1, 2, 4)
-    stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
-    init: str = ""  # train heads on this encoder, e.g. runs/X/byorl.pt; flags of its pre-training win
+    width: float = 2.0  # factor on the encoder's channels (paper: 2; with extra images, on ImageNet: 4)
+    stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3; imagenet: 7x7, stride 2, max-pooling
+    init: str = ""  # checkpoint of an encoder to train heads on, e.g. runs/X/byorl.pt (no pre-training)
     # pre-training (section 4.1)
-    method: Literal["byorl", "uat-ft"] = "byorl"  # uat-ft: the baseline, a network per label fraction
-    epochs: Positive = 1000  # epochs of pre-training (ImageNet: 300)
-    warmup_epochs: int = 10  # epochs in which the learning rate rises from 0; then a cosine back to 0
-    batch_size: Positive = 512  # images per step over all GPUs, also for classifiers (ImageNet: 1024)
-    lr: float = 2.0  # highest learning rate of LARS (ImageNet: 1.2)
-    weight_decay: float = 5e-4  # of LARS, not on biases and BatchNorm; of UAT-FT's SGD, on all weights
-    tau: Share = 0.996  # decay of the moving average at the start; rises to 1 (ImageNet: 0.999)
-    hidden: Positive = 4096  # hidden units of projector and predictor
-    projection: Positive = 256  # outputs of projector and predictor
+    method: Literal["byorl", "uat-ft"] = "byorl"  # byorl, or the baseline (pseudo-labels)
+    epochs: Positive = 1000  # epochs of pre-training (paper: 1000; ImageNet: 300)
+    warmup_epochs: int = 10  # epochs in which the learning rate rises, before a cosine to 0 (paper: 10)
+    batch_size: Positive = 512  # images per step over all GPUs, also for heads (paper: 512; ImageNet: 1024)
+    lr: float = 2.0  # highest learning rate of LARS (paper: 2; ImageNet: 1.2)
+    weight_decay: float = 5e-4  # weight decay of LARS and of UAT-FT's SGD (paper: 5e-4)
+    tau: Share = 0.996  # decay of the moving average at first; rises to 1 (paper: 0.996; ImageNet: 0.999)
+    hidden: Positive = 4096  # hidden units of projector and predictor (paper: 4096)
+    projection: Positive = 256  # outputs of projector and predictor (paper: 256)
     plain: bool = False  # also pre-train without attack (BYOL), for comparison
     # views
-    jitter_strength: float = 0.5  # strength of the colour jitter (Figure 5: 0.1 to 0.5)
-    blur: Share = 0.0  # probability of blur (for ImageNet)
-    crop: Share = 0.08  # smallest fraction of an image's area that a view shows
+    jitter_strength: float = 0.5  # strength of the colour jitter (paper: 0.5; Figure 5: 0.1 to 0.5)
+    blur: Share = 0.0  # probability of blurring a view (paper: 0; ImageNet: not given)
+    crop: Share = 0.08  # smallest fraction of an image's area that a view shows (BYOL: 0.08)
     # attack (norm and eps also when classifiers are trained and evaluated)
-    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
-    eps: float = 128 / 255  # radius, in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: BYOL
-    attack: Literal["apgd", "pgd"] = "apgd"  # attack in pre-training: AutoPGD, or PGD (Table 4)
+    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in (paper: both)
+    eps: float = 128 / 255  # radius in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: plain BYOL
+    attack: Literal["apgd", "pgd"] = "apgd"  # attack in pre-training: AutoPGD (paper), or PGD (Table 4)
     attack_steps: Positive = 40  # steps of the attack in pre-training (paper: 40; Table 4: 5 to 60)
-    step_size: float = 0.0  # step of PGD in pre-training; 0: linf 2/255 or more, l2 2 eps / steps
+    step_size: float = 0.0  # step size of PGD in pre-training; 0: 2 eps / steps, for linf at least 2/255
     # heads and UAT-FT
-    label_fractions: Shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions
-    heads: Literal["both", "robust", "plain", "none"] = "both"  # heads on the encoder; none: pre-train only
-    probe_epochs: Positive = 50  # epochs of a head; its learning rate is divided by 10 after half of them
-    probe_lr: float = 2e-3  # learning rate of Adam for heads
-    probe_steps: Positive = 10  # PGD steps when training a robust head, and in UAT-FT
-    uat_epochs: Positive = 200  # epochs of UAT-FT: SGD with momentum 0.9, one of warm-up, then a cosine
-    uat_lr: float = 0.2  # highest learning rate of UAT-FT
+    label_fractions: Shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # fractions of the labels to use
+    heads: Literal["both", "robust", "plain", "none"] = "both"  # heads to train; none: the encoder only
+    probe_epochs: Positive = 50  # epochs of a head; after half of them learning rate / 10 (paper: 50)
+    probe_lr: float = 2e-3  # learning rate of Adam for heads (paper: 0.002)
+    probe_steps: Positive = 10  # steps of PGD in training robust heads and UAT-FT (paper: not given)
+    uat_epochs: Positive = 200  # epochs of UAT-FT by SGD, one of warm-up, then a cosine (paper: not given)
+    uat_lr: float = 0.2  # highest learning rate of UAT-FT (paper: not given)
     # evaluation
-    val_images: Positive = 1024  # training images held out to select the epoch of each classifier
-    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "suite"  # see suite_attacks
+    val_images: Positive = 1024  # training images held out to select each classifier's epoch (paper: 1024)
+    eval_attack: Suite = "suite"  # reported attack: suite (paper), a tenth of it (suite-fast), AutoAttack's
 
     QUICK: ClassVar[dict] = dict(
         # Digits stay 8 x 8: an l2 ball of radius 0.5 is large there. Hence mild augmentation.
@@ -258,6 +247,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
     target.load_state_dict(online.state_dict())
     opt = LARS(online.parameters(), args.lr, args.weight_decay)
     sync_batchnorm(target)
+    perturb = cuda_graph(lambda v, z_other: attack_view(online, v, z_other, args))
     ddp = distribute(online)  # for the update; the attack uses the bare `online`
     theta, xi = list(online.parameters()), list(target.parameters())
     steps_per_epoch = count_batches(epoch_size, args.batch_size)
@@ -271,7 +261,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
             with torch.no_grad():
                 z1, z2 = target.project(v1), target.project(v2)  # z', of clean views: (B, projection)
             if name == "byorl":
-                v1, v2 = attack_view(online, v1, z2, args), attack_view(online, v2, z1, args)  # eq. 5
+                v1, v2 = perturb(v1, z2), perturb(v2, z1)  # eq. 5
             p1, p2 = ddp(v1, v2)
             loss = (distance(p1, z2) + distance(p2, z1)).mean()  # eq. 7, the sum of both directions
 

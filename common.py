@@ -1885,7 +1885,8 @@ def place_model(model: Network, device: torch.device, amp: str = "auto", compile
     model.to(device, memory_format=torch.channels_last)
     model.amp = amp_dtype(amp, device)
     if compile:
-        model.trunk.compile()  # in place: neither the checkpoint's keys nor the mode handling change
+        # In place: neither the checkpoint's keys nor the mode handling change. Fixed sizes are faster.
+        model.trunk.compile(dynamic=False)
     return model
 
 
@@ -1933,7 +1934,8 @@ def check_attack(x: Tensor, eps: float, norm: str) -> None:
         raise ValueError(f"norm must be 'linf' (with 0 <= eps <= 1) or 'l2' (0 <= eps), got {norm!r}, {eps}")
     if torch.is_inference_mode_enabled():
         raise ValueError("attacks need gradients: use torch.no_grad() in place of torch.inference_mode()")
-    if not ((x >= 0) & (x <= 1)).all():  # waits for the GPU, once per attack
+    recording = x.is_cuda and torch.cuda.is_current_stream_capturing()  # see cuda_graph
+    if not recording and not ((x >= 0) & (x <= 1)).all():  # waits for the GPU, once per attack
         raise ValueError("images must be in [0, 1]; normalise inside the network")
 
 
@@ -1996,21 +1998,64 @@ def batchnorm_mode(model: Callable, mode: Literal["eval", "train"] = "eval") -> 
 
     'eval': running statistics, so that an image's attack does not depend on the rest of its batch.
     'train': the statistics of the batch (and active dropout), without changing the running ones.
+    Weights need no gradient meanwhile: a compiled network would compute it along with that of the images.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []  # a function has no mode
+    weights = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
     modes = [(m, m.training) for m in modules]
     norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     try:
         if modules:
             model.train(mode == "train")
+        for p in weights:
+            p.requires_grad_(False)
         for m in norms:
             m.track_running_stats = mode == "eval"
         yield
     finally:
         for m, training in modes:
             m.training = training
+        for p in weights:
+            p.requires_grad_(True)
         for m in norms:
             m.track_running_stats = True
+
+
+def cuda_graph(attack: Callable[..., Any]) -> Callable[..., Any]:
+    """The attack of a training step, replayed as one CUDA graph.
+
+        perturb = cuda_graph(lambda x, y: pgd(lambda z: ce_per_image(model(z), y), x, eps=8 / 255))
+        x_adv = perturb(x, y)
+
+    PGD is thousands of small kernels; a CPU launches them more slowly than a GPU runs small batches. A graph
+    launches all at once, with the weights of the moment. It is recorded for each shape of the inputs, in the
+    second call with it; the first runs as usual, which tunes the kernels. The attack must return tensors. On
+    a CPU, and on several GPUs (where BatchNorm may exchange statistics), it is just called.
+    """
+    recorded: dict[tuple, Any] = {}
+    memory = None  # that all recordings share
+
+    def replay(*inputs: Tensor) -> Any:
+        nonlocal memory
+        if not inputs[0].is_cuda or world()[1] > 1:
+            return attack(*inputs)
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in recorded:
+            recorded[shapes] = None
+            return attack(*inputs)
+        if recorded[shapes] is None:
+            graph, its_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph, pool=memory):
+                outputs = attack(*its_inputs)
+            memory = graph.pool()
+            recorded[shapes] = graph, its_inputs, outputs
+        graph, its_inputs, outputs = recorded[shapes]
+        for its, x in zip(its_inputs, inputs, strict=True):
+            its.copy_(x)
+        graph.replay()  # writes to the same outputs every time
+        return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)
+
+    return replay
 
 
 def robust_accuracy(

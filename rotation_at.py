@@ -26,27 +26,15 @@ X and X_SS are perturbed separately; --ss-attack has other readings of T2 (share
 The paper: CIFAR-10, ResNet-18, clean / PGD-20 at linf 8/255:
     T0 85.46 / 44.69, T1 86.59 / 44.51, T2 86.24 / 45.77, T3 84.61 / 48.11
 
-Differs from the paper, which released no code, or is our choice where it is silent:
-- The tables' lambda1 and lambda2 are not given: 0.5 (Hendrycks et al. 2019). As printed, Algorithm 1 gives
-  the same attack for every lambda2 > 0 (see `adversaries`). Section 3.2, which treats lambda2 as a choice,
-  and 4.3, which calls T3 an ensemble attack, suggest that the losses share a perturbation: --ss-attack shared
-  or both.
-- T2 attacks by the supervised loss; that it attacks X_SS, too, with the label y, is our reading. So is eq.
-  7's attack on the class loss. Attacks sum the losses of images where eq. 10 averages: the steps are the
-  same.
-- The l2 step is 2 eps / steps (Salman et al. 2020). The paper cites them, but prints eps^2 / steps, and such
-  steps cannot reach the surface of a ball of radius below 1 from its centre.
-- Algorithm 1 as printed updates X once, after its loop; we update X and X_SS in every step. It starts
-  uniformly and steps by the sign for both norms; our l2 start is a random direction of length eps, our l2
-  step follows the normalised gradient, as in MadryLab's `robustness`, which the paper uses.
-- From that library we take batch size 128, weight decay 5e-4 and BatchNorm in eval mode under attack, not its
-  colour jitter and 2-degree rotation (we crop and flip), its best iterate (Algorithm 1 returns the last), or
-  its BatchNorm per GPU (ours is over all GPUs, and over X and X_SS, which share one pass in the update).
-- Pre-training (section 3.3) has the same task and schedule, a fixed radius of 0.5 or 8/255, the last epoch,
-  of which we keep the trunk only: the paper does not say.
-- The reported attack has one random start and is float32. Training, and the validation that selects the
-  epoch, run in bfloat16 where the hardware has it (else float16 on GPUs). At an l2 radius of 0.1 (Figure 1)
-  rounding is visible: --amp off.
+Differs from the paper, which released no code:
+- lambda1 and lambda2 are not given: 0.5. As printed, Algorithm 1 gives the same attack for every lambda2 > 0
+  (see `adversaries`); the text suggests that the losses share a perturbation: --ss-attack shared, both.
+- T2 attacks "by the supervised loss". That it attacks X_SS with the label y is our reading.
+- PGD steps in Algorithm 1's loop, not once after it. Its l2 step is 2 eps / steps along the normalised
+  gradient, from the surface of the ball; the paper prints eps^2 / steps and the sign of the gradient.
+- From MadryLab's `robustness`, which the paper uses: batch size, weight decay, BatchNorm in eval mode under
+  attack. Not from there: colour jitter, small rotations, the best iterate (Algorithm 1 returns the last).
+The rest: results/kucer.md.
 """
 import functools
 from collections.abc import Callable, Iterator
@@ -55,8 +43,8 @@ from typing import ClassVar, Literal
 
 from common import (
     STATS, CommonArgs, Images, Positive, Run, Share, UserError, batches, batchnorm_mode, build_model,
-    build_trunk, ce_per_image, cli, distribute, evaluate, load_checkpoint, load_trunk, pgd, place_model,
-    random_crop_flip, results_table, robust_accuracy, split_train, start_run,
+    build_trunk, ce_per_image, cli, cuda_graph, distribute, evaluate, load_checkpoint, load_trunk, pgd,
+    place_model, random_crop_flip, results_table, robust_accuracy, split_train, start_run,
     rotate,  # jigsaw_at.py is this script with another task
 )  # fmt: skip
 
@@ -69,32 +57,32 @@ from torch import Tensor, nn
 class Args(CommonArgs):
     # model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet26v2", "resnet50v2"] = "resnet18"  # the trunk
-    width: float = 1.0  # multiplies the number of channels
+    width: float = 1.0  # multiplies the number of channels (paper: 1)
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
-    init: str = ""  # take the trunk from this checkpoint, e.g. another run's pretrain.pt
-    # optimiser (section 4.2; batch size and weight decay: MadryLab's robustness)
-    epochs: Positive = 100  # epochs of each training
-    batch_size: Positive = 128  # images per step over all GPUs, not counting X_SS
-    lr: float = 0.1  # learning rate of SGD with momentum 0.9, divided by 10 after every 40% of the epochs
-    weight_decay: float = 5e-4  # weight decay, on all weights
-    flip: bool = True  # mirror images at random
+    init: str = ""  # checkpoint whose trunk to start from, e.g. runs/X/pretrain.pt; empty: random weights
+    # optimiser: SGD with momentum 0.9 (section 4.2; MadryLab's robustness)
+    epochs: Positive = 100  # epochs of training, and as many of pre-training (paper: 100)
+    batch_size: Positive = 128  # images per step over all GPUs; X_SS adds as many (paper: not given)
+    lr: float = 0.1  # learning rate, divided by 10 after 40% and 80% of the epochs (paper: 0.1)
+    weight_decay: float = 5e-4  # weight decay on all weights (paper: not given)
+    flip: bool = True  # mirror training images at random
     # attack in training (section 4.2)
-    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
-    eps: float = 8 / 255  # its radius, in [0, 1] pixel units (paper: linf 8/255; l2 0.5, also 0.1 and 1)
-    attack_steps: Positive = 10  # steps of PGD (paper: 10)
-    step_size: float = 0.0  # in training, not pre-training; 0: linf 2/255 or more, l2 2 eps / steps
-    attack_bn: Literal["eval", "train"] = "eval"  # mode of BatchNorm under attack
+    norm: Literal["linf", "l2"] = "linf"  # norm of the ball of the attacks, in training and evaluation
+    eps: float = 8 / 255  # radius of the training attack, pixels in [0, 1] (paper: 8/255; l2 0.1, 0.5, 1)
+    attack_steps: Positive = 10  # steps of PGD in training (paper: 10)
+    step_size: float = 0.0  # step of PGD in training, not pre-training; 0: 2 eps / steps, linf at least 2/255
+    attack_bn: Literal["eval", "train"] = "eval"  # mode of BatchNorm under attack in training
     # method (section 3)
-    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which images are attacked by which loss
+    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # what is attacked by which loss; see above
     ss_attack: Literal["separate", "shared", "both"] = "separate"  # how X and X_SS share T2's and T3's attack
     lambda1: float = 0.5  # weight of the SS loss in training (paper: not given); 0: T0
-    lambda2: float = 0.5  # weight of the SS loss in T3's attack (separate: all > 0 are equal, 0 is T2)
-    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial SS pre-training: P0, P1 (0.5), P2 (8/255)
+    lambda2: float = 0.5  # weight of the SS loss in T3's attack (paper: not given); separate: all > 0 alike
+    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial pre-training: P0, P1 (eps 0.5), P2 (8/255)
     plain: bool = False  # also train a network without attack, from random weights, for comparison
     # evaluation
-    val_fraction: Share = 0.15  # share of the training images held out to select the epoch (paper: 15%)
-    select: Literal["clean", "robust", "last"] = "clean"  # epoch of the best such accuracy on them, or last
-    eval_eps: tuple[float, ...] = ()  # radii, e.g. 0,4/255; empty: the paper's (--quick: quarters of --eps)
+    val_fraction: Share = 0.15  # share of the training images held out to select the epoch (paper: 0.15)
+    select: Literal["clean", "robust", "last"] = "clean"  # epoch reported: best on held-out images, or last
+    eval_eps: tuple[float, ...] = ()  # radii in evaluation; empty: the paper's (--quick: quarters of --eps)
 
     QUICK: ClassVar[dict] = dict(
         # Digits are 8 x 8, enlarged to 32 x 32: a larger radius, a smaller rate, a stem that divides by 4
@@ -218,6 +206,7 @@ def train(
     if stage == "plain" or (stage == "train" and not uses_ss(args)):
         model.heads[TASK].requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    perturb = cuda_graph(lambda x, y, k: adversaries(model, x, y, T, k, args, attack))
     ddp = distribute(model)  # for the update, where ranks average gradients; the attack uses the bare `model`
 
     for epoch in run.epochs(stage, args.epochs, model, opt, first_id=100_000 * STAGES.index(stage)):
@@ -236,7 +225,7 @@ def train(
                 loss = ss_loss = F.cross_entropy(ddp(x_ss, TASK), k)
             else:
                 with batchnorm_mode(model, args.attack_bn):
-                    x_adv, x_ss_adv = adversaries(model, x, y, T, k, args, attack)
+                    x_adv, x_ss_adv = perturb(x, y, k)
                 loss, ss_loss = training_loss(ddp, x_adv, y, x_ss_adv, k, args)
 
             opt.zero_grad()

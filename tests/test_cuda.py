@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from conftest import TINY
 
 import adv_mae
+import byorl
 import mtl_reverse
 from common import (
-    Images, Run, batches, batchnorm_mode, build_model, full_precision, image_uniform, load_checkpoint, load_data, pgd, place_model, robust_accuracy,
+    Images, Run, batches, batchnorm_mode, build_model, ce_per_image, cuda_graph, full_precision, image_uniform,
+    load_checkpoint, load_data, pgd, place_model, project, robust_accuracy, suite_accuracy, suite_attacks,
 )  # fmt: skip
 from rotation_at import Args, main
 
@@ -89,6 +91,64 @@ def test_attacks_in_mixed_precision_are_attacks(amp):
         exact = [(attack(x, y, 20), y) for x, y in batches(test, 360, device)]
         a, b = robust_accuracy(model, mixed), robust_accuracy(model, exact)
     assert 20 < b < 90 and abs(a - b) < 0.6
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0)])
+def test_a_recorded_attack_is_the_attack(norm, eps):
+    """A CUDA graph of PGD draws the same start, uses the weights of the moment, and changes nothing else."""
+    torch.manual_seed(0)
+    model = place_model(build_model("resnet18", {"class": 10}, width=0.25), torch.device("cuda"), "off")
+    x, y = torch.rand(32, 3, 32, 32, device="cuda"), torch.randint(0, 10, (32,), device="cuda")
+
+    def attack(x, y):
+        return pgd(lambda z: ce_per_image(model(z), y), x, eps=eps, norm=norm, steps=3)
+
+    model.eval()
+    recorded = cuda_graph(attack)
+    for step in range(4):  # run as usual, recorded, replayed twice
+        torch.manual_seed(step)
+        with torch.no_grad():
+            model.heads["class"].weight.normal_()
+        state = torch.cuda.get_rng_state()
+        expected = attack(x, y)
+        torch.cuda.set_rng_state(state)
+        assert (recorded(x, y) - expected).abs().max() < 1e-3 or norm == "linf"
+        torch.cuda.set_rng_state(state)
+        # a sign may turn where the gradient is zero but for rounding
+        assert ((recorded(x, y) - expected).abs() < 1e-4).float().mean() > 0.99
+        x = x.roll(1, 0)
+
+
+def test_the_suite_is_that_of_a_cpu():
+    """The same attacks on the same network: random starts differ, the accuracies by at most 2 of 100 images."""
+    train, test = load_data("digits", "", torch.device("cpu"), image_size=8)
+    torch.manual_seed(0)
+    model = place_model(build_model("resnet18", {"class": 10}, width=0.125), torch.device("cpu"), "off")
+    opt = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for epoch in range(4):
+        for x, y in batches(train, 64, torch.device("cpu"), shuffle=epoch):
+            opt.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+    model.eval()
+    x, y = next(batches(test, 360, torch.device("cpu")))
+    x, y = x[:100], y[:100]
+    attacks = [(name, min(n, 2), attack) for name, n, attack in suite_attacks("suite-fast", "l2", 0.3)]
+    on_cpu = suite_accuracy(model, [(x, y)], attacks)
+    model.to("cuda")
+    on_gpu = suite_accuracy(model, [(x.cuda(), y.cuda())], attacks)
+    assert on_cpu["none"] == on_gpu["none"] > 80 and on_cpu["square"] < on_cpu["none"] - 5
+    assert all(abs(on_cpu[name] - on_gpu[name]) <= 2 for name in on_cpu), (on_cpu, on_gpu)
+    for _, _, attack in attacks:
+        x_adv = attack(model, x.cuda(), y.cuda(), 0)
+        assert (project(x_adv, x.cuda(), 0.3, "l2") - x_adv).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_a_run_of_byorl(tmp_path, amp):
+    args = byorl.Args.QUICK | dict(device="cuda", amp=amp, plain=False, epochs=6, out=str(tmp_path))
+    rows = byorl.main(byorl.Args(**args, quick=True))["rows"]
+    assert max(row["accuracy"] for row in rows) > 50  # chance: 10
 
 
 def test_masks_are_those_of_a_cpu():
