@@ -8,11 +8,9 @@ decoder d reconstructs the others. A-MAE attacks the visible patches:
     delta = argmax over the eps-ball of (1 - m) || d(e(p + delta, m)) - (p - mu(p)) / sigma(p) ||^2   (eq. 4)
     minimise the same loss at p + delta
 
-The mask m is 1 where a patch is visible. It is drawn once for the attack (PGD, eq. 2) and the update. The
-target is the clean image. Other methods are attacked on their own loss: RotNet (eq. 5, --method rotnet),
-supervised training (eq. 1, --method supervised) and BYOL (byorl.py). Fine-tuning has no attack. Each layer
-has gamma times the learning rate of the next one towards the head (--layer-decay), so the robust early layers
-change little.
+The mask m is 1 where a patch is visible, the same in the attack (PGD, eq. 2) and the update. The target is
+the clean image. RotNet (eq. 5), supervised training (eq. 1) and BYOL (byorl.py) are attacked on their own
+losses. In fine-tuning each layer has gamma times the learning rate of the next one towards the head.
 
     python adv_mae.py --quick                   # digits: MAE and A-MAE, two minutes on two CPU cores
     torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16       # ImageNet, ViT-B/16, l2 0.5
@@ -24,29 +22,16 @@ change little.
 The paper, CIFAR-10 (Table 1, AdamW), pre-trained without attack / linf / l2: MAE 98.03 / 98.30 / 98.46,
 RotNet 96.14 / 97.29 / 97.43, supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.69 / 98.67.
 
-Differs from the paper, which has no public code and refers to He et al., or is our choice where it is silent:
-- MAE hides 75% of the patches and trains for 800 epochs, as He et al. (their best: 1600). The best gamma is
-  not given: all four are fine-tuned.
-- The attack runs without drop path and stays in [0, 1]. For l2 it starts on the ball's surface and takes
-  normalised steps (eq. 2 shows linf). Label smoothing and mixed labels are part of the attacked loss.
-- Images are normalised per channel, then each target patch by its mean and unbiased variance plus 1e-6 (the
-  code of He et al.).
-- Positions are fixed (their code trains them in fine-tuning) unless a published ViT has learned ones.
+Differs from the paper, which has no public code and refers to He et al.:
 - Layer k below the head has learning rate gamma^k. The paper prints gamma^-k, but its limits (gamma 0:
-  frozen, 1: full fine-tuning) hold for gamma^k only.
+  frozen, 1: full fine-tuning) hold for gamma^k only. The best gamma is not given: all four are fine-tuned.
+- MAE hides 75% of the patches and trains for 800 epochs, as He et al. (their best: 1600).
+- The l2 attack starts on the ball's surface and takes normalised steps (eq. 2 shows linf).
+- Images are normalised per channel, then each target patch by its mean and unbiased variance plus 1e-6.
 - Fine-tuning's "batch size 512, learning rate 0.0005" is taken literally (He et al. would scale it to 0.001).
-- Mixup, cutmix, label smoothing, drop path, RandAugment and random erasing have the values of their code.
-  torchvision's RandAugment has Identity and a milder Posterize, but no Invert and SolarizeAdd.
-- Warm-up is the same fraction of any number of epochs. The batches of an epoch have equal sizes, none is
-  dropped. Rotations are drawn once per image, after the augmentation; mixup and cutmix once per GPU and step.
-- After supervised and RotNet pre-training the moving average of the weights is fine-tuned. Its decay rises
-  with the step s as (1 + s) / (10 + s), to 0.9999.
-- Table 1's augmentation is "random horizontal flipping" (appendix C): no mixup, cutmix, RandAugment, erasing.
-  Its AdamW keeps 100 epochs, label smoothing and drop path.
-- Figure 5's attack and radii: PGD-20 at l2 0.25 to 2 on 1,000 images. ImageNet-A and -R are evaluated among
-  their 200 classes. Conflict Stimuli's 16 classes have the mean probability of their ImageNet classes; its 80
-  images without conflict are left out.
-- The last epoch is reported.
+- Table 1 has no augmentation but horizontal flips; its AdamW keeps 100 epochs, label smoothing, drop path.
+- Figure 5's attack and radii are ours: PGD-20 at l2 0.25 to 2 on 1,000 images. The last epoch is reported.
+The rest: results/rebuffi.md.
 """
 import copy
 import functools
@@ -72,50 +57,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+Arch = Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"]
+
 
 @dataclass
 class Args(CommonArgs):
+    # run
     workers: int = 8  # processes per GPU that read and augment images
     # data and model
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "folder"  # images and labels
-    image_size: Positive = 224  # side in pixels; other images are resized
+    image_size: Positive = 224  # side in pixels, to which images are resized (paper: 224)
     flip: bool = True  # mirror images at random
-    arch: Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"] = "vit_b16"  # see VITS
-    width: float = 1.0  # multiplies the number of heads, 64 channels each
-    init: str = ""  # encoder to fine-tune, also byorl.py's or a published ViT; its arch, norm and eps win
+    arch: Arch = "vit_b16"  # Vision Transformer: base, small, tiny, mini; patches of 16 or 4 (paper: vit_b16)
+    width: float = 1.0  # factor on the number of attention heads, 64 channels each (paper: 1)
+    init: str = ""  # checkpoint of an encoder to fine-tune: ours, byorl.py's or a published ViT
     # pre-training
     method: Literal["mae", "rotnet", "supervised"] = "mae"  # pre-training task (BYOL: byorl.py, then --init)
-    pretrain_epochs: int = 0  # epochs of pre-training; 0: mae 800, rotnet and supervised 300
-    pretrain_batch_size: Positive = 4096  # images per step of pre-training over all GPUs
-    pretrain_lr: float = 0.0  # highest learning rate; 0: batch size / 256 times 1.5e-4 (mae) or 1e-4
-    accumulate: Positive = 1  # gradient accumulation: parts of each GPU's batch; also in fine-tuning
-    mask_ratio: Share = 0.75  # fraction of the patches that MAE hides (He et al.: 75%)
-    decoder_width: Positive = 512  # channels of MAE's decoder
-    decoder_depth: Positive = 8  # layers of MAE's decoder
-    decoder_heads: Positive = 16  # attention heads of MAE's decoder
+    pretrain_epochs: int = 0  # epochs of pre-training; 0: those of He et al. (mae 800, others 300)
+    pretrain_batch_size: Positive = 4096  # images per step of pre-training over all GPUs (He et al.: 4096)
+    pretrain_lr: float = 0.0  # highest learning rate; 0: He et al.'s, batch size / 256 * 1.5e-4 (mae) or 1e-4
+    accumulate: Positive = 1  # parts in which each GPU's batch is computed, to save memory
+    mask_ratio: Share = 0.75  # fraction of the patches that MAE hides (He et al.: 0.75)
+    decoder_width: Positive = 512  # channels of MAE's decoder (He et al.: 512)
+    decoder_depth: Positive = 8  # layers of MAE's decoder (paper: 8)
+    decoder_heads: Positive = 16  # attention heads of MAE's decoder (paper: 16)
     plain: bool = False  # also pre-train without attack, for comparison
     # attack in pre-training (appendix C)
-    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in
-    eps: float = 0.5  # radius, in [0, 1] pixel units (the paper's best for mae: l2 0.5, linf 1/255); 0: none
-    attack_steps: Positive = 2  # PGD steps in training (paper: 2)
-    step_size: float = 0.0  # length of a step; 0: 5 eps / 8 (paper)
+    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in (paper: both)
+    eps: float = 0.5  # radius in [0, 1] pixel units (paper's best for mae: l2 0.5, linf 1/255); 0: no attack
+    attack_steps: Positive = 2  # steps of PGD in pre-training (paper: 2)
+    step_size: float = 0.0  # step size of PGD; 0: 5/8 of the radius (paper)
     # fine-tuning (appendix C)
-    recipe: Literal["imagenet", "adamw", "sgd", "none"] = "imagenet"  # adamw, sgd: Table 1; none: evaluate
-    epochs: Positive = 100  # epochs of fine-tuning (imagenet, adamw)
-    steps: Positive = 2500  # steps of fine-tuning (sgd)
-    batch_size: Positive = 512  # images per step of fine-tuning over all GPUs, and of evaluation
-    lr: float = 0.0  # highest learning rate of fine-tuning; 0: imagenet and adamw 5e-4, sgd 0.01
-    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma (section 4.2), a network for each; not for sgd
-    # augmentation (see RECIPES)
+    recipe: Literal["imagenet", "adamw", "sgd", "none"] = "imagenet"  # fine-tuning; adamw, sgd: for Table 1
+    epochs: Positive = 100  # epochs of fine-tuning by imagenet or adamw (paper: 100)
+    steps: Positive = 2500  # steps of fine-tuning by sgd (paper: 2500)
+    batch_size: Positive = 512  # images per step of fine-tuning and evaluation over all GPUs (paper: 512)
+    lr: float = 0.0  # highest learning rate of fine-tuning; 0: the paper's (imagenet, adamw 5e-4; sgd 0.01)
+    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma: a network each, not for sgd (paper: these four)
+    # augmentation in pre-training and fine-tuning
     crop: Share = 0.0  # smallest area of a random crop; 0: mae 0.2, others 0.08 (adamw, sgd: no crop)
-    regularise: bool = True  # RandAugment, erasing, mixup, cutmix, label smoothing, drop path as in RECIPES
+    regularise: bool = True  # RandAugment, erasing, mixup, cutmix, label smoothing, drop path of the recipe
     # evaluation
-    eval_data: str = ""  # further test sets, comma-separated folders: ImageNet-A, -R, -V2, -Sketch, Conflict
-    real: str = ""  # real.json of ImageNet-ReaL, for --data-dir with files ILSVRC2012_val_*
-    eval_crop: Share = 0.875  # central crop / shorter side; adamw and sgd: no crop, resized to a square
-    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (Figure 5)
-    eval_eps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # radii at which classifiers are attacked
-    attack_examples: int = 1000  # random test images to attack; 0: all
+    eval_data: str = ""  # folders of more test sets, comma-separated: ImageNet-A, -R, -V2, -Sketch, Conflict
+    real: str = ""  # real.json, the labels of ImageNet-ReaL, for validation files named ILSVRC2012_val_*
+    eval_crop: Share = 0.875  # central crop as a share of the shorter side; after adamw and sgd no crop
+    eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (paper, Figure 5: l2)
+    eval_eps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # radii at which classifiers are attacked (Figure 5)
+    attack_examples: int = 1000  # number of random test images that are attacked; 0: all
 
     # Digits of 8 x 8 pixels are enlarged to 16: a patch covers 2 x 2 original pixels.
     QUICK: ClassVar[dict] = dict(

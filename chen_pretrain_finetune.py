@@ -15,9 +15,9 @@ masked patches belongs here), and the ensemble of all three (eq. 2-4), each on i
 
     minimise over theta, maximise over delta:   sum_i loss_i(x + delta_i) + lambda log det(G^T G)
 
-The columns of G are the normalised input gradients of the tasks. Where they are orthogonal the log det has
-its maximum, 0: the attack looks for diverse directions, and the weights are trained against them (so eq. 2-3
-and the code; Pang et al., whom the paper follows, let the weights maximise it).
+The columns of G are the normalised input gradients of the tasks. Where they are orthogonal, the log det has
+its maximum, 0: the attack looks for diverse directions, and the weights are trained against them. (Pang et
+al., whom the paper follows, let the weights maximise it.) AP+DPE differentiates gradients and is slow.
 
     python chen_pretrain_finetune.py --quick                     # digits, rotation, the pairs of Table 3
     python chen_pretrain_finetune.py --task selfie               # one network of Table 3: P3F4
@@ -27,36 +27,19 @@ and the code; Pang et al., whom the paper follows, let the weights maximise it).
     python chen_pretrain_finetune.py runs/X/*P3F4.ta.pt          # Tables 4 and 6 of any classifiers
     torchrun --nproc-per-node=8 chen_pretrain_finetune.py --table3
 
-The paper, CIFAR-10, linf 8/255, clean / PGD-20: P1F4 84.72 / 47.22, P3F4 of Selfie 86.02 / 51.05, of three
-networks averaged 86.04 / 54.64. AP+DPE differentiates gradients: a step takes 4 times as long as AP+SE's and
-twice the memory for activations (measured on 2 CPU threads with benchmarks/dpe_step.py).
+The paper: CIFAR-10, linf 8/255, clean / PGD-20 accuracy
+    P1F4 84.72 / 47.22, P3F4 of Selfie 86.02 / 51.05, the average of three networks 86.04 / 54.64
 
-Differences from the paper (and from its published code, where that says more), and our choices where both
-are silent:
-- eq. 1 prints an l2 ball; the numbers are of linf 8/255, steps of 2/255, PGD-10 in training and PGD-20 in
-  evaluation (the code's; section 4.2, which our copy of the paper lacks, says the same, from memory).
-- An adversarial step of pre-training averages the loss over tasks and over clean and attacked images (code;
-  eq. 1 has the attacked ones only), and adds lambda log det undivided. The attack sums the tasks' losses.
-- Pre-training hands on its last epoch (the code: the best on held-out images, for jigsaw on the test set).
-  Fine-tuning keeps the epochs of best clean accuracy (TA) and of best robust accuracy (RA, PGD-20) on 10% of
-  the training images, not augmented (in the code they are). Its numbers are of the first (from memory).
-- The column "epoch": for F2 and F4 that of best RA; for F1 and F3 that of best TA, as the paper prints 82 to
-  99 for them, where RA is 0.00 after F3.
-- Training attacks use the batch's statistics in BatchNorm (code), but do not change the running ones (in the
-  code they change). Frozen parts stay in eval mode (the code has F4 only).
-- Selfie: cross-entropy of a softmax of a softmax (code; --no-double-softmax), summed over the masked places,
-  one order of patches for the whole batch (on each GPU), exact GELU (code: tanh).
-- The ensemble's trunk has the stem's BatchNorm, which the published one lacks. The gradients in G are of the
-  turned, the shuffled and the upright image, as they are (code).
-- From the code: ImageNet's mean and deviation for CIFAR, 30 random orders of jigsaw and an image whole with
-  probability 0.1 besides, as many of each turn in a batch, Selfie with a smaller crop and no flip.
-- Table 7's images are from 80 Million Tiny Images, which has been withdrawn (ours: CIFAR-10's own, or
-  --extra-data), and its task is not named (ours: --task).
-- RS trains on the noisy images alone, not clipped, sigma 0.25 (the paper gives neither).
-- Batch 256; learning rate of fine-tuning 0.1, divided by 10 at epochs 30 and 50, of pre-training 0.1, Selfie
-  0.025, ensemble 0.001, cosine (section 4.2, from memory). The code's fine-tuning: --batch-size 128
-  --lr-steps 60,80; its pre-training also has batches of 128 and 80, Selfie's rate 0.1, weight decay 5e-4 for
-  standard jigsaw, and Nesterov momentum for Selfie and the ensemble.
+Differs from the paper. Where it is silent, we follow its published code:
+- Eq. 1 prints an l2 ball and attacked images only. As in the code, the ball is linf, and pre-training
+  averages the loss over clean and attacked images.
+- Section 4.2 is missing in our copy of the paper. From memory: batch size, learning rates, and that the
+  epoch of best clean accuracy is reported. The code's fine-tuning: --batch-size 128 --lr-steps 60,80.
+- Pre-training hands on its last epoch (code: the best on held-out images, for jigsaw on the test set).
+- Attacks in training use the batch's BatchNorm statistics (code), but leave the running ones unchanged (in
+  the code they change). Frozen parts stay in eval mode (the code has F4 only).
+- Table 7: its images are withdrawn (ours: --extra-data), its task is not named. RS: sigma is not given.
+The rest: results/chen.md.
 """
 import contextlib
 import itertools
@@ -92,38 +75,38 @@ class Args(CommonArgs):
     models: tuple[str, ...] = ()  # checkpoints of classifiers: compare them, train nothing
     # data and model
     init: str = ""  # fine-tune this pretrain-*.pt of a run, which also says --task and --pretrain
-    extra_data: str = ""  # FILE.npz or .npy with more images for pre-training, uint8 (N, size, size, 3)
-    extra_only: bool = False  # pre-train on these images alone (Table 7)
-    pretrain_images: int = 0  # number of images to pre-train on, drawn at random (Table 7); 0: all
-    flip: bool = True  # mirror images at random in training (never in Selfie's pre-training, as in the code)
+    extra_data: str = ""  # more images for pre-training: .npz or .npy, uint8, (N, size, size, 3)
+    extra_only: bool = False  # pre-train on the images of --extra-data alone (paper: Table 7)
+    pretrain_images: int = 0  # number of images to pre-train on, drawn at random (paper: Table 7); 0: all
+    flip: bool = True  # mirror training images at random, but not in Selfie's pre-training (code)
     arch: Literal["resnet26v2", "resnet50v2"] = "resnet50v2"  # the trunk (paper: resnet50v2)
-    width: float = 1.0  # multiplies the number of channels
+    width: float = 1.0  # multiplies the number of channels (paper: 1)
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
-    # optimiser (SGD with momentum 0.9; RECIPE has that of pre-training)
-    epochs: Positive = 100  # epochs of fine-tuning
+    # optimiser: SGD with momentum 0.9 (pre-training: the table RECIPE)
+    epochs: Positive = 100  # epochs of fine-tuning (paper: 100)
     batch_size: Positive = 256  # images per step over all GPUs (paper: 256; restricted ImageNet 64)
-    lr: float = 0.1  # initial learning rate of fine-tuning
-    lr_steps: tuple[float, ...] = (30, 50)  # epochs at which this rate is divided by 10 (code: 60,80)
-    weight_decay: float = 3e-4  # on all weights (code); Selfie's and the ensemble's pre-training: a third
-    warmup_steps: int = 200  # steps in which the rate rises from a tenth (not Selfie, the ensemble; code)
-    pretrain_epochs: int = 0  # epochs of pre-training; 0: 100 to 200, see RECIPE
+    lr: float = 0.1  # initial learning rate of fine-tuning (paper: 0.1)
+    lr_steps: tuple[float, ...] = (30, 50)  # epochs at which that rate is divided by 10 (paper: 30,50)
+    weight_decay: float = 3e-4  # weight decay (code: 0.0003); Selfie and ensemble pre-train with a third
+    warmup_steps: int = 200  # steps in which the rate rises to its value (code: 200; Selfie, ensemble: 0)
+    pretrain_epochs: int = 0  # epochs of pre-training; 0: the code's, 100 to 200
     # attack in training
-    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in
-    eps: float = 8 / 255  # its radius, in [0, 1] pixel units (paper: 8/255)
-    attack_steps: Positive = 10  # steps of PGD (paper: 10)
-    attack_bn: Literal["eval", "train"] = "train"  # mode of BatchNorm under attack (code: train)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the ball of all attacks (paper: linf)
+    eps: float = 8 / 255  # radius of all attacks, for pixels in [0, 1] (paper: 8/255)
+    attack_steps: Positive = 10  # steps of PGD in training (paper: 10)
+    attack_bn: Literal["eval", "train"] = "train"  # mode of BatchNorm under attack in training (code: train)
     # method
-    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # all: one after the other
-    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # none, on clean, attacked, noisy images
-    finetune: Literal["F1", "F2", "F3", "F4", "none", "all"] = "F4"  # F1, F2: theta_f; F2, F4: attacked
-    table3: bool = False  # all tasks and pairs of Table 3, whatever the flags above say
-    grid: Positive = 4  # jigsaw tiles and Selfie patches per side
-    num_permutations: int = 30  # permutations of jigsaw besides the identity
-    double_softmax: bool = True  # Selfie's loss takes the softmax of the scores for scores (code)
+    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # task; all: first three
+    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # without, clean, attacked, noisy; see above
+    finetune: Literal["F1", "F2", "F3", "F4", "none", "all"] = "F4"  # trained on which images; see above
+    table3: bool = False  # make the 20 networks of Table 3, whatever --task, --pretrain and --finetune say
+    grid: Positive = 4  # tiles of jigsaw and patches of Selfie along each side (code: 4)
+    num_permutations: int = 30  # orders of jigsaw's tiles besides the identity (code: 30)
+    double_softmax: bool = True  # Selfie: softmax of the scores in place of the scores (code)
     dpe_lambda: float = 0.1  # lambda of eq. 3, the weight of the log det (code: 0.1); 0: AP+SE
-    sigma: float = 0.25  # standard deviation of the noise of RS (the paper gives none)
+    sigma: float = 0.25  # standard deviation of the noise of RS (paper: not given)
     # evaluation
-    val_fraction: Share = 0.1  # share of the training images held out to select the epochs (section 4.1)
+    val_fraction: Share = 0.1  # share of the training images held out to select the epochs (paper: 0.1)
 
     QUICK: ClassVar[dict] = dict(
         dataset="digits", image_size=12, grid=3, flip=False, arch="resnet26v2", width=0.125, pretrain="all",

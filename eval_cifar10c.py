@@ -13,16 +13,15 @@ and 4 extra ones, in 5 severities. For each type and severity (a cell) we measur
     python eval_cifar10c.py runs/a/best.pt --generate                  # without CIFAR-10-C
     torchrun --nproc-per-node=8 eval_cifar10c.py runs/a/best.pt
 
-The paper (section 4.4), means over corruptions, ResNet-18:
-    l2 1.0:      TA T0 78.36, T1 80.23, T2 79.15, T3 76.52;  RA T0 35.83, T3 38.33
-    linf, radius not given (8/255 in Table 2):  RA T0 32.20, T3 36.22
+Kucer et al., section 4.4, means over corruptions, ResNet-18, TA / RA (of T1 and T2 at l2 1.0 TA only):
+    l2 1.0: T0 78.36 / 35.83, T1 80.23, T2 79.15, T3 76.52 / 38.33;  linf: RA T0 32.20, T3 36.22
 
-Our choice where the paper, which released no code, is silent:
-- The attack has the norm and radius of the run that made the checkpoint (plain.pt, too), its PGD is that of
-  section 4.2.
+Differs from the paper, which released no code, or is our choice where it is silent:
+- The attack has the norm and radius of the run that made the checkpoint (plain.pt, too).
 - We average over all severities, and over the 15 types as well as over all types.
-- --generate computes six types from clean test images with the definitions and constants (for 32 pixels) of
-  the official make_cifar_c.py. Random numbers differ, so do not compare with published accuracies.
+- --generate computes six types from clean test images by the definitions and constants (for 32 pixels) of the
+  official make_cifar_c.py. Random numbers differ, so do not compare with published accuracies.
+The rest: results/kucer.md.
 """
 import hashlib
 import io
@@ -44,6 +43,8 @@ from common import (
     text_table, train_digits, whole_number, world, write_atomically,
 )  # fmt: skip
 
+Attack = Literal["pgd20", "apgd", "suite", "suite-fast", "standard", "none"]
+
 
 @dataclass
 class Args:
@@ -52,25 +53,25 @@ class Args:
     seed: int = 0  # seed of the attacks and of --generate
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int = 2  # processes per GPU that read images (--dataset folder)
-    out: str = ""  # folder of the run; empty: a folder in runs/ named after the first checkpoint's
+    out: str = ""  # folder of the run; empty: a folder in runs/ named after that of the first checkpoint
     resume: bool = False  # continue the run in its folder, with the same flags, or start it
     quick: bool = False  # a miniature on the bundled digits; trains two small networks if none is named
     # data
-    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # whose corrupted images
-    data_dir: str = "data"  # it holds CIFAR-10-C/; folder: <corruption>/<severity>/<class>/*.jpg|png
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # corrupted images
+    data_dir: str = "data"  # folder of CIFAR-10-C/, or with <corruption>/<severity>/<class>/*.jpg|png
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     download: bool = False  # fetch CIFAR-10-C or CIFAR-100-C if it is not there
-    generate: bool = False  # make the corruptions from the test images of --dataset
-    image_size: Positive = 32  # side in pixels of --generate's images; of a folder's if no checkpoint tells
-    corruptions: str = ""  # types, comma-separated; empty: all that are found
-    severities: str = "1,2,3,4,5"  # severities, comma-separated
+    generate: bool = False  # make six types of corruption from the test images of --dataset
+    image_size: Positive = 32  # side in pixels for --generate, and for folders if no checkpoint tells it
+    corruptions: str = ""  # types of corruption, comma-separated; empty: all that are found
+    severities: str = "1,2,3,4,5"  # severities from 1 to 5, comma-separated (paper: not given)
     # evaluation
-    norm: Literal["own", "linf", "l2"] = "own"  # norm of the attack's ball (own: that of the training)
-    eps: float = 0.0  # its radius, in [0, 1] pixel units (0: that of the training)
-    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard", "none"] = "pgd20"  # none: no RA
-    eval_steps: Positive = 20  # steps of PGD
+    norm: Literal["own", "linf", "l2"] = "own"  # norm of the attack's ball; own: that of training
+    eps: float = 0.0  # radius of that ball, in [0, 1] pixel units; 0: that of the network's training
+    eval_attack: Attack = "pgd20"  # attack (paper: pgd20); suite-fast: a tenth of suite; none: no RA
+    eval_steps: Positive = 20  # steps of PGD in evaluation (paper: 20)
     eval_examples: int = 0  # random images of each cell to attack, the same in every run; 0: all
-    batch_size: Positive = 500  # images per step over all GPUs
+    batch_size: Positive = 500  # images per batch, over all GPUs
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
     QUICK: ClassVar[dict] = dict(

@@ -1,27 +1,26 @@
 """Robustness against unforeseen attacks: ten, most of a kind that no network here is trained against.
 
 Kang, Sun, Hendrycks, Brown, Steinhardt, Testing Robustness Against Unforeseen Adversaries, 2019 (1908.08016).
-Chen et al. (CVPR 2020) evaluate their networks with these in Figures 3 and 4.
+Chen et al. (CVPR 2020) cite these attacks for their Figures 3 and 4.
 
-An image is a differentiable function of some parameters (a flow of pixels, the brightness of snowflakes, the
-coefficients of JPEG, ...). Signed gradients move the parameters within a box or ball of their own. Every
-attack has six radii. UAR is the sum of the six accuracies in percent of the sum of ATA, the accuracies of the
-best network that was trained against the same attack (Kang et al.).
+Each attack changes an image by some parameters: a flow of pixels, the brightness of snowflakes, coefficients
+of JPEG, ... Signed gradients move them within a box or ball of their own, which has six radii. UAR is the sum
+of the six accuracies in percent of the sum of ATA, the accuracies of the best network that was trained
+against the same attack (Kang et al.).
 
     python eval_unforeseen.py --quick                             # two small networks trained on digits
     python eval_unforeseen.py runs/X/best.pt runs/Y/best.pt       # all ten attacks
     python eval_unforeseen.py runs/X/best.pt --unforeseen l1,elastic --eval-examples 1000
     torchrun --nproc-per-node=8 eval_unforeseen.py runs/X/best.pt
 
-Differs from the published code, from which definitions, constants and radii are taken:
+Definitions, constants and radii are those of Kang et al.'s code, from which this differs:
 - Images that are misclassified without attack count as not robust and are not attacked (there all are).
-- Its Gabor noise moves the parameters that it should leave at 0.
+- Gabor noise moves its own parameters (there those that should stay at 0).
 - Clouds are scaled for each image, not for a batch; their edges are the mean of the nearest neighbours.
 - jpeg-l1 bounds the changes of the coefficients, not their distance from where they are.
 - Snow keeps to its budget in the last step, too. l2 starts on the surface of the ball, not inside.
-- Chen et al. speak of twelve attacks and cite Kang et al., who have ten; their code reads CIFAR-10-C instead,
-  which eval_cifar10c.py does.
 Radii are for 32 pixels (from 64 pixels on, for 224) and are not scaled to other sizes.
+The rest: results/chen.md.
 """
 import functools
 import math
@@ -43,9 +42,9 @@ from common import (
 
 @dataclass
 class Args:
-    checkpoints: tuple[str, ...] = ()  # best.pt, plain.pt, ... of any runs
+    checkpoints: tuple[str, ...] = ()  # classifiers to evaluate: best.pt, plain.pt, ... of any runs
     # run
-    seed: int = 0  # seed of the random starts and targets
+    seed: int = 0  # seed of the attacks' random starts and of the target classes
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: a folder in runs/ named after the first checkpoint's
@@ -57,9 +56,9 @@ class Args:
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     image_size: Positive = 32  # side in pixels; other images are resized
     # evaluation
-    unforeseen: str = "all"  # attacks, comma-separated: l1, elastic, ... (all: the ten)
-    unforeseen_steps: Positive = 200  # steps of each attack
-    targeted: bool = True  # towards a random wrong class, as Kang et al.; off: away from the right one
+    unforeseen: str = "all"  # attacks, comma-separated, such as l1,elastic; all: the ten
+    unforeseen_steps: Positive = 200  # steps of each attack (Kang et al.: 200)
+    targeted: bool = True  # attack towards a random wrong class (Kang et al.); off: away from the right one
     batch_size: Positive = 500  # images per step over all GPUs
     eval_examples: int = 0  # random test images to evaluate on, the same in every run; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32

@@ -19,34 +19,17 @@ we change x within a ball of radius eps_v so that these losses fall (Algorithm 1
 
 The paper, clean / PGD, linf 8/255: no reversal 89.7 / 63.9, SSL (Mao et al.) 86.6 / 65.3, MTL 87.7 / 65.6.
 
-Attacks: pgd, the paper's, knows F only. aware maximises CE(F(x)) - lambda L(x), to leave little to reverse
-(section 4). bpda goes through the defence and uses the gradient at x' as if it were that at x. unrolled
-differentiates through all K iterations (for SSL's signs: through the scaled gradient). suite is AutoPGD,
-MultiTargeted and Square on F. No attacker sees the defence's own draws of noise and views.
-
-The authors' code (SelfSupDefense, branch one-by-one) increases the losses in its last commit, b8f5ea7: its
-step is + eta (L_t / L) d(L_t). An earlier commit, 855d32d, decreases them; which one made Table 1 is not
-known. The code keeps three perturbations, of which two are updated in every second iteration only. It maps
-the inpainting gradient from 128 to 32 pixels by a convolution with random weights, and runs the rotation and
-inpainting networks in train mode, on images that are not normalised. Its defence-aware attack has lambda 0.
-
-Differs from the paper, or is our choice where it is silent:
-- The weights of L_s, L_r and L_i are 1, 50 and 10, as in the code (paper: "weighted sum", and 1, 1, 1 in
-  Algorithm 1), and L_i is a mean over the hole (paper: a sum). In a miniature (see README.md), inpainting has
-  less than 1% of L with 1, 1, 1, and its loss rises; as a sum it has nearly all of L.
-- The ball's centre stays the given image (line 11 of Algorithm 1 would move it), and x' is clipped to [0, 1].
-  The losses are those of x', also in the first iteration (line 3 prints x, without the noise).
-- A gradient is divided by its largest absolute value, per image, as in b8f5ea7; as printed in Algorithm 1,
-  x' would hardly move. SSL takes its signs (Mao et al.). The noise is uniform in the ball.
-- From the code: K 40, eta 2/255, eps_v 16/255 (the paper's "8", doubled), temperature 0.2, 4 views, ten steps
-  of PGD, the networks. L_s is a head on F's own frozen features, where the paper says "independent of F".
-- L_s is the mean over all pairs of views (code: one of three), L_i over the hole (code: and its border).
-- No image depends on its batch: the negatives are views of --bank training images, and the views and L_s / L
-  are drawn and computed per image (code: the negatives are the rest of the batch; one draw, one ratio).
-- Branches: 200 epochs of SGD, learning rate 0.1, cosine, batch 128; the head by Adam, 1e-4, batch 1024 (Mao
-  et al.; code 3e-4). Inpainting sees images in [-1, 1], enlarged by repeating pixels (code: in training
-  bilinear). The reversal runs in the precision of --amp.
-- Our own F is trained by PGD-10. All networks are those of the epoch of lowest loss on held-out images.
+Differs from the paper:
+- The authors' code increases the losses in its last commit and decreases them in others. We decrease them, as
+  Algorithm 1 does.
+- A gradient is divided by its largest absolute value, per image (code); SSL takes its signs (Mao et al.).
+- The ball's centre stays the given image; line 11 of Algorithm 1 would move it.
+- From the code: K 40, eta 2/255, eps_v 16/255 (the paper's "8", doubled), temperature 0.2, 4 views, and the
+  weights 1, 50, 10 of L_s, L_r, L_i (Algorithm 1: 1, 1, 1). L_i is a mean over the hole (paper: a sum).
+- L_s is a head on F's own frozen features, as in the code; the paper says "independent of F".
+- No image depends on its batch: the negatives are views of training images, and L_s / L is per image.
+- Attackers who know the defence are ours (see `attack`); the paper reports PGD on F.
+The rest: results/lawhon.md.
 """
 import hashlib
 import itertools
@@ -97,52 +80,55 @@ def three_numbers(text: str) -> tuple[float, ...]:
     return values
 
 
+Attacks = Annotated[tuple, some_of(ATTACKS)]
+
+
 @dataclass
 class Args(CommonArgs):
     # run
-    victim: str = ""  # the classifier F: a checkpoint of any script here, or Carmon's; empty: train one
-    branches: str = ""  # run that trained the tasks' networks for this --victim; its training flags win
+    victim: str = ""  # checkpoint of the classifier F, ours or Carmon et al.'s (paper); empty: train one
+    branches: str = ""  # run whose networks of the tasks are used again, with their flags; empty: train them
     # data and model
     flip: bool = True  # mirror images at random in training and in views
-    arch: Arch = "wrn28_10"  # network of F
-    width: float = 1.0  # multiplies the number of channels of F
+    arch: Arch = "wrn28_10"  # network of F without --victim (paper: wrn28_10)
+    width: float = 1.0  # factor on the number of channels of F without --victim (paper: 1)
     # training of F without --victim (SGD with Nesterov momentum 0.9, cosine schedule)
-    epochs: Positive = 100  # epochs of adversarial training
-    batch_size: Positive = 128  # images per step over all GPUs
-    lr: float = 0.1  # initial learning rate
-    weight_decay: float = 5e-4  # weight decay of all SGD, on all weights
+    epochs: Positive = 100  # epochs of the adversarial training of F
+    batch_size: Positive = 128  # images per step of the training of F, over all GPUs
+    lr: float = 0.1  # initial learning rate of the training of F
+    weight_decay: float = 5e-4  # weight decay of SGD, on all weights of F and of rotation and inpainting
     # attack, in the training of F and in the evaluation
-    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in (the reversal's is linf)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in (paper: linf)
     eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: 8/255)
-    attack_steps: Positive = 10  # steps of PGD in training
-    step_size: float = 0.0  # length of a step; 0: linf 2/255 or more, l2 2 eps / steps
+    attack_steps: Positive = 10  # steps of PGD in the training of F
+    step_size: float = 0.0  # step size of PGD; 0: 2 eps / steps, for linf at least 2/255
     # the tasks' networks (SGD as above for rotation and inpainting, Adam for the contrastive head)
-    branch_epochs: Positive = 200  # epochs of training each
-    branch_batch_size: Positive = 128  # images per step over all GPUs, for rotation and inpainting
-    branch_lr: float = 0.1  # initial learning rate of rotation and inpainting
-    head_batch_size: Positive = 1024  # images per step of the contrastive head, over all GPUs
-    head_lr: float = 1e-4  # learning rate of the contrastive head
-    branch_width: float = 1.0  # multiplies the channels of the rotation and inpainting networks
-    crop: Share = 0.08  # smallest fraction of an image's area that a view shows
-    temperature: float = 0.2  # tau, temperature of the contrastive loss
+    branch_epochs: Positive = 200  # epochs of training of each task's network (paper: not given)
+    branch_batch_size: Positive = 128  # images per step of rotation and inpainting, over all GPUs
+    branch_lr: float = 0.1  # initial learning rate of rotation and inpainting (paper: not given)
+    head_batch_size: Positive = 1024  # images per step of the contrastive head, all GPUs (Mao et al.: 1024)
+    head_lr: float = 1e-4  # learning rate of the contrastive head (Mao et al.: 1e-4)
+    branch_width: float = 1.0  # factor on the channels of the rotation and inpainting networks
+    crop: Share = 0.08  # smallest fraction of an image's area that a view shows (code: 0.08)
+    temperature: float = 0.2  # tau, temperature of the contrastive loss (code: 0.2)
     # reversal (Algorithm 1)
-    tasks: Annotated[tuple, some_of(TASKS)] = TASKS  # comma-separated tasks of the last row
-    reverse_steps: Positive = 40  # K, number of iterations
-    reverse_step_size: float = 2 / 255  # eta, step size
-    reverse_eps: Share = 16 / 255  # eps_v, radius of the ball around x (paper: 8; its code doubles that)
-    weights: Annotated[tuple, three_numbers] = (1.0, 50.0, 10.0)  # of L_s, L_r, L_i (Algorithm 1: 1,1,1)
-    views: Positive = 4  # views of each image in the contrastive loss, at least 2
+    tasks: Annotated[tuple, some_of(TASKS)] = TASKS  # tasks of the defence, comma-separated (paper: all)
+    reverse_steps: Positive = 40  # K, number of iterations of the reversal (code: 40)
+    reverse_step_size: float = 2 / 255  # eta, step size of the reversal (code: 2/255)
+    reverse_eps: Share = 16 / 255  # eps_v, radius of the reversal, a linf ball (paper: "8", code: 16/255)
+    weights: Annotated[tuple, three_numbers] = (1.0, 50.0, 10.0)  # L_s, L_r, L_i weights (Algorithm 1: 1,1,1)
+    views: Positive = 4  # views of each image in the contrastive loss, at least 2 (code: 4)
     bank: Positive = 512  # training images whose views are the negatives of the contrastive loss
     # evaluation
-    attacks: Annotated[tuple, some_of(ATTACKS)] = ATTACKS[:4]  # comma-separated, also suite; pgd always
-    eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # what `suite` consists of
-    eval_steps: Positive = 10  # steps of pgd and aware (code: 10)
-    lambdas: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)  # lambda of aware, an attack for each
-    adaptive_steps: Positive = 20  # steps of bpda and unrolled, from where pgd ended
-    eot: Positive = 4  # draws of the defence that bpda and unrolled average over
-    eval_batch_size: Positive = 128  # images per batch over all GPUs
-    eval_amp: bool = False  # evaluate F in mixed precision; the reversal always is in that of --amp
-    val_fraction: Share = 0.1  # share of the training images held out to select the epochs
+    attacks: Attacks = ATTACKS[:4]  # comma-separated: pgd (paper; always made), aware, bpda, unrolled, suite
+    eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # what the attack suite is
+    eval_steps: Positive = 10  # steps of the attacks pgd and aware (code: 10)
+    lambdas: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)  # values of lambda, an attack aware for each
+    adaptive_steps: Positive = 20  # steps of the attacks bpda and unrolled, which go on from pgd's images
+    eot: Positive = 4  # random draws of the defence that bpda and unrolled average over in each step
+    eval_batch_size: Positive = 128  # images per batch in evaluation, over all GPUs
+    eval_amp: bool = False  # evaluate F in mixed precision, not float32; --amp says that of the reversal
+    val_fraction: Share = 0.1  # fraction of the training images held out to select the epochs
 
     QUICK: ClassVar[dict] = dict(
         # Digits stay 8 x 8. With these weights each loss has at least 15% of L on attacked images.
@@ -413,8 +399,14 @@ FOR_DEFENCE, FOR_START, FOR_MEASURE, FOR_BANK, FOR_ATTACKER = 1, 2, 3, 4, 1_000
 
 
 def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, defence: Defence, lam: float = 0.0) -> Tensor:
-    """Adversarial images in the eps-ball around x (section 3.1). kind: 'none' or one of ATTACKS, see the top
-    of this file. seeds: of the random start and of the attackers' draws of the defence, int64 (B,)."""
+    """Adversarial images in the eps-ball around x (section 3.1). kind: 'none' or one of ATTACKS. seeds: of
+    the random start and of the attackers' draws of the defence, int64 (B,).
+
+    pgd, the paper's attack, knows F only. aware maximises CE(F(x)) - lambda L(x), to leave little to reverse
+    (section 4). bpda goes through the defence and uses the gradient at x' as if it were that at x. unrolled
+    differentiates through all K iterations (for SSL's signs: through the scaled gradient). suite is AutoPGD,
+    MultiTargeted and Square on F. No attacker sees the defence's own draws of noise and views.
+    """
     args, draws = defence.args, itertools.count(FOR_ATTACKER + 1)
 
     def fresh() -> Tensor:  # seeds of the next draw of the defence
