@@ -1,25 +1,24 @@
-"""Images per second, peak memory and share of the device's peak of a training step, beside the loop as one would
-first write it.
+"""Images per second, peak memory and share of the device's peak of a training step, beside the plain loop.
 
-    python benchmarks/speed.py                        # all four; about 5 minutes on two CPU cores
+    python benchmarks/speed.py                        # all four
     python benchmarks/speed.py at --batch-size 128    # one of: at byorl mae reverse
     python benchmarks/speed.py --json speed.json      # also write the rows to a file
 
 at       adversarial training of rotation_at.py (T0): ResNet-18, 32 pixels, PGD-10, linf 8/255
-byorl    BYORL of byorl.py: PreAct-ResNet-18, 32 pixels, AutoPGD-10 on both views, l2 128/255
+byorl    BYORL of byorl.py: PreAct-ResNet-18, 32 pixels, AutoPGD-40 on both views, l2 128/255
 mae      A-MAE of adv_mae.py: ViT-B/16, 224 pixels, PGD-2, l2 0.5
 reverse  an iteration of mtl_reverse.py: WideResNet-28-10, 4 views, rotation, inpainting at 128 pixels
 
-`plain` is float32 in NCHW, with loss.backward() inside the attack, which also makes gradients for all weights;
-`library` (at) is the same with gradients for the images only, as attack libraries have it. `ours` is the script's
-own step, in mixed precision. On a GPU, `graph` is the same with the attack replayed as one CUDA graph: what it gains is
-the time that the GPU waits for launches. All run in turns on one batch; the median counts, after a warm-up.
+`plain` is the loop as one would first write it: float32 in NCHW, with loss.backward() inside the attack,
+which also makes gradients for all weights. `library` (at) makes gradients for the images only, as attack
+libraries do. `ours` is the script's own step in mixed precision. On a GPU, `graph` replays the attack as one
+CUDA graph: what it gains is the time that the GPU waits for launches. All run in turns on one batch; the
+median counts.
 
-The FLOPs of a step are counted by PyTorch; the share of the peak is FLOPs per second, divided by those of a large
-matrix product in the same precision. The last rows are the reader of JPEG files alone (mae) and SimCLR views (byorl).
+PyTorch counts the FLOPs of a step; the share of the peak is FLOPs per second over those of a large matrix
+product in the same precision. The last row of mae is the reader of JPEG files, with nothing else to do.
 """
 import argparse
-import contextlib
 import json
 import statistics
 import sys
@@ -37,16 +36,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adv_mae  # noqa: E402
 import byorl  # noqa: E402
 import mtl_reverse  # noqa: E402
 from common import (  # noqa: E402
-    STATS, Network, amp_dtype, apgd_checkpoints, batches, batchnorm_mode, build_model, ce_per_image, choose_device,
-    cuda_graph, device_name, image_uniform, l2_norm, open_folder, patchify, pgd, place_model, simclr_augment,
-    text_table, transformed,
+    STATS, Network, amp_dtype, apgd_checkpoints, batches, batchnorm_mode, build_model, ce_per_image,
+    choose_device, cuda_graph, device_name, image_uniform, l2_norm, open_folder, patchify, pgd, place_model,
+    simclr_augment, text_table, transformed,
 )  # fmt: skip
 
 Steps = dict[str, Callable[[], Any]]
@@ -149,7 +147,8 @@ def plain_apgd(loss_of: Callable, x: Tensor, eps: float, steps: int) -> Tensor:
     now = climb(before)
     f_before, f_now = loss_at(before), loss_at(now)
     best, f_best = torch.where(wide(f_now > f_before), now, before), torch.maximum(f_before, f_now)
-    rises, halved, f_then, then = (f_now > f_before).float(), torch.zeros_like(f_now, dtype=torch.bool), f_before, 0
+    rises, halved = (f_now > f_before).float(), torch.zeros_like(f_now, dtype=torch.bool)
+    f_then, then = f_before, 0
     for k in range(1, steps):
         z = climb(now)
         before, now = now, project(now + 0.75 * (z - now) + 0.25 * (now - before))
@@ -213,7 +212,8 @@ def byorl_step(batch: int, device: torch.device, amp: str, compile: bool) -> tup
 
 def mae(batch: int, device: torch.device, amp: str, compile: bool) -> tuple[Steps, float]:
     args = adv_mae.Args()
-    x, seeds = torch.rand(batch, 3, 224, 224, device=device), adv_mae.image_seeds(0, torch.arange(batch)).to(device)
+    x = torch.rand(batch, 3, 224, 224, device=device)
+    seeds = adv_mae.image_seeds(0, torch.arange(batch)).to(device)
 
     def make(amp: str, compile: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
@@ -328,7 +328,7 @@ def count_flops(step: Callable) -> int:
     total = 0
 
     class Count(TorchDispatchMode):  # FlopCounterMode's own hooks do not bear gradients for images alone
-        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal total
             out = func(*args, **(kwargs or {}))
             if func.overloadpacket in flop_registry:
@@ -347,7 +347,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(timed(lambda: a @ b, device)[0] for _ in range(10))
 
 
-def measure(name: str, make: Callable, batch: int, device: torch.device, flags: argparse.Namespace) -> list[dict]:
+def measure(
+    name: str, make: Callable, batch: int, device: torch.device, flags: argparse.Namespace
+) -> list[dict]:  # fmt: skip
     """A row per kind of step of one workload."""
     steps, images = make(batch, device, flags.amp, flags.compile)
     if device.type == "cpu":
@@ -362,8 +364,8 @@ def measure(name: str, make: Callable, batch: int, device: torch.device, flags: 
     rows = []
     for kind, times in seconds.items():
         s = statistics.median(times)
-        row = {"name": f"{name} {kind}", "batch": batch, "images_per_s": float(f"{images / s:.3g}"), "seconds": s}
-        row["ratio"] = round(statistics.median(seconds["plain"]) / s, 2)
+        row = {"name": f"{name} {kind}", "batch": batch, "images_per_s": float(f"{images / s:.3g}")}
+        row |= {"seconds": s, "ratio": round(statistics.median(seconds["plain"]) / s, 2)}
         if device.type == "cuda":
             row["peak_mb"] = round(memory[kind])  # of all networks of the workload
         if kind in ("ours", "ours, graph"):
@@ -376,11 +378,12 @@ def measure(name: str, make: Callable, batch: int, device: torch.device, flags: 
 
 
 def read_jpegs(workers: int, device: torch.device) -> dict:
-    """JPEG files of 500 x 375 pixels decoded, cropped to 224, mirrored and put on the device, with nothing else to do."""
+    """JPEG files of 500 x 375 pixels decoded, cropped to 224, mirrored, put on the device; nothing else."""
     args, rng = adv_mae.Args(), np.random.default_rng(0)
     # Smooth images, so that a file is as large as that of a photograph
     coarse = torch.from_numpy(rng.integers(0, 255, (3, 48, 64)).astype(np.float32))[None]
-    smooth = F.interpolate(coarse, (375, 500), mode="bicubic")[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    smooth = F.interpolate(coarse, (375, 500), mode="bicubic")[0].clamp(0, 255).byte()
+    smooth = smooth.permute(1, 2, 0).numpy()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").mkdir()
         for i in range(64 * workers):
@@ -391,37 +394,23 @@ def read_jpegs(workers: int, device: torch.device) -> dict:
     return {"name": f"JPEG files, {workers} processes", "images_per_s": round(64 * workers / s, 1)}
 
 
-def make_views(batch: int, device: torch.device) -> list[dict]:
-    """SimCLR views: ours for a whole batch on the device, and torchvision's, image by image."""
-    x = torch.rand(batch, 3, 32, 32, device=device)
-    theirs = v2.Compose([
-        v2.RandomResizedCrop(32, (0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
-    ])  # fmt: skip
-    rows = []
-    for name, f in ("torchvision", lambda: [theirs(i) for i in x.cpu()]), ("ours", lambda: simclr_augment(x)):
-        f()
-        s = min(timed(f, device)[0] for _ in range(3))
-        rows.append({"name": f"views, {name}", "batch": batch, "images_per_s": float(f"{batch / s:.3g}"), "seconds": s})
-    rows[1]["ratio"] = round(rows[0]["seconds"] / rows[1]["seconds"], 2)
-    return rows
-
-
 WORKLOADS = {  # name: (function, batch size on a CPU, on a GPU)
     "at": (at, 64, 512), "byorl": (byorl_step, 32, 512), "mae": (mae, 8, 256), "reverse": (reverse, 8, 256),
 }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="at, byorl, mae, reverse; default: all")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=int, default=0, help="default: that of the paper's run on a GPU")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind")
-    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="precision of ours")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our networks")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read JPEG files")
-    parser.add_argument("--json", default="", help="write the rows to this file")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("workloads", nargs="*", metavar="WORKLOAD", help="at, byorl, mae, reverse; default: all")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--batch-size", type=int, default=0, help="default: 512 or 256 on a GPU, 8 to 64 on a CPU")
+    add("--rounds", type=int, default=5, help="timed steps of each kind")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="precision of ours")
+    add("--compile", action="store_true", help="torch.compile our networks")
+    add("--workers", type=int, default=2, help="processes that read JPEG files")
+    add("--json", default="", help="write the rows to this file")
     flags = parser.parse_args()
     if unknown := set(flags.workloads) - set(WORKLOADS):
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
@@ -431,8 +420,6 @@ def main() -> None:
         make, on_cpu, on_gpu = WORKLOADS[name]
         batch = flags.batch_size or (on_cpu if device.type == "cpu" else on_gpu)
         rows += measure(name, make, batch, device, flags)
-        if name == "byorl":
-            rows += make_views(batch, device)
         if name == "mae":
             rows.append(read_jpegs(flags.workers, device))
     info = {"benchmark": "speed.py", "device": device_name(device), "torch": torch.__version__}
@@ -441,8 +428,6 @@ def main() -> None:
     columns = ["batch", "images_per_s", "ratio", "peak_mb", "gflops_per_image", "share_of_matmul_peak"]
     print(text_table(["step", *columns], [[r["name"], *(str(r.get(c, "")) for c in columns)] for r in rows]))
     if flags.json:
-        with contextlib.suppress(FileExistsError):
-            Path(flags.json).parent.mkdir(parents=True)
         Path(flags.json).write_text(json.dumps(info | {"rows": rows}, indent=1))
 
 

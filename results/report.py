@@ -11,9 +11,10 @@ differ in anything else stay apart; a flag that the row's name does not tell is 
 A table in a page stands between a comment that says how to make it and <!-- end -->:
 
     <!-- from quick-rotation_at.json -->                  the tables of these runs, or a file's "table"
-    <!-- speed benchmark.json -->                         the rows of a benchmark
+    <!-- from speed-h200.json -->                         the rows of a benchmark
     <!-- paired quick-rotation_at.json: T3 - T0 -->       differences of two lines, seed by seed
     <!-- paired a.json b.json: T3 - T0, T3 - plain at 0.1 -->       of two pairs, at this radius only
+    <!-- paired a.json: T3 - T0 at 0.1 paper +3.42; c.json: mtl - none -->    of several files, in one table
 
 Files are relative to results/. A name in a pair is that of a line in the table, or its last word (P3F4 for
 rotation-P3F4). Where rotation_at.py and jigsaw_at.py share a table, the task comes first: `jigsaw T3`.
@@ -200,8 +201,9 @@ def name_lines(group: list[Line]) -> None:
         namesakes = [o for o in group if (o.script, o.name) == (line.script, line.name)]
         words = []
         for flag, value in line.flags.items():
-            values = {o.flags[flag] for o in group if flag in o.flags}
-            if len(values | {o.flags.get(flag) for o in namesakes}) > 1:
+            values = [o.flags[flag] for o in group if flag in o.flags]
+            usual = values.count(value) > len(values) / 2  # most lines have it: it need not be told
+            if not usual and len({*values, *(o.flags.get(flag) for o in namesakes)}) > 1:
                 flag = flag.replace("_", "-")
                 switch = {"True": f"--{flag}", "False": f"--no-{flag}"}
                 words.append(switch.get(value, f"--{flag} {value or '(empty)'}"))
@@ -333,7 +335,7 @@ def table_of_file(content: dict) -> str:
     if "table" in content:
         return f"{text}\n\n{markdown(content['table'][0], content['table'][1:])}"
     formats = {
-        "images_per_s": ("images/s", ",.4g"), "ratio": ("ratio", ".2f"), "peak_mb": ("peak MB", ",.0f"),
+        "batch": ("batch", "d"), "images_per_s": ("images/s", ",.4g"), "ratio": ("ratio", ".2f"), "peak_mb": ("peak MB", ",.0f"),
         "gflops_per_image": ("GFLOP/image", ",.4g"), "share_of_matmul_peak": ("share of peak", ".0%"),
     }  # fmt: skip
     rows = [row for row in content["rows"] if "images_per_s" in row]
@@ -342,8 +344,29 @@ def table_of_file(content: dict) -> str:
     return f"{text}\n\n{markdown(['step', *(formats[key][0] for key in keys)], lines)}"
 
 
-def paired(runs: list[dict], pairs: str, radius: float | None = None) -> str:
-    """Differences of the lines of each pair in 'A - B, C - D' with the same seed, under the same attack."""
+def paired(words: str) -> str:
+    """The table of <!-- paired WORDS -->: differences between runs of the same seed, under the same attack."""
+    rows, texts = [], []
+    for part in words.split("; "):
+        form = r"(?P<files>[^:]+): (?P<pairs>.+?)(?: at (?P<radius>\S+))?(?: paper (?P<paper>.+))?"
+        if not (found := re.fullmatch(form, part)):
+            raise UserError(f"'{part}' is not of the form FILE: A - B.")
+        runs = read(RESULTS / name for name in found["files"].split())
+        text, some = differences(runs, found["pairs"], number(found["radius"]) if found["radius"] else None)
+        texts.append(text)
+        several = found["files"].replace(".json", "") + ": "
+        some = [[several * ("; " in words) + pair, *row] for pair, *row in some]
+        rows += [[*row, found["paper"] or ""] for row in some]
+    columns = 6 if any(row[-1] for row in rows) else 5
+    text = texts[0] if len(texts) == 1 else ""
+    text = f"{text} Differences in accuracy (points) between runs of the same seed: mean ± standard error. "
+    text = paragraph(text.strip() + " Shown: the 95% t interval leaves out zero.")
+    header = ["pair", "under", "difference", "seeds", "95%", "the paper"][:columns]
+    return f"{text}\n\n{markdown(header, [row[:columns] for row in rows], words=2)}"
+
+
+def differences(runs: list[dict], pairs: str, radius: float | None = None) -> tuple[str, list[list[str]]]:
+    """(what the runs are, rows): the differences of the lines of each pair in 'A - B, C - D'."""
     every = [o for group in groups_of(runs) for o in group if any(c.kind in ("", "column") for c in o.values)]
     used, rows = [], []
 
@@ -377,9 +400,7 @@ def paired(runs: list[dict], pairs: str, radius: float | None = None) -> str:
             rows.append([pair, under, f"{mean:+.1f} ± {error:.1f}", str(len(seeds)), verdict])
     if not rows:
         raise UserError(f"the lines of '{pairs}' have no such attack in common.")
-    text = f"{about(used)} Differences in accuracy (points) between runs of the same seed: mean ± standard "
-    text = paragraph(text + "error. Shown: the 95% t interval leaves out zero.")
-    return f"{text}\n\n{markdown(['pair', 'under', 'difference', 'seeds', '95%'], rows, words=2)}"
+    return about(used), rows
 
 
 # ---- pages -------------------------------------------------------------------------------------------
@@ -389,18 +410,14 @@ def fill(text: str, page: str = "the page") -> str:
     """A page with the tables of all its blocks made anew. Raises UserError, naming page and block."""
 
     def block(found: re.Match) -> str:
-        kind, words = found[1], found[2]
+        kind, words = found["kind"], " ".join(found["words"].split())
         try:
-            files, _, pairs = words.partition(": ")
-            runs = read(RESULTS / name for name in files.split())
-            pairs, _, radius = pairs.partition(" at ")
-            radius = number(radius) if radius else None
-            body = paired(runs, pairs, radius) if kind == "paired" else tables(runs)
+            body = paired(words) if kind == "paired" else tables(read(RESULTS / name for name in words.split()))
         except (UserError, ValueError) as e:
             raise UserError(f"{page}, <!-- {kind} {words} -->: {e}") from None
-        return f"<!-- {kind} {words} -->\n{body}\n<!-- end -->"
+        return f"{found['head']}\n{body}\n<!-- end -->"
 
-    begin = r"^<!-- (from|paired|speed) (.+) -->\n"
+    begin = r"^(?P<head><!-- (?P<kind>from|paired) (?P<words>[^>]+) -->)\n"
     text, count = re.subn(begin + r"(?:(?!<!--).*\n)*<!-- end -->$", block, text, flags=re.M)
     if count < len(re.findall(begin, text, re.M)):
         raise UserError(f"{page}: a block has no <!-- end --> of its own.")
