@@ -121,7 +121,7 @@ class CommonArgs:
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     image_size: Positive = 32  # side in pixels; other images are resized
     # evaluation
-    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "pgd20"  # see suite_attacks
+    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "pgd20"  # see evaluation.md
     eval_steps: Positive = 20  # steps of PGD in evaluation
     eval_examples: int = 0  # random test images to evaluate on, the same in every run; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
@@ -2022,40 +2022,40 @@ def batchnorm_mode(model: Callable, mode: Literal["eval", "train"] = "eval") -> 
 
 
 def cuda_graph(attack: Callable[..., Any]) -> Callable[..., Any]:
-    """The attack of a training step, replayed as one CUDA graph.
+    """The attack of a training step, replayed as one CUDA graph; it must return tensors.
 
         perturb = cuda_graph(lambda x, y: pgd(lambda z: ce_per_image(model(z), y), x, eps=8 / 255))
         x_adv = perturb(x, y)
 
     PGD is thousands of small kernels; a CPU launches them more slowly than a GPU runs small batches. A graph
     launches all at once, with the weights of the moment. It is recorded for each shape of the inputs, in the
-    second call with it; the first runs as usual, which tunes the kernels. The attack must return tensors. On
-    a CPU, and on several GPUs (where BatchNorm may exchange statistics), it is just called.
+    second call with it; the first runs as usual, which tunes the kernels. On a CPU, and on several GPUs,
+    where BatchNorm may exchange statistics, the attack is just called.
     """
     recorded: dict[tuple, Any] = {}
     memory = None  # that all recordings share
 
-    def replay(*inputs: Tensor) -> Any:
+    def perturb(*inputs: Tensor) -> Any:
         nonlocal memory
-        if not inputs[0].is_cuda or world()[1] > 1:
-            return attack(*inputs)
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in recorded:
+        if not inputs[0].is_cuda or world()[1] > 1 or shapes not in recorded:
             recorded[shapes] = None
             return attack(*inputs)
         if recorded[shapes] is None:
-            graph, its_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            try:
+                graph, its_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            except RuntimeError:  # a device without graphs
+                return attack(*inputs)
             with torch.cuda.graph(graph, pool=memory):
                 outputs = attack(*its_inputs)
-            memory = graph.pool()
-            recorded[shapes] = graph, its_inputs, outputs
+            memory, recorded[shapes] = graph.pool(), (graph, its_inputs, outputs)
         graph, its_inputs, outputs = recorded[shapes]
         for its, x in zip(its_inputs, inputs, strict=True):
             its.copy_(x)
         graph.replay()  # writes to the same outputs every time
         return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)
 
-    return replay
+    return perturb
 
 
 def robust_accuracy(

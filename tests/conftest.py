@@ -51,7 +51,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def one_sentence(command):
-    """one_sentence(script, *flags) asserts that the command fails with one clear line, and returns that line."""
+    """one_sentence(script, *flags) asserts that the command fails with one clear line, and returns it."""
 
     def run(script, *argv):
         code, _, err = command(script, *argv)

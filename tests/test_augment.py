@@ -76,6 +76,5 @@ def test_each_image_draws_for_itself():
     jittered, grey = color_jitter(same, 0.4, 0.4, 0.4, 0.1, p=0.8), simclr_augment(same).std(1) < 1e-3
     for happened, p in ((random_flip(same) != same, 0.5), (jittered != same, 0.8), (~grey, 0.8)):
         assert happened.flatten(1).any(1).float().mean().item() == pytest.approx(p, abs=0.08)
-    for _ in range(5):
-        views = simclr_augment(torch.ones(16, 3, 96, 96), blur=1.0)
-        assert views.min() >= 0 and views.max() <= 1
+    white = simclr_augment(torch.ones(80, 3, 96, 96), blur=1.0)
+    assert white.min() >= 0 and white.max() <= 1
