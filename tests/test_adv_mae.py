@@ -16,41 +16,36 @@ from torch import nn
 
 import adv_mae
 from adv_mae import (
-    CONFLICT, Args, MaskedAutoencoder, central_crop, choose_among, count_visible, groups_of, image_seeds,
+    CONFLICT, Args, MaskedAutoencoder, choose_among, count_visible, groups_of, image_seeds,
     labelled_task, load_vit, main, masked_task, parameter_groups, perturb, recipe_of, start_model,
 )  # fmt: skip
 from common import (
-    IMAGENET_STATS, Run, UserError, build_model, drop_path, image_uniform, l2_norm, load_checkpoint,
+    IMAGENET_STATS, Run, build_model, image_uniform, l2_norm, load_checkpoint,
     load_data, load_model, patchify, rotate, save_checkpoint, sincos_positions, unpatchify,
 )  # fmt: skip
 
-# A run of a second or two: 235 digits of 16 pixels (see `few`), three steps per epoch.
+# A run of a second or two: 235 digits of 16 pixels (see `few_digits`), three steps per epoch.
 TINY = dict(
     dataset="digits", image_size=16, flip=False, arch="vit_mini4", width=0.5, workers=0, amp="off",
     device="cpu", pretrain_epochs=1, pretrain_batch_size=80, pretrain_lr=1e-3, crop=0.6, decoder_width=16,
     decoder_depth=1, decoder_heads=2, recipe="adamw", epochs=1, batch_size=80, lr=2e-3, steps=4,
     layer_decay=(0.75,), regularise=False, eval_eps=(), attack_examples=60,
 )  # fmt: skip
+LOAD_DATA = Run.load_data
 
 
 def tiny(**changes) -> Args:
     return Args(**(TINY | changes))
 
 
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-LOAD_DATA = Run.load_data
-
-
-def few(run, **more):
-    train, test = LOAD_DATA(run, **more)
-    return train.subset(torch.arange(min(len(train), 235))), test
-
-
 @pytest.fixture(autouse=True, scope="module")
 def few_digits():
+    """Trainings see the first 235 images."""
+
+    def few(run, **more):
+        train, test = LOAD_DATA(run, **more)
+        return train.subset(torch.arange(min(len(train), 235))), test
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "load_data", few)
         yield
@@ -106,8 +101,7 @@ def test_eq_4_as_he_et_al_write_it(mae):
     mean = p.mean(2, keepdim=True)
     variance = (p - mean).square().sum(2, keepdim=True) / 47  # unbiased
     target = (p - mean) / (variance + 1e-6).sqrt()
-    mask = torch.ones(6, 16).scatter(1, keep, 0)
-    want = ((out - target).square().mean(2) * mask).sum(1) / mask.sum(1)
+    want = (out - target).square().mean(2).gather(1, order[:, 4:]).mean(1)  # of the hidden ones
     assert torch.allclose(loss(model, z_adv), want.float(), rtol=1e-4)
 
 
@@ -127,37 +121,11 @@ def test_the_attack_moves_the_visible_patches_by_eps_and_raises_the_loss(mae, no
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_evaluated_crop():
-    """0.875 of the original image's height, or all, or (Table 1) squeezed to a square."""
-    image = np.zeros((100, 200, 3), np.uint8)
-    image[:, :, 0] = np.arange(200)  # red tells the column
-    wanted = ("imagenet", 0.875, 56, 144), ("imagenet", 1.0, 50, 150), ("sgd", 1.0, 0, 200)
-    for recipe, share, low, high in wanted:
-        x = central_crop(recipe, tiny(image_size=64, eval_crop=share))(Image.fromarray(image)).int()
-        assert abs(x[0, 32, 0] - low) < 3 and abs(x[0, 32, -1] - high) < 3 and x.shape == (3, 64, 64)
-
-
-def test_recipes_are_the_papers():
-    """He et al. 2022, tables of their appendix; Rebuffi et al., appendices C and E."""
-    names = ("batch_size", "lr", "lowest", "warmup", "weight_decay", "betas", "clip", "ema")
-    images = ("crop", "rand_augment", "erase", "mixup", "cutmix", "smoothing", "drop_path")
-    adam, fine = (0.9, 0.95), (0.9, 0.999)
-    scratch = (4096, 1.6e-3, 0, 20 / 300, 0.3, adam, 0, 0.9999)
-    for kind, length, want, want_images in (
-        ("mae", 800, (4096, 2.4e-3, 0, 40 / 800, 0.05, adam, 0, 0), (0.2, 0, 0, 0, 0, 0, 0)),
-        ("supervised", 300, scratch, (0.08, 1, 0, 0.8, 1.0, 0.1, 0.1)),
-        ("rotnet", 300, scratch, (0.08, 1, 0, 0, 0, 0.1, 0.1)),
-        ("imagenet", 100, (512, 5e-4, 1e-6, 0.05, 0.05, fine, 0, 0), (0.08, 1, 0.25, 0.8, 1.0, 0.1, 0.1)),
-        ("adamw", 100, (512, 5e-4, 1e-6, 0.05, 0.05, fine, 0, 0), (0, 0, 0, 0, 0, 0.1, 0.1)),
-        ("sgd", 2500, (512, 0.01, 0, 0.2, 0, None, 1, 0), (0, 0, 0, 0, 0, 0, 0)),
-    ):
-        recipe = recipe_of(kind, Args())
-        assert (recipe.steps or recipe.epochs) == length
-        for name, value in zip(names + images, want + want_images, strict=True):
-            assert getattr(recipe, name) == (pytest.approx(value) if name == "lr" else value), (kind, name)
-        assert not any(getattr(recipe_of(kind, Args(regularise=False)), name) for name in images[1:])
+def test_learning_rates_are_the_papers():
+    """He et al.'s base rate times batch size / 256 in pre-training; fine-tuning's are given as they are."""
+    rates = [recipe_of(kind, Args()).lr for kind in adv_mae.RECIPES]
+    assert rates == pytest.approx([2.4e-3, 1.6e-3, 1.6e-3, 5e-4, 5e-4, 0.01])
     assert recipe_of("mae", Args(pretrain_batch_size=512)).lr == pytest.approx(3e-4)
-    assert (Args.attack_steps, Args.eps, Args.norm) == (2, 0.5, "l2")
 
 
 def test_layer_wise_decay_has_14_levels():
@@ -177,14 +145,6 @@ def test_layer_wise_decay_has_14_levels():
     levels = sorted(set(scale.values()))
     assert len(levels) == 14 and levels[-1] == 1 and levels[0] == pytest.approx(0.0037, abs=5e-5)
     assert {g["scale"] for g in parameter_groups(model, 0.05, None)} == {1.0}
-
-
-def test_drop_path_keeps_the_expectation():
-    """An image's branch is kept as a whole or not at all."""
-    torch.manual_seed(0)
-    out = drop_path(torch.ones(20_000, 2, 3), 0.3, training=True)
-    assert out.unique().tolist() == pytest.approx([0, 1 / 0.7]) and (out.flatten(1) == out[:, 0, :1]).all()
-    assert abs(out.mean() - 1) < 4 * math.sqrt(0.3 / 0.7 / 20_000)
 
 
 def test_gamma_0_keeps_the_encoder_and_rows_are_those_of_the_checkpoints(whole, tmp_path):
@@ -207,8 +167,8 @@ def test_gamma_0_keeps_the_encoder_and_rows_are_those_of_the_checkpoints(whole, 
     again = main(tiny(**again, out=str(tmp_path / "again")))
     assert [r["accuracy"] for r in again["rows"]] == [r["accuracy"] for r in rows]
     assert again["args"]["eps"] == 0.5  # the encoder's own attack stays on record
-    first, second = (line["loss"] for line in metrics(folder) if line["stage"] == "mae")
-    assert second < 0.98 * first  # pre-training learns
+    first, second, *_ = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert second["loss"] < 0.98 * first["loss"]  # pre-training learns
 
 
 def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
@@ -255,8 +215,7 @@ def test_rotnet_turns_each_image_once_and_averages_the_weights(tmp_path, monkeyp
     main(args)
     for (x, k), (z, y, _) in zip(turned, attacked, strict=True):
         assert torch.equal(x, z) and torch.equal(k, y)
-    share = torch.cat([k for _, k in turned]).bincount(minlength=4) * 3 / 11 / 235
-    assert (share - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 705) and len(share) == 4
+    assert torch.cat([k for _, k in turned]).bincount(minlength=4).min() > 862 / 4 - 51  # 4 errors
     torch.manual_seed(0)
     average = start_model("rotnet", args, recipe_of("rotnet", args), None, 10).state_dict()[key]
     for step, w in enumerate(weights[:3] + weights[5:]):
@@ -264,7 +223,6 @@ def test_rotnet_turns_each_image_once_and_averages_the_weights(tmp_path, monkeyp
         average = decay * average + (1 - decay) * w
     found = load_checkpoint(tmp_path / "run" / "rotnet.pt")["model"][key]
     assert len(weights) == 11 and torch.allclose(found, average, atol=1e-6)
-    assert not torch.allclose(found, weights[-1], atol=1e-4)
 
 
 def test_two_ranks_are_one_that_accumulates(tmp_path, monkeypatch):
@@ -278,7 +236,7 @@ def test_two_ranks_are_one_that_accumulates(tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     main(Args(**args, accumulate=5, out=str(tmp_path / "one")))
-    one, two = (metrics(tmp_path / name)[0]["loss"] for name in ("one", "two"))
+    one, two = (json.loads((tmp_path / n / "metrics.jsonl").read_text())["loss"] for n in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-5)  # the mean of three steps
     one, two = (load_checkpoint(tmp_path / name / "a-mae.pt")["model"] for name in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
@@ -305,8 +263,6 @@ def test_groups_of_classes():
     far = torch.zeros(1, 1000)
     far[0, 5], far[0, 3] = 300, 1  # probabilities of 3 and 7 are 0 in float32
     assert chosen(some, far).tolist() == [1]
-    with pytest.raises(UserError, match="'zebra' is none of"):
-        groups_of(["zebra"], classes, "x")
 
 
 def test_variants_and_real_labels_are_evaluated(tmp_path):
@@ -336,7 +292,7 @@ def test_variants_and_real_labels_are_evaluated(tmp_path):
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_published_vit_computes_the_same(tmp_path, tuned):
-    """A pre-trained MAE with fixed positions, and a classifier with learned ones; other keys are refused."""
+    """A pre-trained MAE with fixed positions, and a classifier with learned ones."""
     torch.manual_seed(0)
     ours, path = build_model("vit_ti16", {"class": 7} if tuned else {}).eval(), tmp_path / "vit.pth"
     for p in ours.parameters():
@@ -361,14 +317,6 @@ def test_a_published_vit_computes_the_same(tmp_path, tuned):
     ours.mean, ours.std = (torch.tensor(s).view(1, 3, 1, 1) for s in IMAGENET_STATS)
     a, b = ((m(x) if tuned else m.features(x)) for m in (ours, model.eval()))
     assert torch.allclose(a, b, atol=1e-4) and a.std() > 0.1
-    if tuned:
-        with pytest.raises(UserError, match="positions for 196 patches, --image-size makes 4"):
-            main(tiny(init=str(path), arch="vit_ti16", image_size=32, out=str(tmp_path / "run")))
-    else:
-        theirs["model"]["blocks.3.ls1.gamma"] = torch.ones(192)
-        torch.save(theirs, path)
-        with pytest.raises(UserError, match="blocks.3.ls1.gamma"):
-            load_vit(str(path), Args(arch="vit_ti16"))
 
 
 def test_wrong_checkpoints(one_sentence, whole, tmp_path):
@@ -383,6 +331,6 @@ def test_wrong_checkpoints(one_sentence, whole, tmp_path):
         (folder / "last.pt", "adamw", "no finished ViT"), (tmp_path / "named.pt", "none", "other classes"),
         (folder / "a-mae.pt", "none", "no finished classifier"), (init, "none", "not those that the run"),
     ):  # fmt: skip
-        out = tmp_path / ("run" if file == init else f"{file.stem}-run")
+        out = tmp_path / ("run" if file == init else "other")
         argv = flags(TINY | {"recipe": recipe, "init": file, "out": out})
         assert match in one_sentence(adv_mae, *argv, "--resume")

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, flags, same_state
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mtl_reverse
 from common import (
@@ -70,7 +69,6 @@ def defence_of(parts, tasks=TASKS, sign=False, **changes) -> Defence:
 
 
 def some_images(n=6):
-    """Images and seeds."""
     x = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return x, mix_seeds(torch.arange(n), 0)
 
@@ -86,12 +84,10 @@ def test_contrastive_loss_against_loops(parts):
         for i in range(6):
             others = bank if bank is not None else torch.cat([z[j] for j in range(6) if j != i])
             terms = []
-            for a in range(views):
-                for b in range(views):
-                    if a != b:
-                        rest = [z[i, c] for c in range(views) if c != a] + list(others)
-                        total = sum(torch.exp(z[i, a] @ v / tau) for v in rest)
-                        terms.append(-torch.log(torch.exp(z[i, a] @ z[i, b] / tau) / total))
+            for a, b in itertools.permutations(range(views), 2):
+                rest = [z[i, c] for c in range(views) if c != a] + list(others)
+                total = sum(torch.exp(z[i, a] @ v / tau) for v in rest)
+                terms.append(-torch.log(torch.exp(z[i, a] @ z[i, b] / tau) / total))
             assert got[i].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
 
 
@@ -156,15 +152,10 @@ def test_single_task_with_signs_is_mao_et_al(parts):
     assert torch.allclose(reverse(x, d, seeds), z, atol=1e-6)
 
 
-@pytest.mark.parametrize(("tasks", "sign", "arch"), [
-    (TASKS, False, "preact18"), (TASKS[:1], True, "preact18"), (TASKS[:1], False, "vit_mini4"),
-])  # fmt: skip
-def test_unrolled_is_the_derivative_of_the_whole(parts, tasks, sign, arch):
+@pytest.mark.parametrize(("tasks", "sign"), [(TASKS, False), (TASKS[:1], True)])
+def test_unrolled_is_the_derivative_of_the_whole(parts, tasks, sign):
     """One graph through all iterations; a sign's derivative is that of the normalised gradient."""
     x, seeds = some_images(3)
-    if arch == "vit_mini4":  # attention has second derivatives, too
-        vit = build_model(arch, {"class": 10}, width=0.5)
-        parts = vit, {"contrastive": mtl_reverse.Contrastive(vit, tiny()).eval()}
     d = defence_of(parts, tasks, sign, reverse_steps=3)
     direction = torch.randn(3, 3, 8, 8)
     z = x.clone().requires_grad_()
@@ -172,10 +163,9 @@ def test_unrolled_is_the_derivative_of_the_whole(parts, tasks, sign, arch):
     assert torch.allclose(out, reverse(x, d, seeds), atol=1e-6)
     (got,) = torch.autograd.grad((out * direction).sum(), z)
     whole = start(z, d, seeds)
-    with sdpa_kernel(SDPBackend.MATH):
-        for k in (1, 2, 3):
-            whole = reverse_step(whole, z, k, d, seeds, differentiable=True)
-        (want,) = torch.autograd.grad((whole * direction).sum(), z)
+    for k in (1, 2, 3):
+        whole = reverse_step(whole, z, k, d, seeds, differentiable=True)
+    (want,) = torch.autograd.grad((whole * direction).sum(), z)
     assert torch.allclose(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
     assert not torch.allclose(got, direction, atol=0.1)  # more than straight through
 
@@ -207,8 +197,6 @@ def test_pgd_and_aware_are_pgd_from_a_start_of_each_image(parts):
 
         want = pgd(loss, x, eps=0.1, steps=3, start=x + 0.1 * noise)
         assert torch.allclose(attack(kind, x, y, seeds, d, lam), want, atol=1e-6)
-    none = Defence("none", classifier, {}, tiny())
-    assert reverse(x, none, seeds) is x and torch.equal(none.classify(x), classifier(x))
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.0)])
@@ -304,10 +292,7 @@ def test_rows(trained):
     """Columns have the strongest of their attacks and binomial errors; differences have paired errors."""
     folder, results = trained
     rows, found = rows_of(results), results["rows"]
-    attacks = {("none", 0), ("pgd-2", 0), ("suite-fast", 0), ("bpda-1", 0)}
-    assert {key[1:] for key in rows if key[0] == "none"} == attacks
-    attacks |= {("aware-2", 0), ("aware-2", 5), ("unrolled-1", 0)}
-    assert all({key[1:] for key in rows if key[0] == name} == attacks for name in ("ssl", "mtl"))
+    assert [name for name, *_ in rows] == 3 * ["none", "ssl", "mtl"] + ["none"] + 4 * ["ssl"] + 4 * ["mtl"]
     _, test = load_data("digits", "", torch.device("cpu"), image_size=8)
     some = draw(test, 20, seed=0).index
     correct = load_model(folder / "classifier.pt")(test.pixels[some] / 255).argmax(1) == test.labels[some]
@@ -330,11 +315,6 @@ def test_rows(trained):
         d = 100 * (bits[b, row["column"]] - bits[a, row["column"]])
         assert row["difference"] == pytest.approx(d.mean().item(), abs=0.01)
         assert row["se"] == pytest.approx(d.std(correction=0).item() / math.sqrt(20), abs=0.01)
-    losses = [r for r in found if r.get("kind") == "losses" and r["name"] == "mtl"]
-    for kind in ("clean", "attacked", "reversed"):
-        values = torch.tensor([r["values"] for r in losses if r["images"] == kind])  # (tasks, images)
-        shares = [r["share"] for r in losses if r["images"] == kind]
-        assert shares == pytest.approx((100 * values / values.sum(0)).mean(1).tolist(), abs=0.1)
 
 
 def test_interrupted_and_resumed_is_uninterrupted(trained, tmp_path, monkeypatch):
@@ -375,7 +355,6 @@ def test_branches_of_another_run(one_sentence, trained, tmp_path):
     for state, branches, told in (
         (victim, others, "no rows.json"), (victim, others, "other images"),
         (victim | {"model": another}, folder, "another classifier"),
-        (victim | {"args": {"image_size": 32}}, folder, "images of 32 pixels"),
     ):  # fmt: skip
         save_checkpoint(tmp_path / "victim.pt", state)
         argv = ["--victim", tmp_path / "victim.pt", "--branches", branches, "--out", tmp_path / "run"]
@@ -383,13 +362,13 @@ def test_branches_of_another_run(one_sentence, trained, tmp_path):
         (others / "rows.json").write_text("[]")
 
 
-def same_views(x, **more):
-    return x + 0.1 * torch.arange(len(x)).view(-1, 1, 1, 1).div(len(x) // 2, rounding_mode="floor")
-
-
 def without_draws(patch):
     """No rank draws numbers of its own, and the head is trained by SGD, which shows its gradients' length."""
-    patch.setattr(mtl_reverse, "simclr_augment", same_views)
+
+    def views(x, **more):
+        return x + 0.1 * torch.arange(len(x)).view(-1, 1, 1, 1).div(len(x) // 2, rounding_mode="floor")
+
+    patch.setattr(mtl_reverse, "simclr_augment", views)
     patch.setattr(mtl_reverse, "random_crop_flip", lambda x, *more: x)
     patch.setattr(torch.optim, "Adam", torch.optim.SGD)
     patch.setattr(Run, "load_data", few)

@@ -1,6 +1,5 @@
-"""rotation_at.py against Kucer et al.: the transformation, the attacks of Algorithm 1, eq. 7-9, schedule, selection."""
+"""rotation_at.py against Kucer et al.: the task, Algorithm 1, eq. 7-9, pre-training, selection, rows."""
 import json
-import re
 from functools import partial
 
 import numpy as np
@@ -10,280 +9,182 @@ import torch.nn.functional as F
 from conftest import TINY, replace, same_state
 
 import common
-import jigsaw_at
 import rotation_at
-from common import (
-    UserError, build_model, l2_norm, load_checkpoint, load_model, paper_numbers, pgd, rotate, save_checkpoint,
-)
-from rotation_at import TABLE_EPS, TASK, Args, adversaries, main, training_loss
+from common import Run, build_model, load_checkpoint, load_model, pgd, rotate
+from rotation_at import TASK, Args, adversaries, initialised_by, main, training_loss
 
-torch.set_default_dtype(torch.float32)
+FEW = TINY | dict(epochs=1, val_fraction=0.96, eval_steps=1, eval_examples=30)  # 57 digits
 
 
 def tiny(**changes) -> Args:
-    return Args(**(TINY | changes))
+    return Args(**(FEW | changes))
+
+
+def network():
+    """As every training starts."""
+    torch.manual_seed(0)
+    return build_model("resnet18", {"class": 10, TASK: 4}, width=1 / 16, stem="imagenet")
 
 
 @pytest.fixture
 def batch():
     """A float64 network in eval mode and a batch (x, y, x_ss, k)."""
-    torch.manual_seed(0)
-    model = build_model("resnet18", {"class": 10, TASK: 4}, width=1 / 16, stem="imagenet").double().eval()
+    model = network().double().eval()
     x, y, k = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.arange(6), torch.tensor([0, 1, 2, 3, 1, 2])
     return model, x, y, rotate(x, k), k
 
 
-def attacked(batch, seed: int = 1, steps: int = 3, **args):
+def attacked(batch, steps: int = 3, **args):
     model, x, y, x_ss, k = batch
     args = tiny(attack_steps=steps, **args)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.attack_steps, step_size=args.step_size)
     return adversaries(model, x, y, rotate, k, args, attack)
 
 
-# ---- T(.) ----
+# ---- the task, Algorithm 1, eq. 7-9 ----
 
 
-def test_rotation():
+def test_rotation_against_numpy():
     x, k = torch.rand(9, 3, 8, 8), torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 1])
     turned = rotate(x, k)
     for i in range(9):
         assert np.array_equal(turned[i].numpy(), np.rot90(x[i].numpy(), k[i].item(), axes=(1, 2)))
-    once = torch.ones(9, dtype=torch.int64)
-    assert torch.equal(rotate(rotate(rotate(rotate(x, once), once), once), once), x)  # four times is the identity
-    assert torch.equal(rotate(rotate(x, k), (4 - k) % 4), x)
-    assert torch.allclose(l2_norm(turned), l2_norm(x)) and torch.equal(turned.amax((1, 2, 3)), x.amax((1, 2, 3)))
-
-
-# ---- Algorithm 1 ----
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_t3_separate_attacks_x_as_t0_does(batch, norm):
-    """Two perturbations and one summed loss: the SS loss does not reach X, and lambda2 has no effect at all."""
+    """Two perturbations and one summed loss: the SS loss does not reach X, and lambda2 has no effect."""
     model, x, y, x_ss, k = batch
     t0, untouched = attacked(batch, norm=norm, variant="T0")
     assert torch.equal(untouched, x_ss) and not torch.equal(t0, x)
     results = [attacked(batch, norm=norm, variant="T3", lambda2=value) for value in (0.01, 0.5, 100.0)]
-    # The start of X is the same: torch fills X before X_SS. l2 starts are normalised per image, so that holds too.
     for x_adv, x_ss_adv in results:
-        assert torch.allclose(x_adv, t0, atol=1e-9)
-        assert torch.allclose(x_ss_adv, results[0][1], atol=1e-9)
+        assert torch.allclose(x_adv, t0, atol=1e-9) and torch.allclose(x_ss_adv, results[0][1], atol=1e-9)
     for variant in ("T1", "T2"):
         assert torch.allclose(attacked(batch, norm=norm, variant=variant)[0], t0, atol=1e-9)
+    assert torch.equal(attacked(batch, norm=norm, variant="T1")[1], x_ss)  # clean
     # lambda1 = 0 is the baseline in every variant and reading
     assert torch.equal(attacked(batch, norm=norm, variant="T3", ss_attack="shared", lambda1=0.0)[0], t0)
 
 
-def test_t3_separate_attacks_x_ss_through_its_own_head(batch):
-    """X_SS_adv is what PGD on CE(F_SS(X_SS), k) alone would find; for T2 what PGD on CE(F(X_SS), y) would."""
+@pytest.mark.parametrize(("variant", "head"), [("T3", TASK), ("T2", "class"), ("replace", "class")])
+def test_x_ss_is_attacked_as_pgd_on_its_loss_alone_would(batch, variant, head):
+    """CE(F_SS(X_SS), k) for T3, CE(F(X_SS), y) for T2 and eq. 7, which leaves X alone; PGD by hand."""
     model, x, y, x_ss, k = batch
-    for variant, head, labels in (("T3", TASK, k), ("T2", "class", y)):
-        _, got = attacked(batch, variant=variant, eps=0.02, step_size=0.01, steps=8)
-        losses = lambda z: F.cross_entropy(model(z, head), labels, reduction="none")  # noqa: B023, E731
-        torch.manual_seed(1)
-        want = pgd(losses, torch.cat([x, x_ss]), eps=0.02, step_size=0.01, steps=0)[6:]  # the same start
-        for _ in range(8):
-            z = want.clone().requires_grad_()
-            (g,) = torch.autograd.grad(losses(z).sum(), z)
-            want = (x_ss + (want + 0.01 * g.sign() - x_ss).clamp(-0.02, 0.02)).clamp(0, 1)
-        assert torch.allclose(got, want, atol=1e-9)
-        assert (losses(got) > losses(x_ss)).all()
+    x_adv, got = attacked(batch, variant=variant, eps=0.02, step_size=0.01, steps=8)
+    assert torch.equal(x_adv, x) == (variant == "replace")
+    losses = lambda z: F.cross_entropy(model(z, head), k if head == TASK else y, reduction="none")  # noqa: E731
+    torch.manual_seed(1)
+    both = x_ss if variant == "replace" else torch.cat([x, x_ss])
+    want = pgd(losses, both, eps=0.02, step_size=0.01, steps=0)[-6:]  # the same start
+    for _ in range(8):
+        z = want.clone().requires_grad_()
+        (g,) = torch.autograd.grad(losses(z).sum(), z)
+        want = (x_ss + (want + 0.01 * g.sign() - x_ss).clamp(-0.02, 0.02)).clamp(0, 1)
+    assert torch.allclose(got, want, atol=1e-9) and (losses(got) > losses(x_ss)).all()
 
 
-def test_shared_is_one_perturbation(batch):
+def test_shared_is_one_perturbation_and_both_attacks_x_ss_with_both_losses(batch):
+    """The limits of `both` are the class head alone (T2) and the SS head alone (T3 separate)."""
     model, x, y, x_ss, k = batch
     t0, _ = attacked(batch, variant="T0")
     x_adv, x_ss_adv = attacked(batch, variant="T2", ss_attack="shared")
-    assert torch.allclose(x_adv, t0, atol=1e-9) and torch.equal(x_ss_adv, rotate(x_adv, k))  # the rotated T0 image
+    assert torch.allclose(x_adv, t0, atol=1e-9) and torch.equal(x_ss_adv, rotate(x_adv, k))
     x_adv, x_ss_adv = attacked(batch, variant="T3", ss_attack="shared", lambda2=5.0)
-    assert torch.equal(x_ss_adv, rotate(x_adv, k))
-    assert not torch.allclose(x_adv, t0, atol=1e-3)  # lambda2 matters
+    assert torch.equal(x_ss_adv, rotate(x_adv, k)) and not torch.allclose(x_adv, t0, atol=1e-3)
     ss_loss = lambda z: F.cross_entropy(model(rotate(z, k), TASK), k)  # noqa: E731
-    assert ss_loss(x_adv) > ss_loss(t0)
-
-
-def test_both_attacks_x_ss_with_both_losses(batch):
-    model, x, y, x_ss, k = batch
+    assert ss_loss(x_adv) > ss_loss(t0)  # lambda2 matters
     x_adv, small = attacked(batch, variant="T3", ss_attack="both", lambda2=1e-6)
     _, big = attacked(batch, variant="T3", ss_attack="both", lambda2=1e6)
-    assert torch.allclose(x_adv, attacked(batch, variant="T0")[0], atol=1e-9)
-    # Its limits are the class head alone (T2) and the SS head alone (T3 separate).
+    assert torch.allclose(x_adv, t0, atol=1e-9) and (small - big).abs().mean() > 1e-2
     assert (small - attacked(batch, variant="T2")[1]).abs().mean() < 1e-3
     assert (big - attacked(batch, variant="T3")[1]).abs().mean() < 1e-3
-    assert (small - big).abs().mean() > 1e-2
-
-
-# ---- eq. 7-9 ----
 
 
 def test_training_losses_against_the_equations(batch):
     model, x, y, x_ss, k = batch  # in eval mode, so one concatenated pass and two separate ones agree
     class_ce = lambda z: F.cross_entropy(model(z), y)  # noqa: E731
-    ss_ce = lambda z: F.cross_entropy(model(z, TASK), k)  # noqa: E731
-    for variant, want in {
-        "T0": class_ce(x), "T1": class_ce(x) + 0.3 * ss_ce(x_ss), "T2": class_ce(x) + 0.3 * ss_ce(x_ss),
-        "T3": class_ce(x) + 0.3 * ss_ce(x_ss), "replace": class_ce(x_ss) + 0.3 * ss_ce(x_ss),
-    }.items():  # fmt: skip
+    ss_ce = F.cross_entropy(model(x_ss, TASK), k)
+    both, eq_7 = class_ce(x) + 0.3 * ss_ce, class_ce(x_ss) + 0.3 * ss_ce
+    for variant, want in dict(T0=class_ce(x), T1=both, T2=both, T3=both, replace=eq_7).items():
         loss, ss_loss = training_loss(model, x, y, x_ss, k, tiny(variant=variant, lambda1=0.3))
         assert loss.item() == pytest.approx(want.item(), rel=1e-9)
-        assert ss_loss.item() == pytest.approx(0 if variant == "T0" else ss_ce(x_ss).item(), rel=1e-9)
+        assert ss_loss.item() == pytest.approx(0 if variant == "T0" else ss_ce.item(), rel=1e-9)
+    # Without its loss T1 is T0: X_SS does not reach the trunk.
+    assert training_loss(model, x, y, None, k, tiny(variant="T1", lambda1=0.0))[0] == class_ce(x)
 
 
-def test_replace_attacks_only_x_ss(batch):
-    model, x, y, x_ss, k = batch
-    same, x_ss_adv = attacked(batch, variant="replace")
-    assert torch.equal(same, x) and (x_ss_adv - x_ss).abs().max() > 0.05
+# ---- runs ----
 
 
-def test_t1_without_its_loss_is_t0(tmp_path):
-    runs = [main(tiny(variant=v, lambda1=w, out=str(tmp_path / v))) for v, w in (("T0", 0.5), ("T1", 0.0))]
-    a, b = (load_checkpoint(tmp_path / v / "best.pt")["model"] for v in ("T0", "T1"))
-    assert same_state(a, b)
-    assert [r["accuracy"] for r in runs[0]["rows"]] == [r["accuracy"] for r in runs[1]["rows"]]
+@pytest.fixture(scope="module")
+def p2_t3(tmp_path_factory):
+    """A finished run, P2 T3: its folder and what main returned."""
+    folder = tmp_path_factory.mktemp("p2-t3")
+    return folder, main(tiny(pretrain="linf", attack_bn="train", eval_examples=0, out=str(folder)))
 
 
-@pytest.mark.parametrize("variant", ["T1", "T2", "T3", "replace"])
-def test_every_variant_trains_both_heads(tmp_path, variant):
-    for ss_attack in ("separate", "shared", "both") if variant in ("T2", "T3") else ("separate",):
-        for norm in ("linf", "l2"):
-            out = tmp_path / f"{ss_attack}-{norm}"
-            main(tiny(variant=variant, ss_attack=ss_attack, norm=norm, epochs=1, out=str(out)))
-            torch.manual_seed(0)
-            fresh = build_model("resnet18", {"class": 10, TASK: 4}, width=1 / 16, stem="imagenet").state_dict()
-            trained = load_checkpoint(out / "best.pt")["model"]
-            for key in ("heads.class.weight", f"heads.{TASK}.weight", "trunk.conv1.weight"):
-                assert not torch.equal(fresh[key], trained[key])
+def test_accuracies_are_those_of_the_checkpoint_by_hand(p2_t3):
+    """Clean, by load_model and a few lines of torch, on the test images and on those held out."""
+    folder, results = p2_t3
+    model, state = load_model(folder / "best.pt"), load_checkpoint(folder / "best.pt")
+    train, test = common.load_data("digits", "", torch.device("cpu"))
+    _, held_out = common.split_train(train, val_fraction=0.96, seed=0)
+    for images, reported in (test, results["rows"][0]["accuracy"]), (held_out, state["val_clean"]):
+        with torch.no_grad():
+            right = model(images.pixels[images.index] / 255).argmax(1) == images.labels[images.index]
+        assert reported == pytest.approx(100 * right.float().mean().item(), abs=0.3)  # one image
 
 
-# ---- pre-training ----
+def test_pretraining_hands_on_its_trunk_and_nothing_else(p2_t3, tmp_path):
+    """--init with its checkpoint gives the same network; at learning rate 0 its trunk and new heads."""
+    start, trained = (load_checkpoint(p2_t3[0] / f"{name}.pt")["model"] for name in ("pretrain", "best"))
+    fresh, init = network().state_dict(), dict(init=str(p2_t3[0] / "pretrain.pt"), attack_bn="train")
+    assert torch.equal(start["heads.class.weight"], fresh["heads.class.weight"])
+    for key in (f"heads.{TASK}.weight", "trunk.conv1.weight"):
+        assert not torch.equal(start[key], fresh[key]) and not torch.equal(trained[key], fresh[key])
+    assert {r["name"] for r in main(tiny(**init, out=str(tmp_path / "again")))["rows"]} == {"P2 T3"}
+    assert same_state(trained, load_checkpoint(tmp_path / "again" / "best.pt")["model"])
+    main(tiny(**init, lr=0.0, out=str(tmp_path / "still")))
+    still = load_checkpoint(tmp_path / "still" / "best.pt")["model"]
+    for key in (k for k in still if k.endswith(("weight", "bias"))):
+        assert torch.equal(still[key], start[key] if key.startswith("trunk.") else fresh[key]), key
 
 
-def test_init_takes_the_trunk_and_nothing_else(tmp_path):
-    torch.manual_seed(99)
-    other = build_model("resnet18", {"class": 7, "other": 3}, width=1 / 16, stem="imagenet")
-    save_checkpoint(tmp_path / "other.pt", {"network": other.spec, "model": other.state_dict()})
-    main(tiny(init=str(tmp_path / "other.pt"), lr=0.0, epochs=1, out=str(tmp_path / "run")))  # lr 0: weights stay
-    got, want = load_checkpoint(tmp_path / "run" / "best.pt")["model"], other.state_dict()
-    torch.manual_seed(0)
-    fresh = build_model("resnet18", {"class": 10, TASK: 4}, width=1 / 16, stem="imagenet").state_dict()
-    for key, value in got.items():
-        if key in ("mean", "std") or "running" in key or "num_batches" in key:
-            continue  # the statistics of BatchNorm move even at lr 0
-        assert torch.equal(value, want[key] if key.startswith("trunk.") else fresh[key]), key
-    assert not torch.equal(fresh["trunk.conv1.weight"], want["trunk.conv1.weight"])
-
-
-def test_pretraining_trains_the_ss_head_and_hands_on_its_trunk(tmp_path):
-    args = dict(pretrain="l2", val_fraction=0.15, epochs=6, variant="T0")
-    main(tiny(out=str(tmp_path / "a"), **args))
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["pretrain"] * 6 + ["train"] * 6
-    assert lines[5]["val_clean"] > 40  # rotations are recognised (chance: 25%)
-    # The same as --init with the checkpoint it leaves.
-    b = main(tiny(out=str(tmp_path / "b"), init=str(tmp_path / "a" / "pretrain.pt"), **args | {"pretrain": "none"}))
-    assert same_state(*(load_checkpoint(tmp_path / r / "best.pt")["model"] for r in "ab"))
-    assert b["rows"][0]["name"] == "P1 T0"
-
-
-# ---- schedule, selection, table ----
-
-
-def test_learning_rates(tmp_path):
-    main(tiny(variant="T0", epochs=5, lr=0.1, val_fraction=0.95, out=str(tmp_path)))
+def test_pretraining_learns_the_task_under_its_own_attack(tmp_path, monkeypatch):
+    """P1 attacks at l2 0.5, whatever --norm and --eps are."""
+    radii, load = set(), Run.load_data
+    few = lambda run: (load(run)[0].subset(torch.arange(360)), load(run)[1])  # noqa: E731
+    monkeypatch.setattr(Run, "load_data", few)
+    spy = lambda *a, **kw: radii.add((kw["norm"], kw["eps"])) or pgd(*a, **kw)  # noqa: E731
+    monkeypatch.setattr(rotation_at, "pgd", spy)
+    main(tiny(pretrain="l2", variant="T0", epochs=8, val_fraction=0.3, lr=0.05, out=str(tmp_path)))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    # 40% of the epochs between drops, as 40 of 100 in the paper: 0-1, 2-3, 4
+    assert [line["stage"] for line in lines] == ["pretrain"] * 8 + ["train"] * 8
+    assert lines[7]["val_clean"] > 40 and radii == {("l2", 0.5), ("linf", 0.1)}  # chance: 25%
+
+
+@pytest.mark.parametrize(("select", "chosen"), [("clean", 2), ("robust", 3), ("last", 5)])
+def test_rate_drops_after_40_and_80_percent_and_selection(tmp_path, monkeypatch, select, chosen):
+    """Of equal epochs the earlier one is kept."""
+    scores = iter([(10.0, 5.0), (30.0, 2.0), (30.0, 9.0), (20.0, 9.0), (10.0, 0.0)])  # clean, robust
+    keys = ("val_clean", "val_robust")
+    monkeypatch.setattr(rotation_at, "validate", lambda *a: dict(zip(keys, next(scores), strict=True)))
+    main(tiny(variant="T0", epochs=5, lr=0.1, select=select, out=str(tmp_path)))
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == chosen
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
 
 
-@pytest.mark.parametrize("select", ["clean", "robust", "last"])
-def test_selection_by_validation_accuracy(tmp_path, select):
-    main(tiny(variant="T0", epochs=5, select=select, out=str(tmp_path)))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    chosen = load_checkpoint(tmp_path / "best.pt")["epoch"]
-    scores = [line[f"val_{select}"] for line in lines] if select != "last" else list(range(5))
-    assert chosen == 1 + scores.index(max(scores))
-
-
-def test_ties_go_to_the_earlier_epoch(tmp_path, monkeypatch):
-    scores = iter([(10.0, 5.0), (30.0, 2.0), (30.0, 9.0), (20.0, 9.0)])  # (clean, robust) after each epoch
-    monkeypatch.setattr(rotation_at, "validate", lambda *a: dict(zip(("val_clean", "val_robust"), next(scores), strict=True)))
-    main(tiny(variant="T0", epochs=4, out=str(tmp_path)))
-    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
-
-
-def test_the_reported_accuracy_is_that_of_the_checkpoint(tmp_path):
-    """A second evaluation, by hand: load_model and a few lines of torch on the same test images."""
-    results = main(tiny(epochs=4, val_fraction=0.15, eval_examples=0, out=str(tmp_path)))
-    model = load_model(tmp_path / "best.pt")
-    _, test = common.load_data("digits", "", torch.device("cpu"))
-    with torch.no_grad():
-        right = (model(test.pixels / 255).argmax(1) == test.labels).float().mean().item() * 100
-    assert results["rows"][0]["accuracy"] == pytest.approx(right, abs=0.3)  # one image
-
-
-def test_the_papers_numbers_stand_beside_its_own_setting_only():
-    assert len(TABLE_EPS["l2"]) == 12 and len(TABLE_EPS["linf"]) == 9
-
-    def known(name, **changed):
-        return paper_numbers("rotation_at", Args(**changed), name)
-
-    assert (known("T3")[0], known("T3")[6]) == ("84.61", "48.11")
-    assert known("T1", variant="T1", norm="l2", eps=0.5)[7] == "62.17" and len(known("T1", variant="T1", norm="l2", eps=0.5)) == 12
-    assert known("P1 T0", variant="T0", pretrain="l2")[6] == known("P1 T0", variant="T0", init="runs/p1/pretrain.pt")[6] == "45.91"
-    assert known("replace", variant="replace")[:7] == ["74.9", *[""] * 5, "36.60"]
-    # What says where to compute may vary, and so may what the paper leaves open.
-    assert known("T3", seed=3, out="x", workers=0, plain=True, ss_attack="both") == known("T3")
-    for changed in (dict(width=0.5), dict(eps=4 / 255), dict(epochs=50), dict(dataset="cifar100"), dict(eval_examples=100), dict(norm="l2"),
-                    dict(select="robust"), dict(quick=True), dict(lambda1=0.0), dict(step_size=0.01), dict(eval_eps=(0.0,)), dict(lr=0.05),
-                    dict(eval_attack="suite"), dict(norm="l2", eps=1.0), dict(variant="T2")):  # fmt: skip
-        assert known("T3", **changed) == []
-    assert known("init T0", variant="T0") == known("plain") == paper_numbers("byorl", Args(), "T3") == []
-    assert paper_numbers("jigsaw_at", jigsaw_at.Args(), "T3")[6] == "47.57"
-
-
-def test_the_printed_table():
-    """Ours above the paper's, column by column, where the setting is the paper's."""
-    rows = [dict(name="T3", attack="pgd-20" if e else "none", norm="linf", eps=e, examples=10_000, accuracy=50 - 100 * e, epoch=90) for e in TABLE_EPS["linf"]]
-    results = {"script": "rotation_at", "rows": rows, "seconds": 1.0}
-    ours, papers = common.results_table(results, Args(), "last epoch").splitlines()[-2:]
-    assert ours.split() == ["T3,", "epoch", "90", *(f"{row['accuracy']:.2f}" for row in rows)]
-    assert papers.split() == "the paper 84.61 73.33 68.61 64.01 59.09 53.73 48.11 43.42 38.76".split()
-    ends = [[word.end() for word in re.finditer(r"\S+", line)][-9:] for line in (ours, papers)]
-    assert ends[0] == ends[1]
-
-
-@pytest.mark.parametrize(("pretraining", "name"), [({}, "P2 T3"), ({"epochs": 2}, "init T3"), ({"seed": 1}, "init T3"), ({"pretrain": "none", "plain": True}, "init T3")])
-def test_table_4_by_init(tmp_path, pretraining, name):
-    """The trunk of a P2 run makes P2 T3 if it was trained by the flags of this run."""
-    main(tiny(out=str(tmp_path / "first"), **{"epochs": 1, "variant": "T0", "pretrain": "linf"} | pretraining))
-    start = tmp_path / "first" / ("plain.pt" if "plain" in pretraining else "pretrain.pt")
-    rows = main(tiny(out=str(tmp_path / "second"), epochs=1, init=str(start)))["rows"]
-    assert {row["name"] for row in rows} == {name}
-
-
-def test_pretraining_that_is_not_finished_is_no_row_of_table_4(tmp_path):
-    main(tiny(out=str(tmp_path / "first"), epochs=1, variant="T0", pretrain="linf"))
-    state = load_checkpoint(tmp_path / "first" / "pretrain.pt")
-    state["args"]["epochs"] = 2
-    save_checkpoint(tmp_path / "half.pt", state)
-    args = tiny(out=str(tmp_path / "second"), epochs=2, init=str(tmp_path / "half.pt"))
-    assert {row["name"] for row in main(args)["rows"]} == {"init T3"}
-    # Nor does it become one when the run is resumed after the pre-training has ended.
-    save_checkpoint(tmp_path / "half.pt", state | {"epoch": 2})
-    (tmp_path / "second" / "results.json").unlink()
-    with pytest.raises(UserError, match="the initial weights are not those"):
-        main(replace(args, resume=True))
-
-
-def test_steps_that_are_too_short_are_told(tmp_path, capsys):
-    """The paper's eps^2 / steps: ten of them are shorter than the radius."""
-    main(tiny(norm="l2", eps=0.5, step_size=0.025, attack_steps=10, epochs=1, out=str(tmp_path)))
-    assert "10 steps of 0.025 cannot reach the surface" in capsys.readouterr().out
-
-
-def test_without_validation_images_only_the_last_epoch_can_be_chosen(tmp_path):
-    with pytest.raises(UserError, match="--select last"):
-        main(tiny(val_fraction=0.0, out=str(tmp_path / "a")))
-    main(tiny(val_fraction=0.0, select="last", out=str(tmp_path / "b")))
-    assert load_checkpoint(tmp_path / "b" / "best.pt")["epoch"] == 2
+def test_only_finished_pretraining_with_the_flags_of_this_run_is_p2(p2_t3, tmp_path):
+    folder, _ = p2_t3
+    args = tiny(attack_bn="train")
+    run = Run(tmp_path, torch.device("cpu"), "rotation_at", args)
+    state = load_checkpoint(folder / "pretrain.pt")
+    assert initialised_by(state, run, args) == "P2"
+    assert initialised_by(state | {"args": state["args"] | {"pretrain": "l2"}}, run, args) == "P1"
+    for change in (dict(epochs=2), dict(seed=1), dict(lr=0.1), dict(width=1 / 8), dict(attack_bn="eval")):
+        assert initialised_by(state, run, replace(args, **change)) == "init", change
+    for other in (dict(stage="plain"), dict(script="jigsaw_at"), dict(epoch=0), dict(optimizer={})):
+        assert initialised_by(state | other, run, args) == "init", other

@@ -33,15 +33,14 @@ def smooth_images() -> torch.Tensor:
     return 0.4 + 0.2 * F.interpolate(torch.rand(3, 3, 4, 4), size=(32, 32), mode="bilinear")
 
 
-def attacked(kind: str, radius: float, x: torch.Tensor, steps: int = 8, seed: int = 0) -> torch.Tensor:
+def attacked(kind: str, radius: float, x: torch.Tensor, steps: int = 8) -> torch.Tensor:
     weight = torch.randn(x[0].numel(), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return unforeseen(lambda z: (z.flatten(1) * weight).sin().sum(1), x, kind, radius, steps)
 
 
 @pytest.mark.parametrize("kind", UNFORESEEN)
 def test_lowers_accuracy_and_goes_uphill(checkpoint, kind):
-    """From a start that is drawn."""
     _, test = load_data("digits", "", torch.device("cpu"))
     model, (x, y) = load_model(checkpoint).eval(), next(batches(draw(test, 40, 0), 40, torch.device("cpu")))
     radius = UNFORESEEN[kind][0][4]
@@ -54,9 +53,6 @@ def test_lowers_accuracy_and_goes_uphill(checkpoint, kind):
 
     (up, accuracy), (down, _) = loss(1), loss(-1)
     assert up > down and accuracy < (model(x).argmax(1) == y).float().mean() - 0.05
-    if not kind.endswith("l1"):  # the first step of Frank and Wolfe leaves the start behind
-        images = [attacked(kind, radius, x[:2], 2, seed) for seed in (0, 0, 3)]
-        assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_l1_stays_in_the_ball_and_reaches_its_surface():
@@ -86,12 +82,12 @@ def coefficients(x: torch.Tensor) -> np.ndarray:
     """JPEG's, of one image (3, S, S), from the definition: blocks of Y, Cb, Cr, not rounded."""
     r, g, b = 255 * x.double().numpy()
     y = 0.299 * r + 0.587 * g + 0.114 * b
-    luminance, chrominance = np.array(eval_unforeseen.JPEG_LUMINANCE, float), np.full((8, 8), 99.0)
-    chrominance[:4, :4] = eval_unforeseen.JPEG_CHROMINANCE
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=50)
+    luminance, chrominance = (np.reshape(t, (8, 8)) for t in Image.open(file).quantization.values())
     planes = [(y - 128, luminance)]
     for c in (b - y) / 1.772, (r - y) / 1.402:
-        half = (c[::2, ::2] + c[1::2, ::2] + c[::2, 1::2] + c[1::2, 1::2]) / 4
-        planes.append((half, chrominance))
+        planes.append(((c[::2, ::2] + c[1::2, ::2] + c[::2, 1::2] + c[1::2, 1::2]) / 4, chrominance))
     dct = np.cos(np.outer(np.arange(8), 2 * np.arange(8) + 1) * np.pi / 16) / 2
     dct[0] /= math.sqrt(2)
     blocks = []
@@ -102,18 +98,13 @@ def coefficients(x: torch.Tensor) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def test_jpeg_coefficients_by_definition_and_pillow():
-    """Rounded, they are what Pillow keeps at quality 50."""
-    x = (smooth_images() * 255).round() / 255
-    decoded = from_jpeg(to_jpeg(x).round(), 32, 32).clamp(0, 1)
-    for b in range(3):
+def test_jpeg_coefficients_by_definition():
+    """Quantised as by Pillow at quality 50; a grey image, also a padded one, comes back."""
+    x = torch.rand(2, 3, 32, 32)
+    for b in range(2):
         assert np.allclose(to_jpeg(x)[b].numpy(), coefficients(x[b]), atol=1e-3)
-        file, image = io.BytesIO(), Image.fromarray((x[b] * 255).round().byte().permute(1, 2, 0).numpy())
-        image.save(file, "JPEG", quality=50, subsampling=2)
-        theirs = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
-        assert (decoded[b] - theirs).abs().mean() < 2 / 255  # it smooths colours, we repeat pixels
-    grey = torch.rand(2, 1, 30, 30).expand(-1, 3, -1, -1)  # no colours that would be halved; padded
-    assert torch.allclose(from_jpeg(to_jpeg(grey), 30, 30), grey, atol=1e-5)
+    for grey in x[:, :1].expand(-1, 3, -1, -1), x[:, :1, :30, :30].expand(-1, 3, -1, -1):
+        assert torch.allclose(from_jpeg(to_jpeg(grey), *grey.shape[2:]), grey, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "norm"), [("jpeg-linf", math.inf), ("jpeg-l2", 2), ("jpeg-l1", 1)])
@@ -167,7 +158,7 @@ def test_clouds_by_hand():
         r, c = 2 * i + 1, 2 * j + 1
         a[r, c] = noise[3][0, i, j] / 3
         a[r, c] += average((r - 1, c - 1), (r - 1, c + 1), (r + 1, c - 1), (r + 1, c + 1))
-    for k, i, j in [(4, i, j) for i, j in np.ndindex(2, 2)] + [(5, i, j) for i, j in np.ndindex(2, 2)]:
+    for k, i, j in itertools.product((4, 5), (0, 1), (0, 1)):
         r, c = 2 * i + (k == 5), 2 * j + (k == 4)
         a[r, c] = noise[k][0, i, j] / 3 + average((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1))
     a = (a - a.min()) / (a - a.min()).max()
@@ -187,32 +178,21 @@ def test_snow_brightens_and_keeps_its_budget(monkeypatch):
     assert torch.allclose(paler, 0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5), atol=1e-6)
 
 
-def test_rows_of_a_run_and_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
+def test_rows_of_a_run(tmp_path, checkpoint):
     """Attacks towards a wrong class are weaker than those away from the right one."""
     _, test = load_data("digits", "", torch.device("cpu"))
     data = [next(batches(draw(test, 40, seed=0), 40, torch.device("cpu")))]
-    clean = pytest.approx(robust_accuracy(load_model(checkpoint), data), abs=0.01)
-    usual = dict(checkpoints=(str(checkpoint),), dataset="digits", eval_examples=40, unforeseen="l2")
-    usual |= dict(unforeseen_steps=3, resume=True)
-    towards = eval_unforeseen.Args(**usual, out=str(tmp_path / "towards"))
-    away = eval_unforeseen.Args(**usual, targeted=False, out=str(tmp_path / "away"))
-    rows = main(towards)["rows"]
-    assert [(r["name"], r["attack"], r["eps"]) for r in rows] == [
-        ("a/best", "none", 0), *(("a/best", "l2", eps) for eps in UNFORESEEN["l2"][0]),
-    ]  # fmt: skip
-    calls = itertools.count(1)
-
-    def stop(*a, **k):
-        if next(calls) == 4:
-            raise KeyboardInterrupt
-        return robust_accuracy(*a, **k)
-
-    monkeypatch.setattr(eval_unforeseen, "robust_accuracy", stop)
-    with pytest.raises(KeyboardInterrupt):
-        main(away)
-    ours, theirs = ([r["accuracy"] for r in some] for some in (rows, main(away)["rows"]))
-    assert ours[0] == theirs[0] == clean and next(calls) == 9  # no row twice
-    assert sum(theirs) < sum(ours) < 7 * ours[0]
+    accuracies = []
+    for targeted in (True, False):
+        args = dict(checkpoints=(str(checkpoint),), dataset="digits", eval_examples=40, unforeseen="l2")
+        args |= dict(unforeseen_steps=3, targeted=targeted, out=str(tmp_path / str(targeted)))
+        rows = main(eval_unforeseen.Args(**args))["rows"]
+        assert [(r["name"], r["attack"]) for r in rows] == [("a/best", "none"), *6 * [("a/best", "l2")]]
+        assert [r["eps"] for r in rows] == [0, *UNFORESEEN["l2"][0]]
+        clean, *attacked = [r["accuracy"] for r in rows]
+        assert clean == pytest.approx(robust_accuracy(load_model(checkpoint), data), abs=0.01)
+        accuracies.append(sum(attacked))
+    assert accuracies[1] < accuracies[0] < 6 * clean
 
 
 def test_uar_is_the_ratio_to_networks_trained_against_each_attack():
@@ -221,6 +201,6 @@ def test_uar_is_the_ratio_to_networks_trained_against_each_attack():
     for attack, k in itertools.product(("elastic", "fog"), range(1, 7)):
         ata = 100.0 - 10 * k if attack == "elastic" else None
         rows.append(rows[0] | {"attack": attack, "strength": k, "accuracy": 80.0 - 5 * k, "ata": ata})
-    text = table({"rows": rows, "seconds": 1.0}, eval_unforeseen.Args())
-    mean = {line.split()[0]: line.split()[8:] for line in text.splitlines() if line.split()[1:2] == ["x"]}
-    assert mean == {"elastic": ["62.50", f"{100 * 375 / 390:.1f}"], "fog": ["62.50"]}
+    lines = map(str.split, table({"rows": rows, "seconds": 1.0}, eval_unforeseen.Args()).splitlines())
+    found = {line[0]: line[8:] for line in lines if line[1:2] == ["x"]}
+    assert found == {"elastic": ["62.50", f"{100 * 375 / 390:.1f}"], "fog": ["62.50"]}
