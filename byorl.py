@@ -42,11 +42,11 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from common import (
-    STATS, CommonArgs, Images, Positive, Run, Share, Shares, apgd, batches, batchnorm_mode, build_model,
-    ce_per_image, cli, count_batches, cuda_graph, distribute, draw, evaluate, join, learning_rate,
-    load_checkpoint, load_extra, load_trunk, map_images, pgd, place_model, random_crop_flip, random_flip,
-    reading, rebuild, results_table, robust_accuracy, save_image_grid, simclr_augment, split_train, start_run,
-    sync_batchnorm, transformed, world,
+    STATS, CommonArgs, Images, Positive, Run, Share, Shares, Suite, apgd, batches, batchnorm_mode,
+    build_model, ce_per_image, cli, count_batches, cuda_graph, distribute, draw, evaluate, join,
+    learning_rate, load_checkpoint, load_extra, load_trunk, map_images, pgd, place_model, random_crop_flip,
+    random_flip, reading, rebuild, results_table, robust_accuracy, save_image_grid, simclr_augment,
+    split_train, start_run, sync_batchnorm, transformed, world,
 )  # fmt: skip
 
 import torch
@@ -57,8 +57,6 @@ Arch = Literal[
     "preact18", "preact34", "resnet18", "resnet34", "resnet50",
     "vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4",
 ]  # fmt: skip
-
-Suite = Literal["pgd20", "apgd", "suite", "suite-fast", "standard"]
 
 
 @dataclass
@@ -101,7 +99,7 @@ class Args(CommonArgs):
     uat_lr: float = 0.2  # highest learning rate of UAT-FT (paper: not given)
     # evaluation
     val_images: Positive = 1024  # training images held out to select each classifier's epoch (paper: 1024)
-    eval_attack: Suite = "suite"  # reported attack: suite (paper), a tenth of it (suite-fast), AutoAttack's
+    eval_attack: Suite = "suite"  # reported attack (paper: suite); suite-fast: a tenth; standard: AutoAttack
 
     QUICK: ClassVar[dict] = dict(
         # Digits stay 8 x 8: an l2 ball of radius 0.5 is large there. Hence mild augmentation.

@@ -100,6 +100,7 @@ def shares(text: str) -> tuple[float, ...]:
 Positive = Annotated[int, positive]
 Share = Annotated[float, share]
 Shares = Annotated[tuple, shares]
+Suite = Literal["pgd20", "apgd", "suite", "suite-fast", "standard"]
 
 
 @dataclass
@@ -110,19 +111,19 @@ class CommonArgs:
     seed: int = 0  # seed of the split, the weights, the order of images, the task and the attacks
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
-    compile: bool = False  # torch.compile the trunk
+    compile: bool = False  # torch.compile the trunk: faster steps after one or two minutes
     workers: int = 2  # processes per GPU that read images (--dataset folder)
     out: str = ""  # folder of the run; empty: a folder in runs/ named after script, norm, radius and seed
     resume: bool = False  # continue the run in its folder, with the same flags, or start it
     quick: bool = False  # a miniature on the bundled digits, a minute or two on two CPU cores
     # data
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # images and labels
-    data_dir: str = "data"  # data folder, also for downloads; folder: it holds train/ and test/ or val/
+    data_dir: str = "data"  # data folder; with --dataset folder it holds train/ and test/ or val/
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     image_size: Positive = 32  # side in pixels; other images are resized
     # evaluation
-    eval_attack: Literal["pgd20", "apgd", "suite", "suite-fast", "standard"] = "pgd20"  # see evaluation.md
-    eval_steps: Positive = 20  # steps of PGD in evaluation
+    eval_attack: Suite = "pgd20"  # attack of the reported accuracy, see results/evaluation.md
+    eval_steps: Positive = 20  # steps of pgd20 (the other attacks have steps of their own)
     eval_examples: int = 0  # random test images to evaluate on, the same in every run; 0: all
     eval_amp: bool = False  # evaluate in mixed precision instead of float32
 
@@ -145,9 +146,10 @@ def given_flags(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
     own is a heading. A field of type tuple[str, ...] takes the words without a flag. Exits for a wrong flag.
     """
     readers = {int: whole_number, float: number, str: str, tuple[float, ...]: numbers}
+    words = "".join(f"[{f.name.upper()} ...] " for f in fields(cls) if f.type == tuple[str, ...])
     parser = _Parser(
         description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-        usage=f"python {_script_of(cls)}.py [--flag value ...]",
+        usage=f"python {_script_of(cls)}.py {words}[--flag value ...]",
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=110),
     )  # fmt: skip
     group, groups, quick = parser, {}, getattr(cls, "QUICK", {})
@@ -172,7 +174,7 @@ def given_flags(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
             more["choices"] = get_args(f.type)
         else:
             more["type"] = get_args(f.type)[1] if get_origin(f.type) is Annotated else readers[f.type]
-            more["metavar"] = "S" if f.type is str else "N"
+            more["metavar"] = "LIST" if isinstance(f.default, tuple) else "TEXT" if f.type is str else "N"
         group.add_argument("--" + name.replace("_", "-"), **more)
     return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
 
