@@ -396,7 +396,7 @@ def start_model(kind: str, args: Args, recipe: Recipe, start: dict | None, class
 
 
 # Added to the epoch in random seeds, so that the three draw different numbers.
-FIRST_ID = {"plain": 0, "attacked": 100_000, "fine-tuned": 200_000}
+SEED_OFFSET = {"plain": 0, "attacked": 100_000, "fine-tuned": 200_000}
 
 
 def train(
@@ -423,9 +423,9 @@ def train(
     steps_per_epoch = count_batches(len(train_set), recipe.batch_size)
     total = recipe.steps or recipe.epochs * steps_per_epoch
     epochs = math.ceil(total / steps_per_epoch)
-    first_id = FIRST_ID["fine-tuned" if start else "attacked" if eps else "plain"]
+    seed_offset = SEED_OFFSET["fine-tuned" if start else "attacked" if eps else "plain"]
 
-    for epoch in run.epochs(name, epochs, model, opt, first_id=first_id, average=average):
+    for epoch in run.epochs(name, epochs, model, opt, seed_offset=seed_offset, average=average):
         model.train()
         first_step = epoch * steps_per_epoch
         n = min(len(train_set), (total - first_step) * recipe.batch_size)  # sgd ends within an epoch
@@ -651,7 +651,7 @@ def evaluate_all(
                 found.append(clean | {"set": "real", "examples": len(correct), "accuracy": accuracy})
         if radii:
             some = draw(images, n, seed=0)
-            more = evaluate(run, name, state, some, radii, norm=norm, batch_size=small, look_at=radii[0])
+            more = evaluate(run, name, state, some, radii, norm=norm, batch_size=small, picture_eps=radii[0])
             found += [{"set": "test"} | row for row in more]
         file = args.init if args.recipe == "none" and args.init else str(run.folder / f"{name}.pt")
         about = {"recipe": state.get("recipe"), "layer_decay": state.get("layer_decay")}

@@ -232,7 +232,7 @@ def two_views(x: Tensor, args: Args) -> tuple[Tensor, Tensor]:
 # ---- pre-training ------------------------------------------------------------------------------------
 
 # Added to the epoch in random seeds. All classifiers share one, so they see the same batches.
-FIRST_ID = {"byol": 0, "byorl": 100_000, "classifier": 300_000, "teacher": 400_000}
+SEED_OFFSET = {"byol": 0, "byorl": 100_000, "classifier": 300_000, "teacher": 400_000}
 
 
 def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -> dict:
@@ -251,7 +251,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
     steps_per_epoch = count_batches(epoch_size, args.batch_size)
     warmup, total = args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
 
-    for epoch in run.epochs(name, args.epochs, online, opt, first_id=FIRST_ID[name], target=target):
+    for epoch in run.epochs(name, args.epochs, online, opt, seed_offset=SEED_OFFSET[name], target=target):
         crops = crop_stored_images(images, args, run.epoch_seed, n=2)
         first_step = epoch * steps_per_epoch
         for step, (x, _) in enumerate(run.batches(crops, args.batch_size, epoch_size), first_step):
@@ -320,8 +320,8 @@ def train_classifier(
         with batchnorm_mode(model, "eval"):  # running statistics, as in evaluation
             return attack(lambda z: ce_per_image(model(z), y), x)
 
-    first_id = FIRST_ID["classifier" if encoder or robust else "teacher"]
-    for epoch in run.epochs(name, epochs, model, opt, first_id=first_id):
+    seed_offset = SEED_OFFSET["classifier" if encoder or robust else "teacher"]
+    for epoch in run.epochs(name, epochs, model, opt, seed_offset=seed_offset):
         model.train(not encoder)  # a frozen encoder normalises by its running statistics
         crops = crop_stored_images(images, args, run.epoch_seed, n=1)
         first_step = epoch * steps_per_epoch
@@ -477,8 +477,8 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
 
     def evaluate_once(name: str, state: dict, **about: Any) -> None:  # a resumed run has the rows already
         if all(row["name"] != name for row in rows):
-            look_at = 0.0 if about["head"] == "plain" else eps
-            found = evaluate(run, name, state, test_set, [0, eps], look_at=look_at)
+            picture_eps = 0.0 if about["head"] == "plain" else eps
+            found = evaluate(run, name, state, test_set, [0, eps], picture_eps=picture_eps)
             rows.extend(row | about for row in found)
             run.keep_rows(rows)
 

@@ -361,8 +361,8 @@ def finetune(
     def attack(x: Tensor, y: Tensor, steps: int = args.eval_steps) -> Tensor:
         return pgd(lambda z: ce_per_image(model(z), y), x, eps=args.eps, norm=args.norm, steps=steps)
 
-    # One first_id for all pairs: they see the same images in the same order.
-    for epoch in run.epochs(name, args.epochs, model, opt, first_id=100_000):
+    # One seed_offset for all pairs: they see the same images in the same order.
+    for epoch in run.epochs(name, args.epochs, model, opt, seed_offset=100_000):
         drops = sum(epoch >= at for at in args.lr_steps)
         model.train()
         theta_p.eval()  # its BatchNorm, too, stays as pre-training left it
@@ -544,8 +544,8 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         about["best_epoch"] = picks["ta" if pair[2:] in ("F1", "F3") else "ra"]["epoch"]
         for pick, state in picks.items():
             if pick == "ta" or state["epoch"] != picks["ta"]["epoch"]:  # else it is the same network
-                look_at = args.eps if pick == "ta" and pair[2:] in ("F2", "F4") else 0.0
-                measured = evaluate(run, name, state, test_set, [0, args.eps], look_at=look_at)
+                picture_eps = args.eps if pick == "ta" and pair[2:] in ("F2", "F4") else 0.0
+                measured = evaluate(run, name, state, test_set, [0, args.eps], picture_eps=picture_eps)
             rows += [row | about | {"pick": pick} for row in measured]
         run.keep_rows(rows)
     if len(finals) > 1:

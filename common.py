@@ -488,11 +488,11 @@ class Run:
 
     def epochs(
         self, stage: str, epochs: int, model: nn.Module, opt: torch.optim.Optimizer, *,
-        first_id: int = 0, **more: nn.Module,
+        seed_offset: int = 0, **more: nn.Module,
     ) -> Iterator[int]:  # fmt: skip
         """The epochs of the training `stage` that are left: 0, 1, ..., epochs - 1, fewer in a resumed run.
 
-        After each, last.pt is written and a line is logged. first_id: added to the epoch in random seeds;
+        After each, last.pt is written and a line is logged. seed_offset: added to the epoch in random seeds;
         every stage has its own. more: further modules to save and resume. Raises UserError for NaN losses or
         weights, and if last.pt is of another network.
         """
@@ -508,7 +508,7 @@ class Run:
             self.last = None
         for epoch in range(sum(line["stage"] == stage for line in self.history), epochs):
             began = time.perf_counter()
-            self.epoch, self.seed_epoch, self.sums, self.notes = epoch, first_id + epoch, {}, {}
+            self.epoch, self.seed_epoch, self.sums, self.notes = epoch, seed_offset + epoch, {}, {}
             self.epoch_seed = self.args.seed * 1_000_003 + self.seed_epoch
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -2542,13 +2542,13 @@ def doubts(
 
 def evaluate(
     run: Run, name: str, state: dict, test_set: Images, radii: Iterable[float], *,
-    norm: str = "", batch_size: int = 0, look_at: float = 0.0,
+    norm: str = "", batch_size: int = 0, picture_eps: float = 0.0,
 ) -> list[dict]:  # fmt: skip
     """Accuracy of the checkpoint `state` under attack on the class loss: one row of
     results.json per radius, with name, attack ("none" at radius 0), norm, eps, examples, accuracy (%),
     epoch, and `after`, which is what each attack of a suite leaves.
 
-    Attack and precision are those of the flags, also norm and batch_size if not given. look_at: radius
+    Attack and precision are those of the flags, also norm and batch_size if not given. picture_eps: radius
     at which adversarial.png is written and signs of gradient masking (`doubts`) are printed; 0: neither. All
     ranks must call it. Raises FloatingPointError if the network returns NaN.
     """
@@ -2578,12 +2578,13 @@ def evaluate(
                 row["after"] = suite_accuracy(model, stream, attacks, batch_size=size, heads=("class",))
                 accuracy = list(row["after"].values())[-1]
         rows.append(row | {"accuracy": round(accuracy, 2), "epoch": state["epoch"]})
-    if look_at and world()[0] == 0:
+    if picture_eps and world()[0] == 0:
         some = test_set.subset(torch.arange(min(100 * world()[1], len(test_set))))  # this rank gets its share
         x, y = next(batches(some, len(some), run.device, workers=0))
         with full_precision(model, not args.eval_amp):
-            save_attack_picture(run.folder / "adversarial.png", x[:10], attack_at(look_at)(x[:10], y[:10]))
-            for doubt in doubts(model, x, y, eps=look_at, norm=norm):
+            shown = attack_at(picture_eps)(x[:10], y[:10])
+            save_attack_picture(run.folder / "adversarial.png", x[:10], shown)
+            for doubt in doubts(model, x, y, eps=picture_eps, norm=norm):
                 run.say(f"warning: {name}: {doubt}")
     return rows
 

@@ -14,14 +14,14 @@ one of J + 1 orders.
     T3         adversarial        CE(F(X), y) + lambda2 * CE(F_SS(X_SS), y_SS)
     replace    adversarial        CE(F(X_SS), y); X is not used, both heads train on X_SS           (eq. 7)
 
-X and X_SS are perturbed separately; --ss-attack has other readings of T2 (shared) and T3 (shared, both).
+X and X_SS have a perturbation each; other readings of the paper: --ss-attack shared (T2, T3), both (T3).
 --pretrain l2 or linf first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
 
     python jigsaw_at.py --quick                             # digits, a minute on two CPU cores
     python jigsaw_at.py --variant T3                        # Table 3, Jigsaw: linf 8/255, 100 epochs
     python jigsaw_at.py --variant T3 --norm l2 --eps 0.5    # what Table 1 has for rotation
     python jigsaw_at.py --variant T0 --pretrain l2          # what Table 4 has for rotation (P1 T0)
-    torchrun --nproc-per-node=4 jigsaw_at.py --variant T3   # instead, on four GPUs
+    torchrun --nproc-per-node=4 jigsaw_at.py --variant T3   # the same on four GPUs
 
 The paper: CIFAR-10, ResNet-18, clean / PGD-20 at linf 8/255:
     T0 85.46 / 44.69, T3 83.90 / 47.57
@@ -32,10 +32,10 @@ Differs from the paper, which released no code:
 - lambda1 and lambda2 are not given: 0.5. As printed, Algorithm 1 gives the same attack for every lambda2 > 0
   (see `adversaries`); the text suggests that the losses share a perturbation: --ss-attack shared, both.
 - T2 attacks "by the supervised loss". That it attacks X_SS with the label y is our reading.
-- PGD steps in Algorithm 1's loop, not once after it. Its l2 step is 2 eps / steps along the normalised
-  gradient, from the surface of the ball; the paper prints eps^2 / steps and the sign of the gradient.
+- We update X in every step, Algorithm 1 only after its loop. Our l2 step is 2 eps / steps along the
+  normalised gradient, from the surface of the ball; the paper prints eps^2 / steps and the sign.
 - From MadryLab's `robustness`, which the paper uses: batch size, weight decay, BatchNorm in eval mode under
-  attack. Not from there: colour jitter, small rotations, the best iterate (Algorithm 1 returns the last).
+  attack. Not taken from it: colour jitter, small rotations, the best iterate (Algorithm 1 returns the last).
 The rest: results/kucer.md.
 """
 import functools
@@ -47,11 +47,11 @@ from common import (
     STATS, CommonArgs, Images, Positive, Run, Share, UserError, batches, batchnorm_mode, build_model,
     build_trunk, ce_per_image, cli, cuda_graph, distribute, evaluate, load_checkpoint, load_trunk, pgd,
     place_model, random_crop_flip, results_table, robust_accuracy, split_train, start_run,
-    jigsaw, jigsaw_permutations,  # rotation_at.py is this script with another task
+    jigsaw, jigsaw_permutations,
 )  # fmt: skip
 
 import torch
-import torch.nn.functional as F  # the paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -69,19 +69,19 @@ class Args(CommonArgs):
     weight_decay: float = 5e-4  # weight decay on all weights (paper: not given)
     flip: bool = True  # mirror training images at random
     # attack in training (section 4.2)
-    norm: Literal["linf", "l2"] = "linf"  # norm of the ball of the attacks, in training and evaluation
-    eps: float = 8 / 255  # radius of the training attack, pixels in [0, 1] (paper: 8/255; l2 0.1, 0.5, 1)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the attacks, in training and evaluation
+    eps: float = 8 / 255  # radius of the attack; images are in [0, 1] (paper: 8/255; l2 0.1, 0.5, 1)
     attack_steps: Positive = 10  # steps of PGD in training (paper: 10)
-    step_size: float = 0.0  # step of PGD in training, not pre-training; 0: 2 eps / steps, linf at least 2/255
+    step_size: float = 0.0  # PGD step in training (not in --pretrain); 0: 2 eps / steps, linf at least 2/255
     attack_bn: Literal["eval", "train"] = "eval"  # mode of BatchNorm under attack in training
     # method (section 3)
-    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # what is attacked by which loss; see above
-    ss_attack: Literal["separate", "shared", "both"] = "separate"  # how X and X_SS share T2's and T3's attack
+    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which batch each loss attacks (table above)
+    ss_attack: Literal["separate", "shared", "both"] = "separate"  # perturbation of X_SS in T2, T3
     grid: Positive = 4  # tiles along each side, n (paper: not given)
     num_permutations: Positive = 30  # orders of the tiles besides the identity, J (paper: not given)
     lambda1: float = 0.5  # weight of the SS loss in training (paper: not given); 0: T0
-    lambda2: float = 0.5  # weight of the SS loss in T3's attack (paper: not given); separate: all > 0 alike
-    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial pre-training: P0, P1 (eps 0.5), P2 (8/255)
+    lambda2: float = 0.5  # weight of the SS loss in T3's attack (paper: not given); see --ss-attack
+    pretrain: Literal["none", "l2", "linf"] = "none"  # adversarial pre-training (P0, P1, P2)
     plain: bool = False  # also train a network without attack, from random weights, for comparison
     # evaluation
     val_fraction: Share = 0.15  # share of the training images held out to select the epoch (paper: 0.15)
@@ -97,7 +97,8 @@ class Args(CommonArgs):
 
 # ---- the method: Algorithm 1 and eq. 1, 4, 7-10 ------------------------------------------------------
 
-TASK = "jigsaw"  # the name of F_SS among the network's heads
+# The paper\'s F(x) is model(x, "class"), its F_SS(x) is model(x, TASK).
+TASK = "jigsaw"
 
 
 def ss_task(args: Args, device: torch.device) -> tuple[Callable, int]:
@@ -118,13 +119,13 @@ def adversaries(
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1: (X_adv, X_SS_adv), each (B, 3, S, S); k (B,) are the SS labels of X_SS = T(x, k).
 
-    `attack(loss, x)` maximises a loss per image. Algorithm 1 leaves open how X and X_SS share it:
+    `attack(loss, x)` maximises a loss per image. Algorithm 1 leaves open how X and X_SS are attacked:
     - separate: two perturbations, one summed loss, as printed. The class loss depends on X only, the SS loss
       on X_SS only, and a step's length does not depend on lambda2. So X_adv is the same as in T0, and every
       lambda2 > 0 gives the same X_SS_adv (with BatchNorm in eval mode). T2, and lambda2 = 0, attack X_SS
-      through the class head with the label y: else its own perturbation would have no loss.
+      through the class head with the label y: otherwise no loss would depend on its perturbation.
     - shared: one perturbation, X_SS^k = T(X^k) at every step; lambda2 matters.
-    - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. For T2 as separate.
+    - both: two perturbations, that of X_SS maximises both losses; lambda2 matters. T2: as separate.
     """
 
     def class_loss(z: Tensor) -> Tensor:
@@ -161,8 +162,8 @@ def adversaries(
 def training_loss(
     ddp: nn.Module, x_adv: Tensor, y: Tensor, x_ss: Tensor, k: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 4 (T0), 7-9: (the loss to minimise, its SS part), means over the batch (eq. 10). Weight decay, part
-    of the paper's L (footnote 2), is the optimiser's.
+    """Eq. 4 (T0), 7-9: (the loss to minimise, its SS part), means over the batch (eq. 10). The
+    optimiser adds the weight decay (footnote 2).
 
     `ddp` is the network, wrapped in DistributedDataParallel if there are several ranks. X and X_SS go through
     the trunk as one batch, so they share BatchNorm statistics (the paper does not say).
@@ -212,10 +213,11 @@ def train(
     if stage == "plain" or (stage == "train" and not uses_ss(args)):
         model.heads[TASK].requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    # Algorithm 1; on a GPU as a CUDA graph
     perturb = cuda_graph(lambda x, y, k: adversaries(model, x, y, T, k, args, attack))
     ddp = distribute(model)  # for the update, where ranks average gradients; the attack uses the bare `model`
 
-    for epoch in run.epochs(stage, args.epochs, model, opt, first_id=100_000 * STAGES.index(stage)):
+    for epoch in run.epochs(stage, args.epochs, model, opt, seed_offset=100_000 * STAGES.index(stage)):
         drops = epoch // max(1, round(0.4 * args.epochs))  # section 4.2: after 40 and 80 of 100 epochs
         opt.param_groups[0]["lr"] = args.lr * 0.1**drops
         model.train()
@@ -252,8 +254,8 @@ def validate(
     stage: str, run: Run, args: Args, model: nn.Module, val_set: Images,
     attack: Callable, T: Callable, ss_classes: int,
 ) -> dict[str, float]:  # fmt: skip
-    """{val_clean, val_robust}: validation accuracy in percent, of the SS head in pre-training. The attack is
-    that of training, for plain too. Robust accuracy is of 500 images, or of all with --select robust."""
+    """{val_clean, val_robust}: accuracy in percent on the held-out images, in pre-training of the SS head.
+    Plain is attacked as in training, too. Robust accuracy: of 500 images, or of all with --select robust."""
     head = TASK if stage == "pretrain" else "class"
 
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
@@ -286,9 +288,9 @@ def main(args: Args) -> dict:
         raise UserError("--pretrain and --init both set the trunk's initial weights; give one of them.")
     if args.image_size % args.grid:
         raise UserError(f"--grid {args.grid} does not divide images of {args.image_size} pixels.")
-    first = {"none": "init" * bool(args.init), "l2": "P1", "linf": "P2"}[args.pretrain]
-    last = args.ss_attack if args.variant in ("T2", "T3") and args.ss_attack != "separate" else ""
-    run = start_run(args, "-".join(filter(None, (first, args.variant, last))))
+    prefix = {"none": "init" if args.init else "", "l2": "P1", "linf": "P2"}[args.pretrain]
+    suffix = args.ss_attack if args.variant in ("T2", "T3") and args.ss_attack != "separate" else ""
+    run = start_run(args, "-".join(filter(None, (prefix, args.variant, suffix))))
     results = run.finished(results_table) or train_and_evaluate(run, args)
     plain = " (plain: clean)" * (args.plain and args.select == "robust")
     reported = "the last" if args.select == "last" else f"best {args.select} validation accuracy{plain}"
@@ -304,7 +306,7 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
         load_trunk(build_trunk(args.arch, args.width, args.stem), start, args.init)  # does it fit?
         name = f"{initialised_by(start, run, args)} {args.variant}"
         run.remember("initial weights", name)
-    ss_task(args, run.device)  # are there so many permutations? Ask before training
+    ss_task(args, run.device)  # before training: UserError if there are not so many permutations
     train_set, test_set = run.load_data()
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
     if not len(val_set) and args.select != "last":
@@ -321,8 +323,8 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     radii = list(dict.fromkeys(args.eval_eps or (quarters if args.quick else TABLE_EPS[args.norm])))
     rows = []
     for name, state in models.items():
-        look_at = args.eps if state["stage"] == "train" else 0.0
-        rows += evaluate(run, name, state, test_set, radii, look_at=look_at)
+        picture_eps = args.eps if state["stage"] == "train" else 0.0
+        rows += evaluate(run, name, state, test_set, radii, picture_eps=picture_eps)
     return run.finish(rows)
 
 
@@ -331,11 +333,12 @@ def initialised_by(start: dict, run: Run, args: Args) -> str:
     same = ("seed", "dataset", "image_size", "arch", "width", "stem", "epochs", "batch_size", "lr", "flip",
             "weight_decay", "attack_steps", "attack_bn", "val_fraction",
             "grid", "num_permutations")  # fmt: skip
-    its, finished = start.get("args", {}), start.get("epoch") == args.epochs and "optimizer" not in start
-    ours = finished and (start.get("script"), start.get("stage")) == (run.script, "pretrain")
-    if not ours or any(its.get(flag) != getattr(args, flag) for flag in same):
+    saved = start.get("args", {})
+    finished = start.get("epoch") == args.epochs and "optimizer" not in start
+    ours = (start.get("script"), start.get("stage")) == (run.script, "pretrain")
+    if not (finished and ours) or any(saved.get(flag) != getattr(args, flag) for flag in same):
         return "init"
-    return {"l2": "P1", "linf": "P2"}[its["pretrain"]]
+    return {"l2": "P1", "linf": "P2"}[saved["pretrain"]]
 
 
 if __name__ == "__main__":

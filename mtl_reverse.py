@@ -484,7 +484,7 @@ def suite(x: Tensor, x_adv: Tensor, y: Tensor, defence: Defence) -> Tensor:
 # ---- training ----------------------------------------------------------------------------------------
 
 # Added to the epoch in random seeds, so that no two trainings draw the same numbers.
-FIRST_ID = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "inpainting": 300_000}
+SEED_OFFSET = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "inpainting": 300_000}
 
 
 def train(stage: str, run: Run, args: Args, model: nn.Module, train_set: Images, val_set: Images) -> dict:
@@ -508,7 +508,7 @@ def train(stage: str, run: Run, args: Args, model: nn.Module, train_set: Images,
             x_adv = pgd(lambda z: ce_per_image(model(z), y), x, **ball)
         return ce_per_image(net(x_adv), y)
 
-    for epoch in run.epochs(stage, epochs, model, opt, first_id=FIRST_ID[stage]):
+    for epoch in run.epochs(stage, epochs, model, opt, seed_offset=SEED_OFFSET[stage]):
         model.train()
         first_step = epoch * steps_per_epoch
         for step, (x, y) in enumerate(run.batches(train_set, batch_size), first_step):
@@ -525,7 +525,7 @@ def train(stage: str, run: Run, args: Args, model: nn.Module, train_set: Images,
             run.log(loss=loss)
 
         model.eval()
-        seed_step(args.seed, FIRST_ID[stage], 999_999)  # the same views and attacks after each epoch
+        seed_step(args.seed, SEED_OFFSET[stage], 999_999)  # the same views and attacks after each epoch
         held_out = partial(map_images, images=val_set, run=run, batch_size=batch_size, indexed=True)
         val_loss = held_out(lambda x, i: losses(model, x, labels[i])).mean().item()
         run.keep_best(f"{stage}.pt", model, -val_loss, val_loss=val_loss)

@@ -40,8 +40,6 @@ def tiny(**changes) -> Args:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_digits():
-    """Trainings see the first 235 images."""
-
     def few(run, **more):
         train, test = LOAD_DATA(run, **more)
         return train.subset(torch.arange(min(len(train), 235))), test
@@ -172,18 +170,22 @@ def test_gamma_0_keeps_the_encoder_and_rows_are_those_of_the_checkpoints(whole, 
 
 
 def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
-    """Stopped in the second epochs of A-MAE and of a fine-tuning, a run has the same weights and rows."""
+    """Stopped in the trainings of A-MAE and of a classifier, and in the evaluation."""
     folder, results = whole
-    log, steps = Run.log, itertools.count(1)
+    calls = itertools.count(1)
 
-    def stop(run, **losses):
-        log(run, **losses)
-        if next(steps) in (11, 29):
-            raise KeyboardInterrupt
+    def stop(method):
+        def spy(*a, **k):
+            method(*a, **k)
+            if next(calls) in (11, 30, 43):
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "log", stop)
+        return spy
+
+    for name in ("log", "keep_rows"):
+        monkeypatch.setattr(Run, name, stop(getattr(Run, name)))
     args = tiny(**WHOLE, out=str(tmp_path / "parts"), resume=True)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             main(args)
     rows = [row | {"checkpoint": 0} for row in main(args)["rows"]]
@@ -215,7 +217,6 @@ def test_rotnet_turns_each_image_once_and_averages_the_weights(tmp_path, monkeyp
     main(args)
     for (x, k), (z, y, _) in zip(turned, attacked, strict=True):
         assert torch.equal(x, z) and torch.equal(k, y)
-    assert torch.cat([k for _, k in turned]).bincount(minlength=4).min() > 862 / 4 - 51  # 4 errors
     torch.manual_seed(0)
     average = start_model("rotnet", args, recipe_of("rotnet", args), None, 10).state_dict()[key]
     for step, w in enumerate(weights[:3] + weights[5:]):
@@ -238,8 +239,6 @@ def test_two_ranks_are_one_that_accumulates(tmp_path, monkeypatch):
     main(Args(**args, accumulate=5, out=str(tmp_path / "one")))
     one, two = (json.loads((tmp_path / n / "metrics.jsonl").read_text())["loss"] for n in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-5)  # the mean of three steps
-    one, two = (load_checkpoint(tmp_path / name / "a-mae.pt")["model"] for name in ("one", "two"))
-    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
 
 
 def test_groups_of_classes():
@@ -302,8 +301,8 @@ def test_a_published_vit_computes_the_same(tmp_path, tuned):
     theirs = {k.replace("heads.class.", "head."): v for k, v in theirs.items()}
     theirs["pos_embed"] = torch.cat([torch.zeros(1, 192), sincos_positions(192, 14, 14)])[None]
     if tuned:
-        theirs["pos_embed"][:, 0] += 0.5  # of the class token
-        theirs["cls_token"] = theirs["cls_token"] - 0.5
+        theirs["pos_embed"][:, 0] = shift = torch.randn(192)  # of the class token
+        theirs["cls_token"] = theirs["cls_token"] - shift
     else:
         theirs = {k.replace("fc_norm", "norm"): v for k, v in theirs.items()}
         theirs |= {"mask_token": torch.rand(1, 1, 64), "decoder_pred.bias": torch.rand(9)}
