@@ -24,7 +24,8 @@ RotNet 96.14 / 97.29 / 97.43, supervised 98.55 / 98.69 / 98.76, BYOL 98.12 / 98.
 
 Differs from the paper, which has no public code and refers to He et al.:
 - Layer k below the head has learning rate gamma^k. The paper prints gamma^-k, but its limits (gamma 0:
-  frozen, 1: full fine-tuning) hold for gamma^k only. The best gamma is not given: all four are fine-tuned.
+  frozen, 1: full fine-tuning) hold for gamma^k only. The best gamma is not given: we run all four of
+  --layer-decay.
 - MAE hides 75% of the patches and trains for 800 epochs, as He et al. (their best: 1600).
 - The l2 attack starts on the ball's surface and takes normalised steps (eq. 2 shows linf).
 - Images are normalised per channel, then each target patch by its mean and unbiased variance plus 1e-6.
@@ -58,6 +59,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 Arch = Literal["vit_b16", "vit_s16", "vit_ti16", "vit_s4", "vit_ti4", "vit_mini4"]
+FineTuning = Literal["imagenet", "adamw", "sgd", "none"]
 
 
 @dataclass
@@ -83,24 +85,24 @@ class Args(CommonArgs):
     decoder_heads: Positive = 16  # attention heads of MAE's decoder (paper: 16)
     plain: bool = False  # also pre-train without attack, for comparison
     # attack in pre-training (appendix C)
-    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in (paper: both)
-    eps: float = 0.5  # radius in [0, 1] pixel units (paper's best for mae: l2 0.5, linf 1/255); 0: no attack
+    norm: Literal["linf", "l2"] = "l2"  # norm of the attack (paper: both)
+    eps: float = 0.5  # radius of the attack; images are in [0, 1] (best for mae: 0.5; linf 1/255); 0: none
     attack_steps: Positive = 2  # steps of PGD in pre-training (paper: 2)
     step_size: float = 0.0  # step size of PGD; 0: 5/8 of the radius (paper)
     # fine-tuning (appendix C)
-    recipe: Literal["imagenet", "adamw", "sgd", "none"] = "imagenet"  # fine-tuning; adamw, sgd: for Table 1
+    recipe: FineTuning = "imagenet"  # how to fine-tune; adamw, sgd: Table 1; none: not at all
     epochs: Positive = 100  # epochs of fine-tuning by imagenet or adamw (paper: 100)
     steps: Positive = 2500  # steps of fine-tuning by sgd (paper: 2500)
     batch_size: Positive = 512  # images per step of fine-tuning and evaluation over all GPUs (paper: 512)
     lr: float = 0.0  # highest learning rate of fine-tuning; 0: the paper's (imagenet, adamw 5e-4; sgd 0.01)
-    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gamma: a network each, not for sgd (paper: these four)
+    layer_decay: Shares = (0.65, 0.75, 0.85, 0.95)  # gammas; one network for each (paper: these); not for sgd
     # augmentation in pre-training and fine-tuning
-    crop: Share = 0.0  # smallest area of a random crop; 0: mae 0.2, others 0.08 (adamw, sgd: no crop)
-    regularise: bool = True  # RandAugment, erasing, mixup, cutmix, label smoothing, drop path of the recipe
+    crop: Share = 0.0  # smallest area of a random crop; 0: 0.2 for mae, else 0.08 (adamw, sgd: no crop)
+    regularise: bool = True  # use the recipe's RandAugment, erasing, mixup, cutmix, smoothing, drop path
     # evaluation
     eval_data: str = ""  # folders of more test sets, comma-separated: ImageNet-A, -R, -V2, -Sketch, Conflict
     real: str = ""  # real.json, the labels of ImageNet-ReaL, for validation files named ILSVRC2012_val_*
-    eval_crop: Share = 0.875  # central crop as a share of the shorter side; after adamw and sgd no crop
+    eval_crop: Share = 0.875  # central crop as a share of the shorter side (adamw, sgd: no crop)
     eval_norm: Literal["linf", "l2"] = "l2"  # norm of the attack in evaluation (paper, Figure 5: l2)
     eval_eps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # radii at which classifiers are attacked (Figure 5)
     attack_examples: int = 1000  # number of random test images that are attacked; 0: all
@@ -118,10 +120,10 @@ class Args(CommonArgs):
 class Recipe:
     """How to train: a row of RECIPES."""
 
-    epochs: int = 0  # of fine-tuning: --epochs
-    steps: int = 0  # of sgd, in place of epochs: --steps
+    epochs: int = 0  # 0: from --epochs
+    steps: int = 0  # sgd only: from --steps
     batch_size: int = 0  # --pretrain-batch-size, --batch-size
-    lr: float  # highest learning rate; of pre-training: for 256 images
+    lr: float  # highest learning rate; pre-training: per 256 images
     lowest: float = 0.0  # learning rate at the end of the cosine
     warmup: float  # fraction of the steps
     weight_decay: float  # not on vectors (biases, LayerNorm)
@@ -164,7 +166,7 @@ def recipe_of(kind: str, args: Args) -> Recipe:
         recipe = replace(recipe, **dict.fromkeys(names, 0))
     if recipe.crop:
         recipe = replace(recipe, crop=args.crop or recipe.crop)
-    if recipe.epochs:  # pre-training
+    if kind in ("mae", "rotnet", "supervised"):  # pre-training
         epochs, batch_size = args.pretrain_epochs or recipe.epochs, args.pretrain_batch_size
         lr = args.pretrain_lr or recipe.lr * batch_size / 256
         return replace(recipe, epochs=epochs, batch_size=batch_size, lr=lr)
@@ -271,22 +273,22 @@ def masked_task(x: Tensor, seeds: Tensor, model: Network, args: Args) -> tuple[T
     patches, order, n = shuffle_patches(x, seeds, args)
     target, _, _ = standardise(patches[:, n:], model)
 
-    def loss(net: nn.Module, z: Tensor) -> Tensor:
+    def loss_fn(net: nn.Module, z: Tensor) -> Tensor:
         return (net(z.flatten(0, 1), order) - target).square().mean((1, 2))
 
-    return patches[:, :n], loss
+    return patches[:, :n], loss_fn
 
 
 def labelled_task(x: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, Loss]:
     """The images and the cross-entropy (eq. 1). target: labels (B,), or probabilities (B, classes)."""
 
-    def loss(net: nn.Module, z: Tensor) -> Tensor:
+    def loss_fn(net: nn.Module, z: Tensor) -> Tensor:
         return F.cross_entropy(net(z), target, reduction="none", label_smoothing=recipe.smoothing)
 
-    return x, loss
+    return x, loss_fn
 
 
-def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) -> Tensor:
+def perturb(z: Tensor, loss_fn: Loss, seeds: Tensor, model: Network, args: Args) -> Tensor:
     """Eq. 2: PGD on a task's inputs z. The random start depends on the image's seed alone."""
     noise = 2 * image_uniform(seeds + 1, z[0].numel()).view_as(z) - 1  # + 1: independent of the mask
     if args.norm == "l2":
@@ -294,7 +296,7 @@ def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) ->
         noise = noise / l2_norm(noise)
     with batchnorm_mode(model, "eval"):  # without drop path
         return pgd(
-            lambda v: loss(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps,
+            lambda v: loss_fn(model, v), z, eps=args.eps, norm=args.norm, steps=args.attack_steps,
             step_size=args.step_size or 5 / 8 * args.eps, start=z + args.eps * noise,
         )  # fmt: skip
 
@@ -305,11 +307,11 @@ def perturb(z: Tensor, loss: Loss, seeds: Tensor, model: Network, args: Args) ->
 def rand_augment(image: Any, fill: list[int]) -> Any:
     """RandAugment (Cubuk et al. 2020) of a Pillow image: two operations, each with probability 1/2, of
     strength 9 of 10 with standard deviation 0.5 (He et al.'s code)."""
-    more = {"num_magnitude_bins": 101, "interpolation": InterpolationMode.BICUBIC, "fill": fill}
+    options = {"num_magnitude_bins": 101, "interpolation": InterpolationMode.BICUBIC, "fill": fill}
     for _ in range(2):
         if torch.rand(()) < 0.5:
             strength = int((90 + 5 * torch.randn(())).round().clamp(0, 100))
-            image = v2.RandAugment(1, strength, **more)(image)
+            image = v2.RandAugment(1, strength, **options)(image)
     return image
 
 
@@ -399,17 +401,27 @@ def start_model(kind: str, args: Args, recipe: Recipe, start: dict | None, class
 SEED_OFFSET = {"plain": 0, "attacked": 100_000, "fine-tuned": 200_000}
 
 
+def batch_seeds(run: Run, n: int, batch_size: int) -> tuple[Tensor, ...]:
+    """For each batch of an epoch of n images, `image_seeds` of this rank's share of the batch."""
+    positions = split_epoch(n, batch_size)
+    seeds = image_seeds(run.epoch_seed, torch.cat(positions)).to(run.device)
+    return seeds.split([len(p) for p in positions])
+
+
 def train(
-    name: str, kind: str, run: Run, args: Args, train_set: Images, pretrained: dict, *,
+    name: str, kind: str, run: Run, args: Args, train_set: Images, pretraining: dict, *,
     start: dict | None = None, gamma: float | None = None,
 ) -> dict:  # fmt: skip
     """Train a network by the recipe `kind` and return its checkpoint, name.pt.
 
-    pretrained: see `pretraining_of`. Pre-training (mae, rotnet, supervised) is adversarial if this eps is not
-    0. Fine-tuning (imagenet, adamw, sgd) starts from the checkpoint `start`, with layer-wise decay `gamma`.
+    pretraining: see `pretraining_of`. Pre-training (mae, rotnet, supervised) is adversarial if this eps is
+    not 0. Fine-tuning (imagenet, adamw, sgd) starts from the checkpoint `start`, with layer-wise decay
+    `gamma`, and is not adversarial.
     """
-    recipe, ranks = recipe_of(kind, args), world()[1]
-    classes, eps = len(train_set.classes), 0.0 if start else pretrained["eps"]
+    recipe = recipe_of(kind, args)
+    eps = 0.0 if start else pretraining["eps"]
+    classes = len(train_set.classes)
+    ranks = world()[1]
     torch.manual_seed(args.seed)
     model = start_model(kind, args, recipe, start, classes)
     average = copy.deepcopy(model).to(run.device) if recipe.ema else model
@@ -430,12 +442,10 @@ def train(
         first_step = epoch * steps_per_epoch
         n = min(len(train_set), (total - first_step) * recipe.batch_size)  # sgd ends within an epoch
         images = transformed(train_set, augmentation(recipe, args), run.epoch_seed)
-        positions = split_epoch(n, recipe.batch_size)  # of each batch's images, this rank's share
-        seeds_of_epoch = image_seeds(run.epoch_seed, torch.cat(positions)).to(run.device)
-        seeds_of_epoch = seeds_of_epoch.split([len(p) for p in positions])
+        seeds_of_epoch = batch_seeds(run, n, recipe.batch_size)
         for i, (x, y) in enumerate(run.batches(images, recipe.batch_size, n)):
             step, seeds = first_step + i, seeds_of_epoch[i]
-            batch_size = n // len(positions) + (i < n % len(positions))  # over all ranks
+            batch_size = n // len(seeds_of_epoch) + (i < n % len(seeds_of_epoch))  # over all ranks
             lr = learning_rate(recipe.lr, step, round(recipe.warmup * total), total, recipe.lowest)
             for group in opt.param_groups:
                 group["lr"] = group["scale"] * lr
@@ -451,12 +461,12 @@ def train(
             for part in range(parts):
                 x_part, y_part, seeds_part = (v.tensor_split(parts)[part] for v in (x, y, seeds))
                 if kind == "mae":
-                    z, loss = masked_task(x_part, seeds_part, model, args)  # eq. 4
+                    z, loss_fn = masked_task(x_part, seeds_part, model, args)  # eq. 4
                 else:
-                    z, loss = labelled_task(x_part, y_part, recipe)  # eq. 1, eq. 5
+                    z, loss_fn = labelled_task(x_part, y_part, recipe)  # eq. 1, eq. 5
                 if eps:
-                    z = perturb(z, loss, seeds_part, model, args)
-                values = loss(ddp, z)  # (b,)
+                    z = perturb(z, loss_fn, seeds_part, model, args)
+                values = loss_fn(ddp, z)  # (b,)
                 # DDP averages over ranks, which makes this the gradient of the batch's mean.
                 (values.sum() * ranks / batch_size).backward()
                 loss_sum += values.detach().sum()
@@ -469,9 +479,9 @@ def train(
                     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             run.log(loss=loss_sum / len(x))
 
-        if epoch + 1 == epochs:  # here: a resumed run may have no epoch left
+        if epoch + 1 == epochs:  # not after the loop: a resumed run may skip it
             state = {"network": model.spec, "stage": name, "epoch": epochs, "classes": train_set.classes}
-            state |= {"recipe": kind, "layer_decay": gamma, "pretrained": pretrained}
+            state |= {"recipe": kind, "layer_decay": gamma, "pretrained": pretraining}
             run.save(f"{name}.pt", state | split_weights(kind, average.state_dict()))
     return run.load(f"{name}.pt", stage=name, network=model.spec)
 
@@ -489,10 +499,10 @@ def pretraining_of(state: dict) -> dict:
     """How the encoder in a checkpoint was pre-trained, for tables: method, norm, eps, epochs."""
     if "pretrained" in state:
         return state["pretrained"]
-    its, stage = state.get("args", {}), state["stage"]  # byorl.py's, or a published one's, which has no args
+    saved, stage = state.get("args", {}), state["stage"]  # of byorl.py; a published ViT has no args
     method = "byol" if stage in ("byol", "byorl") else stage
-    eps = 0.0 if stage == "byol" else its.get("eps", 0.0)
-    return {"method": method, "norm": its.get("norm", "l2"), "eps": eps, "epochs": its.get("epochs")}
+    eps = 0.0 if stage == "byol" else saved.get("eps", 0.0)
+    return {"method": method, "norm": saved.get("norm", "l2"), "eps": eps, "epochs": saved.get("epochs")}
 
 
 # ---- pictures ----------------------------------------------------------------------------------------
@@ -553,8 +563,8 @@ def choose_among(logits: Tensor, groups: Tensor) -> Tensor:
     """Choose among groups of a classifier's classes by the mean of their probabilities.
 
     logits: (B, classes); groups: (k, classes), each row sums to one. Returns (B, k), those means,
-    renormalised over the listed classes. With one class in each row, these are chosen among: so the 200 of
-    ImageNet-A and -R.
+    renormalised over the listed classes. If each row is one class, it chooses among these classes, as for
+    ImageNet-A and -R (200).
     """
     listed = (groups > 0).any(0)
     return logits.masked_fill(~listed, -math.inf).softmax(1) @ groups.T
@@ -609,7 +619,7 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
         raise UserError("--real needs --dataset folder.")
     with reading(args.real):
         labels = dict(enumerate(json.loads(Path(args.real).read_text()), start=1))
-        if max(max(some, default=0) for some in labels.values()) >= len(test_set.classes):
+        if max(max(of_image, default=0) for of_image in labels.values()) >= len(test_set.classes):
             raise ValueError(f"it has labels of more than the {len(test_set.classes)} classes")
         files = [Path(test_set.pixels.samples[i][0]) for i in test_set.index.tolist()]
         chosen = [list(map(int, labels[int(file.stem.split("_")[-1])])) for file in files]
@@ -636,27 +646,28 @@ def evaluate_all(
         crop = central_crop(state.get("recipe", "imagenet"), args)
         model = place_model(rebuild(state, name), run.device, args.amp).eval()
         images = transformed(test_set, crop)
-        found = evaluate(run, name, state, images, [0], norm=norm)
-        clean = found[0] = {"set": "test"} | found[0]
+        new_rows = evaluate(run, name, state, images, [0], norm=norm)
+        clean = new_rows[0] = {"set": "test"} | new_rows[0]
         with full_precision(model, not args.eval_amp):
             for where, (others, groups) in variants.items():
                 stream = batches(transformed(others, crop), args.batch_size, run.device, workers=args.workers)
                 stream, groups = progress(stream, len(others), where), groups.to(run.device)
                 accuracy = robust_accuracy(lambda x: choose_among(model(x), groups), stream)
-                found.append(clean | {"set": where, "examples": len(others), "accuracy": round(accuracy, 2)})
+                columns = {"set": where, "examples": len(others), "accuracy": round(accuracy, 2)}
+                new_rows.append(clean | columns)
             if real:
                 predicted = map_images(lambda x: model(x).argmax(1), images, run, args.batch_size).tolist()
                 correct = [k in labels for k, labels in zip(predicted, real, strict=True) if labels]
                 accuracy = round(100 * sum(correct) / len(correct), 2)
-                found.append(clean | {"set": "real", "examples": len(correct), "accuracy": accuracy})
+                new_rows.append(clean | {"set": "real", "examples": len(correct), "accuracy": accuracy})
         if radii:
-            some = draw(images, n, seed=0)
-            more = evaluate(run, name, state, some, radii, norm=norm, batch_size=small, picture_eps=radii[0])
-            found += [{"set": "test"} | row for row in more]
+            subset, options = draw(images, n, seed=0), {"norm": norm, "batch_size": small}
+            attacked = evaluate(run, name, state, subset, radii, picture_eps=radii[0], **options)
+            new_rows += [{"set": "test"} | row for row in attacked]
         file = args.init if args.recipe == "none" and args.init else str(run.folder / f"{name}.pt")
-        about = {"recipe": state.get("recipe"), "layer_decay": state.get("layer_decay")}
-        about["pretrained"] = pretraining_of(state)
-        rows += [row | about | {"checkpoint": file} for row in found]
+        columns = {"recipe": state.get("recipe"), "layer_decay": state.get("layer_decay")}
+        columns |= {"pretrained": pretraining_of(state), "checkpoint": file}
+        rows += [row | columns for row in new_rows]
         run.keep_rows(rows)
     return rows
 
@@ -668,22 +679,22 @@ def table(results: dict, args: Args) -> str:
         return ""
     sets = list(dict.fromkeys(row["set"] for row in rows if not row["eps"]))
     attacks = list(dict.fromkeys((row["attack"], row["norm"], row["eps"]) for row in rows if row["eps"]))
-    header = ["network", *sets, *["average"] * (len(sets) > 1)]
+    header = ["network", *sets, *(["average"] if len(sets) > 1 else [])]
     header += [f"{norm} {eps_name(eps)}" for _, norm, eps in attacks]
     for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        clean = [row["accuracy"] for row in mine if not row["eps"]]
-        values = clean + [sum(clean) / len(clean)] * (len(sets) > 1)
-        values += [row["accuracy"] for row in mine if row["eps"]]
+        of_name = [row for row in rows if row["name"] == name]
+        clean = [row["accuracy"] for row in of_name if not row["eps"]]
+        values = clean + ([sum(clean) / len(clean)] if len(sets) > 1 else [])
+        values += [row["accuracy"] for row in of_name if row["eps"]]
         lines.append([name, *(f"{value:.2f}" for value in values)])
     how = "as they are" if args.recipe == "none" else f"fine-tuned on clean images ({args.recipe})"
     attacked = [row for row in rows if row["eps"]]
     under = f"\nand under {attacks[0][0]} on {attacked[0]['examples']:,} of them" if attacked else ""
-    about = (
+    heading = (
         f"{args.dataset}, {args.arch} x{args.width:g}, {how}; accuracy (%) on {rows[0]['examples']:,} test "
         f"images{under}. {results['seconds']:.0f} s of training and evaluation."
     )
-    return f"\n{about}\n\n" + text_table(header, lines)
+    return f"\n{heading}\n\n" + text_table(header, lines)
 
 
 # ---- the run -----------------------------------------------------------------------------------------
@@ -693,8 +704,8 @@ def load_vit(path: str, args: Args) -> dict:
     """The checkpoint of a ViT: one of ours, or a published one of MAE or timm, with or without its head.
 
     theirs -> ours: patch_embed.proj -> trunk.patch_embed; head -> heads.class; all others get `trunk.`.
-    Dropped: a pos_embed that is the fixed table; mask_token and decoder_*; and without fc_norm, which belongs
-    to mean pooling, norm and head. Images are normalised by ImageNet's mean and standard deviation, as in MAE
+    Dropped: a pos_embed that is the fixed table; mask_token and decoder_*; also norm and head if fc_norm is
+    missing (no mean pooling). Images are normalised by ImageNet's mean and standard deviation, as in MAE
     (some of timm's: 0.5). --arch tells the number of heads, which the weights do not. Raises UserError,
     naming the key, for other keys and sizes.
     """
@@ -708,14 +719,17 @@ def load_vit(path: str, args: Args) -> dict:
         n, side = len(positions) - 1, math.isqrt(len(positions))
         fixed = F.pad(sincos_positions(positions.shape[1], side, side), (0, 0, 1, 0))
         learned = not torch.allclose(positions, fixed, atol=1e-5)
-        dropped = ("mask_token", "decoder_") + ("norm.", "head.") * (not pooled)
-        dropped += ("pos_embed",) * (not learned)
-        weights = {"trunk." + k: v for k, v in weights.items() if not k.startswith(dropped)}
+        dropped, new = ["mask_token", "decoder_"], ["mean", "std"]
+        if not learned:
+            dropped += ["pos_embed"]
+        if not pooled:
+            dropped += ["norm.", "head."]
+            new += ["trunk.fc_norm.weight", "trunk.fc_norm.bias"]
+        weights = {"trunk." + k: v for k, v in weights.items() if not k.startswith(tuple(dropped))}
         weights = {k.replace("trunk.head.", "heads.class."): v for k, v in weights.items()}
         weights = {k.replace("patch_embed.proj.", "patch_embed."): v for k, v in weights.items()}
         heads = {"class": len(weights["heads.class.weight"])} if "heads.class.weight" in weights else {}
-        model = build_model(args.arch, heads, positions=n * learned)
-        new = ("mean", "std") + ("trunk.fc_norm.weight", "trunk.fc_norm.bias") * (not pooled)
+        model = build_model(args.arch, heads, positions=n if learned else 0)
         weights |= {k: v for k, v in model.state_dict().items() if k in new}
         load_weights(model, weights, f"{path}, read as --arch {args.arch},")
     return {"network": model.spec, "model": model.state_dict(), "stage": Path(path).stem, "epoch": 0}
@@ -734,17 +748,17 @@ def main(args: Args) -> dict:
             n = (args.image_size // VITS[start["network"]["arch"]][0]) ** 2
             if (learned := start["network"].get("positions", n)) != n:
                 raise UserError(f"{args.init} has positions for {learned} patches, --image-size makes {n}.")
-            about = pretraining_of(start)
-            its = {flag: start["network"][flag] for flag in ("arch", "width")}
-            its |= {"norm": about["norm"], "eps": about["eps"]}
-            args = replace(args, **its)
+            pretraining = pretraining_of(start)
+            flags = {flag: start["network"][flag] for flag in ("arch", "width")}
+            flags |= {"norm": pretraining["norm"], "eps": pretraining["eps"]}
+            args = replace(args, **flags)
         data = Path(args.data_dir).name if args.dataset == "folder" else args.dataset
         name = f"{Path(args.init).stem}-{data}-{args.recipe}"
     run = start_run(args, name)
     run.remember_files("files of --init and --real", filter(None, (args.init, args.real)))
     if start:
         mean, std = (", ".join(f"{v:g}" for v in start["network"][k]) for k in ("mean", "std"))
-        how = f"{about['method']}, {about['norm']} eps {eps_name(about['eps'])}"
+        how = f"{pretraining['method']}, {pretraining['norm']} eps {eps_name(pretraining['eps'])}"
         run.say(f"{args.init}: {args.arch}, pre-trained by {how}; mean {mean}, standard deviation {std}")
     results = run.finished(table) or train_and_evaluate(run, args, start)
     run.say(table(results, args) + f"\n\nThe pictures and the checkpoints are in {run.folder}.")
@@ -771,8 +785,8 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
         radii |= {f"a-{args.method}": args.eps} if args.eps > 0 else {}  # a for adversarial
         encoders, epochs = {}, recipe_of(args.method, args).epochs
         for name, eps in radii.items():
-            about = {"method": args.method, "norm": args.norm, "eps": eps, "epochs": epochs}
-            encoders[name] = train(name, args.method, run, args, train_set, about)
+            pretraining = {"method": args.method, "norm": args.norm, "eps": eps, "epochs": epochs}
+            encoders[name] = train(name, args.method, run, args, train_set, pretraining)
         if args.method == "mae" and world()[0] == 0:
             picture(run, args, encoders, test_set)
     if world()[0] == 0:

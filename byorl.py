@@ -75,7 +75,7 @@ class Args(CommonArgs):
     batch_size: Positive = 512  # images per step over all GPUs, also for heads (paper: 512; ImageNet: 1024)
     lr: float = 2.0  # highest learning rate of LARS (paper: 2; ImageNet: 1.2)
     weight_decay: float = 5e-4  # weight decay of LARS and of UAT-FT's SGD (paper: 5e-4)
-    tau: Share = 0.996  # decay of the moving average at first; rises to 1 (paper: 0.996; ImageNet: 0.999)
+    tau: Share = 0.996  # initial decay of the target's average; rises to 1 (paper: 0.996; ImageNet: 0.999)
     hidden: Positive = 4096  # hidden units of projector and predictor (paper: 4096)
     projection: Positive = 256  # outputs of projector and predictor (paper: 256)
     plain: bool = False  # also pre-train without attack (BYOL), for comparison
@@ -83,16 +83,16 @@ class Args(CommonArgs):
     jitter_strength: float = 0.5  # strength of the colour jitter (paper: 0.5; Figure 5: 0.1 to 0.5)
     blur: Share = 0.0  # probability of blurring a view (paper: 0; ImageNet: not given)
     crop: Share = 0.08  # smallest fraction of an image's area that a view shows (BYOL: 0.08)
-    # attack (norm and eps also when classifiers are trained and evaluated)
-    norm: Literal["linf", "l2"] = "l2"  # norm of the ball that the attack stays in (paper: both)
-    eps: float = 128 / 255  # radius in [0, 1] pixel units (paper: l2 128/255, linf 8/255); 0: plain BYOL
+    # attack (norm and eps also for classifiers)
+    norm: Literal["linf", "l2"] = "l2"  # norm of the attack (paper: both)
+    eps: float = 128 / 255  # radius of the attack; images are in [0, 1] (paper: 128/255; linf 8/255); 0: BYOL
     attack: Literal["apgd", "pgd"] = "apgd"  # attack in pre-training: AutoPGD (paper), or PGD (Table 4)
     attack_steps: Positive = 40  # steps of the attack in pre-training (paper: 40; Table 4: 5 to 60)
     step_size: float = 0.0  # step size of PGD in pre-training; 0: 2 eps / steps, for linf at least 2/255
     # heads and UAT-FT
     label_fractions: Shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # fractions of the labels to use
     heads: Literal["both", "robust", "plain", "none"] = "both"  # heads to train; none: the encoder only
-    probe_epochs: Positive = 50  # epochs of a head; after half of them learning rate / 10 (paper: 50)
+    probe_epochs: Positive = 50  # epochs per head; halfway the learning rate is divided by 10 (paper: 50)
     probe_lr: float = 2e-3  # learning rate of Adam for heads (paper: 0.002)
     probe_steps: Positive = 10  # steps of PGD in training robust heads and UAT-FT (paper: not given)
     uat_epochs: Positive = 200  # epochs of UAT-FT by SGD, one of warm-up, then a cosine (paper: not given)
@@ -121,8 +121,8 @@ def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
 
 
 class ByolNetwork(nn.Module):
-    """Encoder e, projector g and predictor q; images are (B, 3, S, S) in [0, 1]. The target network is one,
-    too; its predictor is not used."""
+    """Encoder e, projector g and predictor q; images are (B, 3, S, S) in [0, 1]. The target network has the
+    same class; its predictor is unused."""
 
     def __init__(self, args: Args, device: torch.device):
         super().__init__()
@@ -204,9 +204,8 @@ def tau_at(start: float, step: int, steps: int) -> float:
 
 
 def crop_stored_images(images: Images, args: Args, seed: int, n: int) -> Images:
-    """For a folder: n random resized crops of each image as it is stored, side by side as (3 n, S, S), made
-    by the processes that read it, the same if an epoch has an image twice. Images in memory are returned as
-    they are: they are cropped on the device."""
+    """For a folder: the reading processes make n random crops per image, stacked as (3 n, S, S); an image
+    that an epoch has twice gets the same crops. Images in memory are cropped later, on the device."""
     if isinstance(images.pixels, Tensor):
         return images
     from torchvision.transforms import InterpolationMode, v2
@@ -224,8 +223,8 @@ def two_views(x: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Two random augmentations of each image, (B, 3, S, S). x: images, or two crops of each (B, 6, S, S)."""
     cropped = x.shape[1] == 6  # by `crop_stored_images`
     v1, v2 = x.split(3, 1) if cropped else (x, x)
-    more = {"strength": args.jitter_strength, "blur": args.blur, "flip": args.flip}
-    augment = partial(simclr_augment, crop=0.0 if cropped else args.crop, **more)
+    options = {"strength": args.jitter_strength, "blur": args.blur, "flip": args.flip}
+    augment = partial(simclr_augment, crop=0.0 if cropped else args.crop, **options)
     return augment(v1), augment(v2)
 
 
@@ -272,7 +271,7 @@ def pretrain(name: str, run: Run, args: Args, images: Images, epoch_size: int) -
                 torch._foreach_lerp_(xi, theta, 1 - tau)  # xi <- tau xi + (1 - tau) theta
             run.log(loss=loss)
 
-        if epoch + 1 == args.epochs:  # here: a resumed run may have no epoch left
+        if epoch + 1 == args.epochs:  # not after the loop: a resumed run may skip it
             state = {"network": online.spec, "model": online.encoder.state_dict(), "stage": name}
             run.save(f"{name}.pt", state | {"epoch": args.epochs, "extra_images": len(images) - epoch_size})
     return run.load(f"{name}.pt", stage=name, network=online.spec)
@@ -294,9 +293,9 @@ def train_classifier(
 ) -> dict:  # fmt: skip
     """Train a classifier and return its checkpoint: the epoch of best accuracy on `val_set` (appendix A).
 
-    encoder: the checkpoint of an encoder that stays as it is under a new linear head; None: train the whole
-    network (UAT-FT). robust: train on adversarial images (Madry et al. 2018), and select the epoch under
-    attack. An epoch has `epoch_size` of the images.
+    encoder: checkpoint of a frozen encoder that gets a new linear head; None: train the whole network
+    (UAT-FT). robust: train on adversarial images (Madry et al. 2018), and select the epoch under attack. An
+    epoch has `epoch_size` of the images.
     """
     file = f"{name.replace(' ', '-')}.pt"
     torch.manual_seed(args.seed)
@@ -358,15 +357,15 @@ def uat_ft(
     images: the training set, then --extra-data. With all labels and no extra images this is adversarial
     training. Returns the checkpoint.
     """
-    same = {"encoder": None, "epoch_size": epoch_size, "val_set": val_set}
+    options = {"encoder": None, "epoch_size": epoch_size, "val_set": val_set}
     rest = torch.ones(len(images), dtype=torch.bool)
     rest[torch.cat([labelled.index, val_set.index])] = False
     unlabelled = images.subset(rest.nonzero()[:, 0])
     labelled = replace(images, index=labelled.index)  # now a subset of all images
     if len(unlabelled):
-        teacher = train_classifier(f"{name} teacher", run, args, images=labelled, robust=False, **same)
+        teacher = train_classifier(f"{name} teacher", run, args, images=labelled, robust=False, **options)
         labelled = pseudo_label(run, args, teacher, labelled, unlabelled)
-    state = train_classifier(name, run, args, images=labelled, robust=True, **same)
+    state = train_classifier(name, run, args, images=labelled, robust=True, **options)
     state["extra_images"] = len(images) - epoch_size  # for `encoder_name`
     run.save(f"{name.replace(' ', '-')}.pt", state)
     return state
@@ -412,12 +411,12 @@ def retrieve(
                 cosines = (F.normalize(model.features(query)) @ gallery.T).cpu()  # (n, N)
             steered = cosines[range(n), others].mean()
             cosines[range(n), range(n)] = -1  # not the query itself
-            found = cosines.topk(min(nearest, len(test_set) - 1)).indices
-            neighbours = map_images(lambda x: x, test_set.subset(found[shown]), run, args.batch_size)
+            ranked = cosines.topk(min(nearest, len(test_set) - 1)).indices
+            neighbours = map_images(lambda x: x, test_set.subset(ranked[shown]), run, args.batch_size)
             pictures[f"{name}, {how}"] = torch.cat([query[shown : shown + 1], neighbours])
-            correct = 100 * (labels[found] == y[:, None]).float().mean()
+            correct = 100 * (labels[ranked] == y[:, None]).float().mean()
             run.say(
-                f"{name}, {how} queries: {correct:.0f}% of the {found.shape[1]} nearest images have the "
+                f"{name}, {how} queries: {correct:.0f}% of the {ranked.shape[1]} nearest images have the "
                 f"query's class, cosine with the image of another class {steered:.2f}"
             )
     if world()[0] == 0:
@@ -439,13 +438,15 @@ def main(args: Args) -> dict:
     if args.init:
         start = load_checkpoint(args.init)
         with reading(args.init):
-            load_trunk(build_model(**start["network"] | {"heads": {}}).trunk, start, args.init)  # an encoder?
-            its = start.get("args", {})
+            # Raises UserError if the checkpoint has no encoder
+            load_trunk(build_model(**start["network"] | {"heads": {}}).trunk, start, args.init)
+            saved = start.get("args", {})
             flags = {flag: start["network"][flag] for flag in ("arch", "width", "stem")}
-            args = replace(args, **flags | {flag: its[flag] for flag in PRETRAINING if flag in its})
-    run = start_run(args, f"init-{args.dataset}" if start else "uat-ft" * (args.method == "uat-ft"))
+            args = replace(args, **flags | {flag: saved[flag] for flag in PRETRAINING if flag in saved})
+    run = start_run(args, f"init-{args.dataset}" if start else "" if args.method == "byorl" else args.method)
     if start:
-        run.say(f"{args.init}: trained on {its.get('dataset')} with {its.get('norm')} eps {its.get('eps')}")
+        how = f"{saved.get('dataset')} with {saved.get('norm')} eps {saved.get('eps')}"
+        run.say(f"{args.init}: trained on {how}")
     results = run.finished(table) or train_and_evaluate(run, args, start)
     run.say(table(results, args) + f"\n\nThe checkpoints are in {run.folder}.")
     return results
@@ -466,27 +467,30 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
     if start:
         encoders[encoder_name(start, args)] = start
     elif args.method == "byorl":
-        for name in ("byol", "byorl"):
-            if args.eps > 0 if name == "byorl" else args.plain or args.eps == 0:
-                state = pretrain(name, run, args, images, len(train_set))
-                encoders[encoder_name(state, args)] = state
+        names = ["byol"] if args.plain or args.eps == 0 else []
+        names += ["byorl"] if args.eps > 0 else []
+        for name in names:
+            state = pretrain(name, run, args, images, len(train_set))
+            encoders[encoder_name(state, args)] = state
     if encoders:
         retrieve(run, args, encoders, test_set)
 
     rows, eps = run.rows(), classifier_eps(args)
 
-    def evaluate_once(name: str, state: dict, **about: Any) -> None:  # a resumed run has the rows already
-        if all(row["name"] != name for row in rows):
-            picture_eps = 0.0 if about["head"] == "plain" else eps
-            found = evaluate(run, name, state, test_set, [0, eps], picture_eps=picture_eps)
-            rows.extend(row | about for row in found)
+    def evaluate_once(name: str, state: dict, **columns: Any) -> None:
+        if all(row["name"] != name for row in rows):  # else a resumed run has them already
+            picture_eps = 0.0 if columns["head"] == "plain" else eps
+            new_rows = evaluate(run, name, state, test_set, [0, eps], picture_eps=picture_eps)
+            rows.extend(row | columns for row in new_rows)
             run.keep_rows(rows)
 
     heads = {"both": ("robust", "plain"), "robust": ("robust",), "plain": ("plain",), "none": ()}[args.heads]
-    for fraction, (labelled, val_set) in splits.items() if not encoders else ():
-        state = uat_ft(f"uat-ft {100 * fraction:g}%", run, args, images, labelled, val_set, len(train_set))
-        about = {"encoder": "uat-ft", "head": "", "label_fraction": fraction}
-        evaluate_once(encoder_name(state, args), state, **about)
+    if not encoders:  # --method uat-ft
+        for fraction, (labelled, val_set) in splits.items():
+            name = f"uat-ft {100 * fraction:g}%"
+            state = uat_ft(name, run, args, images, labelled, val_set, len(train_set))
+            columns = {"encoder": "uat-ft", "head": "", "label_fraction": fraction}
+            evaluate_once(encoder_name(state, args), state, **columns)
     for encoder, state in encoders.items():
         for fraction, (labelled, val_set) in splits.items():
             data = {"images": labelled, "epoch_size": len(labelled), "val_set": val_set}
@@ -498,16 +502,17 @@ def train_and_evaluate(run: Run, args: Args, start: dict | None) -> dict:
 
 
 def encoder_name(state: dict, args: Args) -> str:
-    """The encoder's name in the table: its stage ('byorl', 'byol', 'uat-ft 100%'), after 'init' if it is not
-    byorl.py's with these flags, after its data set if that was another, before the number of extra images:
-    'cifar10 byorl +500000'."""
-    its, stage = state.get("args", {}), str(state.get("stage", ""))
-    flags = ("batch_size", "flip", "image_size") + ("probe_steps", "val_images") * stage.startswith("uat-ft")
-    same = state.get("script") == "byorl" and all(its.get(flag) == getattr(args, flag) for flag in flags)
+    """The encoder's name in the table, such as 'cifar10 byorl +500000': [data set, if another] [init, if of
+    other flags or another script] stage ('byorl', 'byol', 'uat-ft 100%') [+extra images]."""
+    saved, stage = state.get("args", {}), str(state.get("stage", ""))
+    flags = ["batch_size", "flip", "image_size"]
+    if stage.startswith("uat-ft"):
+        flags += ["probe_steps", "val_images"]
+    same = state.get("script") == "byorl" and all(saved.get(flag) == getattr(args, flag) for flag in flags)
     if same and stage != "byol":  # 0.5 passes for 128/255
-        same = its.get("norm") == args.norm and math.isclose(its.get("eps", 0), args.eps, rel_tol=0.01)
+        same = saved.get("norm") == args.norm and math.isclose(saved.get("eps", 0), args.eps, rel_tol=0.01)
     name = stage if same else f"init {stage}".strip()
-    name = f"{its['dataset']} {name}" if its.get("dataset", args.dataset) != args.dataset else name
+    name = f"{saved['dataset']} {name}" if saved.get("dataset", args.dataset) != args.dataset else name
     return f"{name} +{state['extra_images']}" if state.get("extra_images") else name
 
 

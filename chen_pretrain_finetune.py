@@ -67,6 +67,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 SCRIPT = "chen_pretrain_finetune"
 TASKS = ("selfie", "rotation", "jigsaw")
 PAIRS = ("P1F3", "P1F4", "P2F3", "P2F4", "P3F1", "P3F2", "P3F3", "P3F4", "RSF2", "RSF4")  # Tables 3 and 8
+Task = Literal["selfie", "rotation", "jigsaw", "ensemble", "all"]
 Views = dict[str, tuple[Tensor, Tensor]]  # {task: see `make_view`}
 
 
@@ -74,7 +75,7 @@ Views = dict[str, tuple[Tensor, Tensor]]  # {task: see `make_view`}
 class Args(CommonArgs):
     models: tuple[str, ...] = ()  # checkpoints of classifiers: compare them, train nothing
     # data and model
-    init: str = ""  # fine-tune this pretrain-*.pt of a run, which also says --task and --pretrain
+    init: str = ""  # pretrain-*.pt of a run to fine-tune; sets --task and --pretrain
     extra_data: str = ""  # more images for pre-training: .npz or .npy, uint8, (N, size, size, 3)
     extra_only: bool = False  # pre-train on the images of --extra-data alone (paper: Table 7)
     pretrain_images: int = 0  # number of images to pre-train on, drawn at random (paper: Table 7); 0: all
@@ -82,27 +83,27 @@ class Args(CommonArgs):
     arch: Literal["resnet26v2", "resnet50v2"] = "resnet50v2"  # the trunk (paper: resnet50v2)
     width: float = 1.0  # multiplies the number of channels (paper: 1)
     stem: Literal["cifar", "imagenet"] = "cifar"  # first layer: 3x3, or 7x7 with stride 2 and max-pooling
-    # optimiser: SGD with momentum 0.9 (pre-training: the table RECIPE)
+    # optimiser: SGD with momentum 0.9 (pre-training: RECIPE in the code)
     epochs: Positive = 100  # epochs of fine-tuning (paper: 100)
     batch_size: Positive = 256  # images per step over all GPUs (paper: 256; restricted ImageNet 64)
     lr: float = 0.1  # initial learning rate of fine-tuning (paper: 0.1)
-    lr_steps: tuple[float, ...] = (30, 50)  # epochs at which that rate is divided by 10 (paper: 30,50)
-    weight_decay: float = 3e-4  # weight decay (code: 0.0003); Selfie and ensemble pre-train with a third
-    warmup_steps: int = 200  # steps in which the rate rises to its value (code: 200; Selfie, ensemble: 0)
+    lr_steps: tuple[float, ...] = (30, 50)  # epochs at which --lr is divided by 10 (paper: 30,50)
+    weight_decay: float = 3e-4  # weight decay (code: 0.0003); a third of it in pre-training Selfie, ensemble
+    warmup_steps: int = 200  # warm-up steps (code: 200; in pre-training Selfie, ensemble: none)
     pretrain_epochs: int = 0  # epochs of pre-training; 0: the code's, 100 to 200
     # attack in training
-    norm: Literal["linf", "l2"] = "linf"  # norm of the ball of all attacks (paper: linf)
-    eps: float = 8 / 255  # radius of all attacks, for pixels in [0, 1] (paper: 8/255)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the attacks (paper: linf)
+    eps: float = 8 / 255  # radius of the attack; images are in [0, 1] (paper: 8/255)
     attack_steps: Positive = 10  # steps of PGD in training (paper: 10)
     attack_bn: Literal["eval", "train"] = "train"  # mode of BatchNorm under attack in training (code: train)
     # method
-    task: Literal["selfie", "rotation", "jigsaw", "ensemble", "all"] = "rotation"  # task; all: first three
-    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # without, clean, attacked, noisy; see above
-    finetune: Literal["F1", "F2", "F3", "F4", "none", "all"] = "F4"  # trained on which images; see above
-    table3: bool = False  # make the 20 networks of Table 3, whatever --task, --pretrain and --finetune say
+    task: Task = "rotation"  # pre-training task; all: the first three, one after the other
+    pretrain: Literal["P1", "P2", "P3", "RS", "all"] = "P3"  # none, or on clean, attacked, noisy images
+    finetune: Literal["F1", "F2", "F3", "F4", "none", "all"] = "F4"  # see table above; none: only pre-train
+    table3: bool = False  # train the 20 networks of Table 3; ignores --task, --pretrain, --finetune
     grid: Positive = 4  # tiles of jigsaw and patches of Selfie along each side (code: 4)
     num_permutations: int = 30  # orders of jigsaw's tiles besides the identity (code: 30)
-    double_softmax: bool = True  # Selfie: softmax of the scores in place of the scores (code)
+    double_softmax: bool = True  # Selfie: apply softmax twice, as the code does
     dpe_lambda: float = 0.1  # lambda of eq. 3, the weight of the log det (code: 0.1); 0: AP+SE
     sigma: float = 0.25  # standard deviation of the noise of RS (paper: not given)
     # evaluation
@@ -119,8 +120,8 @@ class Args(CommonArgs):
 
 
 class Selfie(nn.Module):
-    """Attention pooling (Trinh et al. 2019): what the visible patches say about a masked one is compared with
-    all the masked ones."""
+    """Attention pooling (Trinh et al. 2019): from the visible patches, predict which masked patch belongs at
+    a place."""
 
     def __init__(self, dim: int, grid: int, layers: int = 13):
         super().__init__()
@@ -154,8 +155,9 @@ class Pretext(nn.Module):
     def __init__(self, tasks: tuple[str, ...], args: Args):
         super().__init__()
         self.resnet = build_trunk(args.arch, args.width, args.stem)
+        # A last stage for rotation and one for jigsaw
         last_stages = [self.resnet.layer4, build_trunk(args.arch, args.width, args.stem).layer4]
-        del self.resnet.layer4  # what is left is inherited
+        del self.resnet.layer4  # the rest is theta_p
         self.grid, self.branches = args.grid, nn.ModuleDict()
         for task in tasks:
             if task == "selfie":
@@ -210,13 +212,13 @@ def log_det(gradients: list[Tensor]) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Eq. 3 and what is minimised; a module, so that DistributedDataParallel can wrap it."""
+    """The loss of eq. 3, as a module for DistributedDataParallel."""
 
     def __init__(self, model: Network, args: Args):
         super().__init__()
         self.model, self.args = model, args
 
-    def adversarial(self, views: Views, diverse: bool) -> tuple[Tensor, Tensor]:
+    def loss_terms(self, views: Views, diverse: bool) -> tuple[Tensor, Tensor]:
         """Per image: (sum of the tasks' losses (B,), eq. 4 (B,), or zeros if not `diverse`)."""
         # Fused attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if diverse else contextlib.nullcontext():
@@ -229,26 +231,26 @@ class Objective(nn.Module):
         return total, log_det(list(gradients))
 
     def forward(self, clean: Views, attacked: Views | None, diverse: bool) -> Tensor:
-        """The loss to be minimised: mean over the images and tasks, over clean and attacked images, plus
-        lambda times eq. 4: the weights lower what the attack raises."""
-        loss = self.adversarial(clean, False)[0].mean() / len(clean)
+        """The training loss: mean over images and tasks, and over clean and attacked images, plus lambda
+        times eq. 4. The weights lower what the attack raises."""
+        loss = self.loss_terms(clean, False)[0].mean() / len(clean)
         if attacked is None:
             return loss
         if diverse:
             attacked = {t: (x.detach().requires_grad_(), target) for t, (x, target) in attacked.items()}
-        total, h = self.adversarial(attacked, diverse)
+        total, h = self.loss_terms(attacked, diverse)
         return 0.5 * (loss + total.mean() / len(clean)) + self.args.dpe_lambda * h.mean()
 
     def attack(self, views: Views, diverse: bool) -> Views:
-        """Images that maximise eq. 3, each with a perturbation of its own. The tasks' images lie one after
-        the other in the channels, so that it is one attack."""
+        """Images that maximise eq. 3, each with a perturbation of its own. All tasks' images are stacked as
+        channels and attacked at once."""
         args = self.args
 
         def split(z: Tensor) -> Views:  # (B, 3 * tasks, S, S)
             return {task: (x, views[task][1]) for task, x in zip(views, z.split(3, 1), strict=True)}
 
         def loss(z: Tensor) -> Tensor:  # (B,)
-            total, h = self.adversarial(split(z), diverse)
+            total, h = self.loss_terms(split(z), diverse)
             return total + args.dpe_lambda * h
 
         x = torch.cat([x for x, _ in views.values()], 1)
@@ -258,7 +260,7 @@ class Objective(nn.Module):
 
 # ---- pre-training ------------------------------------------------------------------------------------
 
-# {task: (epochs, highest and lowest learning rate, is there a warm-up?, --weight-decay divided by)}; epochs,
+# {task: (epochs, highest and lowest learning rate, whether it warms up, divisor of --weight-decay)}; epochs,
 # warm-up and decay: code. RS was not published: that it has as many epochs as P3 is our choice.
 RECIPE = {
     "rotation": (100, 0.1, 1e-6, True, 1), "rotation-P2": (200, 0.1, 1e-6, True, 1),
@@ -289,7 +291,7 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
     objective = Objective(model, args)
     opt = torch.optim.SGD(model.parameters(), high, momentum=0.9, weight_decay=args.weight_decay / decay)
     ddp = distribute(objective)
-    steps = count_batches(len(images), args.batch_size)
+    steps_per_epoch = count_batches(len(images), args.batch_size)
     val_batches = partial(batches, val_set, args.batch_size, run.device, workers=args.workers)
     # Selfie crops less and does not mirror (code).
     pad, flip = (args.image_size // 16, False) if task == "selfie" else (args.image_size // 8, args.flip)
@@ -297,9 +299,9 @@ def pretrain(task: str, kind: str, run: Run, args: Args, images: Images, val_set
     for epoch in run.epochs(stage, epochs, model, opt):
         model.train()
         for i, (x, _) in enumerate(run.batches(images, args.batch_size)):  # (B, 3, S, S); no labels
-            step = epoch * steps + i
-            rate = learning_rate(high, step, 0, epochs * steps, low)  # half a cosine
-            opt.param_groups[0]["lr"] = rate * warmup(step, args.warmup_steps * warm)
+            step = epoch * steps_per_epoch + i
+            rate = learning_rate(high, step, 0, epochs * steps_per_epoch, low)  # half a cosine
+            opt.param_groups[0]["lr"] = rate * (warmup(step, args.warmup_steps) if warm else 1)
             x = random_crop_flip(x, pad=pad, flip=flip)
             clean = {task: make_view(task, x, permutations) for task in tasks}
             if kind == "RS":  # the noisy images alone, not clipped (our choice)
@@ -355,7 +357,7 @@ def finetune(
     theta_p.requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     ddp = distribute(model)
-    steps = count_batches(len(train_set), args.batch_size)
+    steps_per_epoch = count_batches(len(train_set), args.batch_size)
     val_batches = partial(batches, val_set, args.batch_size, run.device, workers=args.workers)
 
     def attack(x: Tensor, y: Tensor, steps: int = args.eval_steps) -> Tensor:
@@ -367,11 +369,12 @@ def finetune(
         model.train()
         theta_p.eval()  # its BatchNorm, too, stays as pre-training left it
         for i, (x, y) in enumerate(run.batches(train_set, args.batch_size)):  # (B, 3, S, S), (B,)
-            opt.param_groups[0]["lr"] = args.lr * 0.1**drops * warmup(epoch * steps + i, args.warmup_steps)
+            step = epoch * steps_per_epoch + i
+            opt.param_groups[0]["lr"] = args.lr * 0.1**drops * warmup(step, args.warmup_steps)
             x = random_crop_flip(x, pad=args.image_size // 8, flip=args.flip)
             if robust:
                 with batchnorm_mode(model, args.attack_bn):
-                    theta_p.eval()
+                    theta_p.eval()  # batchnorm_mode set it to --attack-bn
                     x = attack(x, y, args.attack_steps)
             loss = F.cross_entropy(ddp(x), y)
             opt.zero_grad()
@@ -437,12 +440,12 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
         clean = [robust_accuracy(network, data()) for network in networks.values()]
         torch.manual_seed(args.seed + world()[0])  # of the random starts
         joint = transfer(networks.values(), progress(data(), len(test_set), "transfer"), attack).tolist()
-    known = {name: name_in_paper(state, name, args) for name, state in states.items()}
-    rows, about = [], {"attack": f"pgd-{args.eval_steps}", "norm": args.norm, "eps": args.eps}
+    in_paper = {name: name_in_paper(state, name, args) for name, state in states.items()}
+    rows, columns = [], {"attack": f"pgd-{args.eval_steps}", "norm": args.norm, "eps": args.eps}
 
-    def add(kind: str, name: str, accuracy: float, **more: str | list[str] | int) -> None:
+    def add(kind: str, name: str, accuracy: float, **extra: str | list[str] | int) -> None:
         row = {"kind": kind, "name": name, "examples": len(test_set), "accuracy": round(accuracy, 2)}
-        rows.append(about | row | more)
+        rows.append(columns | row | extra)
 
     for (s, a), (t, b) in itertools.product(enumerate(networks), repeat=2):
         add("transfer", f"{a} -> {b}", 100 - joint[s][t][t], source=a, target=b)
@@ -450,9 +453,9 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
         if t < u and s not in (t, u):
             add("venn", f"{a} -> {b} and {c}", 100 - joint[s][t][u], source=a, target=b, other=c)
     for s, (name, names) in enumerate(zip(networks, subsets, strict=True)):
-        more = {"models": list(names), "in_paper": " + ".join(sorted(known[n] for n in names))}
-        add("average", name, clean[s], attack="none", eps=0, **more)
-        add("average", name, 100 - joint[s][s][s], **more)
+        extra = {"models": list(names), "in_paper": " + ".join(sorted(in_paper[n] for n in names))}
+        add("average", name, clean[s], attack="none", eps=0, **extra)
+        add("average", name, 100 - joint[s][s][s], **extra)
     return rows
 
 
@@ -460,14 +463,16 @@ def compare(run: Run, args: Args, states: dict[str, dict], test_set: Images) -> 
 
 
 def cells(args: Args) -> list[tuple[str, str]]:
-    """[(task, pair)] that are asked for, such as ("rotation", "P3F4"); P1 has no task."""
+    """The requested [(task, pair)], such as ("rotation", "P3F4"); P1 has no task."""
     tasks = TASKS if args.table3 or args.task == "all" else (args.task,)
-    kind, last = ("all", "all") if args.table3 else (args.pretrain, args.finetune)
+    pretraining, finetuning = ("all", "all") if args.table3 else (args.pretrain, args.finetune)
     if tasks == ("ensemble",):  # Table 5
-        kind, last = "P3" if kind == "all" else kind, "F4" if last == "all" else last
-    kinds = ("P1", "P2", "P3") if kind == "all" else (kind,)
-    pairs = [a + b for a in kinds for b in (("F1", "F2", "F3", "F4") if last == "all" else (last,))]
-    if "all" in (kind, last) and last != "none":
+        pretraining = "P3" if pretraining == "all" else pretraining
+        finetuning = "F4" if finetuning == "all" else finetuning
+    kinds = ("P1", "P2", "P3") if pretraining == "all" else (pretraining,)
+    ends = ("F1", "F2", "F3", "F4") if finetuning == "all" else (finetuning,)
+    pairs = [kind + end for kind in kinds for end in ends]
+    if "all" in (pretraining, finetuning) and finetuning != "none":
         pairs = [pair for pair in pairs if pair in PAIRS]
     return list(dict.fromkeys(("" if pair[:2] == "P1" else task, pair) for task in tasks for pair in pairs))
 
@@ -479,7 +484,7 @@ def main(args: Args) -> dict:
     start = f"init-{Path(args.init).stem}" if args.init else f"{args.task}-{args.pretrain}"
     cell = f"{start}-{args.finetune}"
     run = start_run(args, "compare" if args.models else "table3" if args.table3 else cell)
-    run.remember_files("checkpoints", args.models or [args.init] * bool(args.init))
+    run.remember_files("checkpoints", args.models or filter(None, [args.init]))
     results = run.finished(table) or train_and_evaluate(run, args)
     shown = table(results, args) if results else "\nFine-tune a checkpoint pretrain-*.pt with --init."
     run.say(f"{shown}\n\nThe checkpoints are in {run.folder}.")
@@ -490,9 +495,9 @@ def check(args: Args) -> None:
     """Raise UserError for flags that would give no or wrong numbers."""
     tasks = {task for task, _ in cells(args)}
     if args.norm == "l2" and "ensemble" in tasks:
-        raise UserError("--norm l2: the ensemble attacks three images at once, in one ball; take linf.")
+        raise UserError("--task ensemble needs --norm linf: an l2 ball would hold its three images together.")
     if not args.eps and not args.models:
-        raise UserError("--eps 0 leaves no attack for RA; clean images are P2 and F3.")
+        raise UserError("--eps must be above 0; for clean images take --pretrain P2 --finetune F3.")
     if args.models and args.eval_attack != "pgd20":
         raise UserError("networks are compared under PGD (--eval-steps): leave out --eval-attack.")
     if args.extra_only and not args.extra_data:
@@ -506,14 +511,14 @@ def check(args: Args) -> None:
 
 
 def train_and_evaluate(run: Run, args: Args) -> dict:
-    """All cells that are asked for, each pre-training once, or the comparison of MODELS; returns what
-    results.json holds. A resumed run does not repeat what is finished."""
-    wanted, start = cells(args), None
+    """All requested cells, each pre-training once, or the comparison of MODELS; returns what results.json
+    holds. A resumed run does not repeat what is finished."""
+    requested, start = cells(args), None
     if args.init:
         start = load_checkpoint(args.init)
         with reading(args.init):
             _, kind, task = start["stage"].split("-")
-        wanted = cells(replace(args, task=task, pretrain=kind, table3=False))
+        requested = cells(replace(args, task=task, pretrain=kind, table3=False))
     train_set, test_set = run.load_data()
     if args.models:
         return run.finish(compare(run, args, load_classifiers(args, test_set), test_set))
@@ -529,24 +534,24 @@ def train_and_evaluate(run: Run, args: Args) -> dict:
     images = draw(images, args.pretrain_images, seed=args.seed) if args.pretrain_images else images
 
     rows, finals = run.rows(), {}
-    for task, pair in wanted:
+    for task, pair in requested:
         if task and not args.init:
             start = pretrain(task, pair[:2], run, args, images, val_set)
         if args.finetune == "none":
             continue
-        name = "init-" * bool(args.init) + f"{task}-" * bool(task) + pair
+        name = "-".join(filter(None, ("init" if args.init else "", task, pair)))
         picks = finetune(name, run, args, start if task else None, train_set, val_set)
         if pair == "P3F4":
             finals[f"{name}.ta"] = picks["ta"]
         if any(row["name"] == name for row in rows):
             continue
-        about = {"task": task, "pair": pair, "images": len(images) if task and not args.init else None}
-        about["best_epoch"] = picks["ta" if pair[2:] in ("F1", "F3") else "ra"]["epoch"]
+        columns = {"task": task, "pair": pair, "images": len(images) if task and not args.init else None}
+        columns["best_epoch"] = picks["ta" if pair[2:] in ("F1", "F3") else "ra"]["epoch"]
         for pick, state in picks.items():
             if pick == "ta" or state["epoch"] != picks["ta"]["epoch"]:  # else it is the same network
                 picture_eps = args.eps if pick == "ta" and pair[2:] in ("F2", "F4") else 0.0
                 measured = evaluate(run, name, state, test_set, [0, args.eps], picture_eps=picture_eps)
-            rows += [row | about | {"pick": pick} for row in measured]
+            rows += [row | columns | {"pick": pick} for row in measured]
         run.keep_rows(rows)
     if len(finals) > 1:
         rows = rows + compare(run, args, finals, test_set)
@@ -559,11 +564,12 @@ def load_classifiers(args: Args, test_set: Images) -> dict[str, dict]:
     for path in map(Path, args.models):
         state = load_checkpoint(path)
         check_classifier(state, path)
-        its = {"dataset": args.dataset, "image_size": args.image_size} | state.get("args", {})
+        saved = {"dataset": args.dataset, "image_size": args.image_size} | state.get("args", {})
         fits = state["network"]["heads"]["class"] == len(test_set.classes)
-        same_data = its["dataset"] == args.dataset or "folder" in (its["dataset"], args.dataset)
-        if not (fits and same_data and its["image_size"] == args.image_size):
-            raise UserError(f"{path} is not for the classes of {args.dataset} at {args.image_size} pixels.")
+        same_data = saved["dataset"] == args.dataset or "folder" in (saved["dataset"], args.dataset)
+        if not (fits and same_data and saved["image_size"] == args.image_size):
+            given = f"--dataset {args.dataset} --image-size {args.image_size}"
+            raise UserError(f"{path} does not fit {given}: give those of its training.")
         states[f"{path.resolve().parent.name}/{path.stem}"] = state
     if len(states) < len(args.models):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
@@ -575,11 +581,11 @@ def load_classifiers(args: Args, test_set: Images) -> dict[str, dict]:
 
 def name_in_paper(state: dict, name: str, args: Args) -> str:
     """'selfie-P3F4' if `name` is that network of best TA and all flags are the paper's; '' for others."""
-    stage, its = state.get("stage", ""), state.get("args", {})
-    if its.keys() != asdict(args).keys() or Path(name).name != f"{stage}.ta":
+    stage, saved = state.get("stage", ""), state.get("args", {})
+    if saved.keys() != asdict(args).keys() or Path(name).name != f"{stage}.ta":
         return ""
     known = paper_numbers(SCRIPT, args, stage)
-    return stage if known and paper_numbers(SCRIPT, Args(**its), stage) == known else ""
+    return stage if known and paper_numbers(SCRIPT, Args(**saved), stage) == known else ""
 
 
 def table(results: dict, args: Args) -> str:
@@ -590,8 +596,8 @@ def table(results: dict, args: Args) -> str:
     attack += f" ({args.norm} eps {eps_name(args.eps)}), {'mixed precision' if args.eval_amp else 'float32'}"
     text = f"\n{args.dataset}, {rows[0]['examples']:,} test images. TA: clean accuracy (%); RA: {attack}."
     for name in dict.fromkeys(row["name"] for row in rows if "pair" in row):
-        mine = [row for row in rows if row["name"] == name]
-        lines.append([name, *(f"{row['accuracy']:.2f}" for row in mine), str(mine[0]["best_epoch"])])
+        of_name = [row for row in rows if row["name"] == name]
+        lines.append([name, *(f"{row['accuracy']:.2f}" for row in of_name), str(of_name[0]["best_epoch"])])
         if known := paper_numbers(SCRIPT, args, name):
             lines.append(["  the paper", *known[:2], "", "", known[2]])
     if lines:
@@ -617,7 +623,8 @@ def compared_table(rows: list[dict], args: Args) -> str:
         for other in clean.values():
             target = "itself" if other is row else row["in_paper"]
             known.append("".join(paper_numbers(SCRIPT, args, f"{other['in_paper']} -> {target}")))
-        lines += [["  the paper", *known]] * any(known)
+        if any(known):
+            lines.append(["  the paper", *known])
     attack = next(row["attack"] for row in rows if row.get("kind") == "transfer").upper()
     text = f"\n\nTables 4 and 6, {attack}: networks and averages of their probabilities; last columns:"
     text += " success rate\n(%) of the attack made for the network named above on that of the line.\n\n"

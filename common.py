@@ -57,12 +57,16 @@ class UserError(Exception):
 # ---- flags -------------------------------------------------------------------------------------------
 
 
+class WrongValue(argparse.ArgumentTypeError, ValueError):
+    """A flag's value that is refused; argparse prints the message."""
+
+
 def number(text: str) -> float:
     """Read 0.5, 1e-4, 8/255 or 1.25/255. Raises ValueError for anything else and for negative numbers."""
     top, _, bottom = text.partition("/")
     value = float(top) / (float(bottom or 1) or math.nan)  # x/0 becomes NaN, which is refused
     if not 0 <= value < math.inf:
-        raise ValueError(text)
+        raise WrongValue(f"'{text}' is no number such as 0, 0.5 or 8/255")
     return value
 
 
@@ -74,21 +78,21 @@ def numbers(text: str) -> tuple[float, ...]:
 def whole_number(text: str) -> int:
     """Read 0, 1, 2, ..., 2^31 - 1. Raises ValueError for anything else."""
     if not 0 <= int(text) < 2**31:
-        raise ValueError(text)
+        raise WrongValue(f"'{text}' is no whole number from 0 to 2^31 - 1")
     return int(text)
 
 
 def positive(text: str) -> int:
     """Read 1, 2, 3, ... Raises ValueError for anything else."""
     if int(text) < 1:
-        raise ValueError(text)
+        raise WrongValue(f"'{text}' is no whole number from 1")
     return int(text)
 
 
 def share(text: str) -> float:
     """Read a number from 0 to 1. Raises ValueError for anything else."""
     if number(text) > 1:
-        raise ValueError(text)
+        raise WrongValue(f"'{text}' is no number from 0 to 1")
     return number(text)
 
 
@@ -113,7 +117,7 @@ class CommonArgs:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # precision of training and its attacks
     compile: bool = False  # torch.compile the trunk: faster steps after one or two minutes
     workers: int = 2  # processes per GPU that read images (--dataset folder)
-    out: str = ""  # folder of the run; empty: a folder in runs/ named after script, norm, radius and seed
+    out: str = ""  # folder of the run; empty: runs/ and script, variant, norm, radius and seed
     resume: bool = False  # continue the run in its folder, with the same flags, or start it
     quick: bool = False  # a miniature on the bundled digits, a minute or two on two CPU cores
     # data
@@ -208,7 +212,7 @@ SUCH_AS = {"linf": "8/255", "l2": "0.5"}
 
 
 def check_radii(args: Any) -> None:
-    """Raise UserError for a radius or step longer than any image's, and for the default of the other norm."""
+    """Raise UserError for a radius or step too long for images, and for the default of the other norm."""
     usual = vars(type(args)()) | (type(args).QUICK if args.quick else {})
     for name, value in vars(args).items():
         if name in ("eps", "step_size") or name.endswith("_eps"):
@@ -313,15 +317,14 @@ def learning_rate(highest: float, step: int, warmup: int, steps: int, lowest: fl
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def distribute(model: nn.Module, sync_bn: bool = True) -> nn.Module:
+def distribute(model: nn.Module) -> nn.Module:
     """Wrap `model` for the weight update on several ranks (attack the bare `model`); on one rank return it.
 
     BatchNorm in train mode uses the statistics of all ranks' images. Ranks draw different random numbers.
     """
     if world()[1] == 1:
         return model
-    if sync_bn:
-        sync_batchnorm(model)
+    sync_batchnorm(model)
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # older torch
@@ -382,7 +385,7 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def all_ranks_fine(problem: str = "") -> None:
-    """Raise UserError on every rank if one of them has a problem; if it left alone, the others would wait."""
+    """Raise UserError on every rank if one of them has a problem; else the others would wait for it."""
     problems = [problem] * world()[1]
     if world()[1] > 1:
         dist.all_gather_object(problems, problem)
@@ -709,11 +712,13 @@ def check_same_run(path: Path, saved: dict, script: str, args: Any) -> None:
     """Raise UserError unless `saved`, read from `path`, is of this script and a run with the same flags."""
     if saved["script"] != script:
         raise UserError(f"{path} was written by {saved['script']}.py, not by {script}.py.")
-    its, ours = (json.loads(json.dumps(flags)) for flags in (saved["args"], asdict(args)))  # tuples as lists
-    for flag in sorted(ours.keys() - FREE_ON_RESUME):
-        if its.get(flag) != ours[flag]:
-            flag, a, b = flag.replace("_", "-"), _shown(its.get(flag)), _shown(ours[flag])
-            raise UserError(f"{path} is of a run with --{flag} {a}, not {b}.")
+    was = asdict(type(args)()) | saved["args"]  # a flag that is newer than the run had its default
+    was, now = (json.loads(json.dumps(flags)) for flags in (was, asdict(args)))  # tuples as lists
+    for flag in sorted(now.keys() - FREE_ON_RESUME):
+        if was[flag] != now[flag]:
+            flag, a, b = flag.replace("_", "-"), _shown(was[flag]), _shown(now[flag])
+            advice = "give the same flags, or another --out"
+            raise UserError(f"{path} is of a run with --{flag} {a}, not {b}: {advice}.")
 
 
 def device_name(device: torch.device) -> str:
@@ -826,7 +831,7 @@ def check_classifier(state: dict, source: str | Path) -> None:
     """Raise UserError unless a checkpoint is a trained classifier: neither pre-training's nor a last.pt."""
     heads = state["network"].get("heads", {})
     if state.get("stage") == "pretrain" or "optimizer" in state or not heads.get("class"):
-        raise UserError(f"{source} is no finished classifier but, for example, an encoder or a last.pt.")
+        raise UserError(f"{source} is no trained classifier: use best.pt, not an encoder or last.pt.")
 
 
 def rebuild(state: dict, source: str | Path) -> "Network":
@@ -974,7 +979,7 @@ def read_image(path: str) -> Any:
         if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip it to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError("32-bit pixels, of which nobody knows where white is: save it with 8 or 16 bits")
+            raise ValueError("32-bit pixels have no defined white: save it with 8 or 16 bits")
         return image.convert("RGB")
 
 
@@ -1159,7 +1164,7 @@ def join(a: Images, b: Images) -> Images:
 
 
 def draw(data: Images, n: int, seed: int) -> Images:
-    """n of the images at random by `seed`: every one as often as any other, give or take one."""
+    """n of the images at random by `seed`: how often each is drawn differs by at most one."""
     generator = torch.Generator().manual_seed(seed)
     times = range(math.ceil(n / len(data)))
     order = torch.cat([torch.randperm(len(data), generator=generator) for _ in times])
@@ -1168,7 +1173,7 @@ def draw(data: Images, n: int, seed: int) -> Images:
 
 def batches(
     data: Images, batch_size: int, device: torch.device, *,
-    shuffle: int | None = None, skip: int = 0, workers: int = 2,
+    shuffle: int | None = None, workers: int = 2,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """This rank's share of each global batch: x float (b, 3, H, W) in [0, 1] and y int64 (b,), on the device.
 
@@ -1176,12 +1181,12 @@ def batches(
     batches whose sizes differ by at most one, and a batch into shares that do too: with 42,500 images and
     batch size 128, 333 batches of 127 or 128, where the usual cut leaves a last batch of 4, too few for
     BatchNorm.
-    shuffle: seed of the order (None: as stored); skip: number of batches to leave out at the start.
+    shuffle: seed of the order (None: as stored).
     """
     n = len(data)
     generator = None if shuffle is None else torch.Generator().manual_seed(shuffle)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    shares = [data.index[order[positions]] for positions in split_epoch(n, batch_size)[skip:]]
+    shares = [data.index[order[positions]] for positions in split_epoch(n, batch_size)]
     shares = [rows for rows in shares if len(rows)]
     # Labels and order are copied once: small copies, batch by batch, would make the CPU wait for a GPU.
     labels = data.labels.to(device)
@@ -1278,12 +1283,11 @@ def map_images(
 
 
 def random_resized_crop(
-    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    rand: Callable = torch.rand,
-) -> Tensor:  # fmt: skip
+    x: Tensor, scale: tuple[float, float] = (0.08, 1.0), rand: Callable = torch.rand
+) -> Tensor:
     """Cut a random box out of each image of x (B, C, H, W) in [0, 1] and enlarge it to full size, bicubic.
 
-    The box: `scale` is its share of the area, `ratio` its width over its height, log-uniform. The first of 10
+    The box: `scale` is its share of the area; width over height is log-uniform in [3/4, 4/3]. The first of 10
     draws that fits into the image is taken, else the whole image. As torchvision's, but at the box's border
     it reads pixels beyond the box.
     """
@@ -1293,7 +1297,7 @@ def random_resized_crop(
         return low + (high - low) * rand(*shape, device=x.device)
 
     area = h * w * uniform(*scale, b, 10)
-    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), b, 10).exp()
+    aspect = uniform(math.log(3 / 4), math.log(4 / 3), b, 10).exp()
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (B, 10)
     fits = (width >= 1) & (width <= w) & (height >= 1) & (height <= h)
     first = fits.float().argmax(1, keepdim=True)
@@ -1377,14 +1381,12 @@ def color_jitter(
     return torch.where(rand(b, 1, 1, 1, device=x.device) < p, out, x)
 
 
-def random_blur(
-    x: Tensor, p: float, sigma: tuple[float, float] = (0.1, 2.0), rand: Callable = torch.rand
-) -> Tensor:
-    """With probability p, smooth each image of x (B, C, H, W) in [0, 1] by a Gaussian of its own sigma; its
-    kernel is a tenth of the side (SimCLR)."""
+def random_blur(x: Tensor, p: float, rand: Callable = torch.rand) -> Tensor:
+    """With probability p, smooth each image of x (B, C, H, W) in [0, 1] by a Gaussian with a sigma of its own
+    in [0.1, 2]; the kernel is a tenth of the side (SimCLR)."""
     b, c, h, w = x.shape
     radius = max(h // 20, 1)
-    s = sigma[0] + (sigma[1] - sigma[0]) * rand(b, 1, device=x.device)
+    s = 0.1 + 1.9 * rand(b, 1, device=x.device)
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / s) ** 2)
     line = (line / line.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (B * C, 1, 2 radius + 1)
     out = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, b * c, h + 2 * radius, w + 2 * radius)
@@ -1472,6 +1474,15 @@ def jigsaw_permutations(n: int, count: int, seed: int = 0) -> Tensor:
 # ======================================================================================================
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution. On a map of one pixel a stride does not matter, and is left out: on CPUs oneDNN's
+    bfloat16 gradient for the weights is uninitialised memory there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = 1 if max(x.shape[2:]) == 1 else self.stride
+        return F.conv2d(x, self.weight, None, stride, self.padding)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2), post-activation."""
 
@@ -1479,7 +1490,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in: int, c: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.conv1 = Conv3x3(c_in, c, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c)
         self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c)
@@ -1499,7 +1510,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c)
-        self.conv2 = nn.Conv2d(c, c, 3, stride, 1, bias=False)
+        self.conv2 = Conv3x3(c, c, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c)
         self.conv3 = nn.Conv2d(c, 4 * c, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * c)
@@ -1520,7 +1531,7 @@ class PreActBlock(nn.Module):
     def __init__(self, c_in: int, c: int, stride: int):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
-        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.conv1 = Conv3x3(c_in, c, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c)
         self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
         self.shortcut = _shortcut(c_in, c, stride, norm=False)
@@ -1543,7 +1554,7 @@ class PreActBottleneck(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c)
-        self.conv2 = nn.Conv2d(c, c, 3, stride, 1, bias=False)
+        self.conv2 = Conv3x3(c, c, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(c)
         self.conv3 = nn.Conv2d(c, 4 * c, 1, bias=False)
         self.shortcut = _shortcut(c_in, 4 * c, stride)
@@ -1797,8 +1808,8 @@ class Network(nn.Module):
 
     x is in [0, 1], so attacks see pixels. With `amp` set to a dtype the trunk computes in it, in
     channels_last layout (weights stay float32); what is returned is float32. Float16 would lose small
-    gradients: inside the trunk they are FP16_SCALE times as large, outside, for images and weights, as they
-    should be.
+    gradients: they are multiplied by FP16_SCALE where they enter the trunk and divided by it where they
+    leave it.
     """
 
     FP16_SCALE = 1024.0
@@ -1950,9 +1961,9 @@ def pgd(
         with batchnorm_mode(model, "eval"):
             x_adv = pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, eps=8 / 255)
 
-    loss: images (B, C, H, W) -> one value per image (B,), to be maximised. Weights and .grad are not touched.
+    loss: images (B, C, H, W) -> one value per image (B,), to be maximised. Weights and .grad stay the same.
     x: (B, C, H, W) in [0, 1]. norm 'linf': |delta_i| <= eps for each value; 'l2': ||delta||_2 <= eps.
-    step_size: 0 is, for linf, 2/255 (Kucer et al., section 4.2) or 2 eps / steps if that is more, and for l2
+    step_size: 0 is for linf the larger of 2/255 (Kucer et al., section 4.2) and 2 eps / steps, for l2
         2 eps / steps (Salman et al. 2020).
     start: images to begin with; by default random, for linf uniform in the ball, for l2 on its surface.
     keep_best: return each image's iterate of highest loss, not its last (costs one more pass).
@@ -1984,7 +1995,9 @@ def pgd(
             better = (values.detach() > best_loss).view(-1, *[1] * (x.dim() - 1))
             best, best_loss = torch.where(better, x_adv, best), best_loss.fmax(values.detach())
         if step < steps:
-            direction = grad.sign() if norm == "linf" else grad / (l2_norm(grad) + 1e-12)
+            direction = grad / (l2_norm(grad) + 1e-12)
+            if norm == "linf":
+                direction = grad.sign().where(grad == grad, grad)  # the sign of NaN would be 0
             x_adv = project(x_adv + step_size * direction, x, eps, norm)
     return best if keep_best else x_adv
 
@@ -2031,8 +2044,9 @@ def cuda_graph(attack: Callable[..., Any]) -> Callable[..., Any]:
 
     PGD is thousands of small kernels; a CPU launches them more slowly than a GPU runs small batches. A graph
     launches all at once, with the weights of the moment. It is recorded for each shape of the inputs, in the
-    second call with it; the first runs as usual, which tunes the kernels. On a CPU, and on several GPUs,
-    where BatchNorm may exchange statistics, the attack is just called.
+    second call with it; the first runs as usual, which tunes the kernels. Numbers, branches and modes inside
+    `attack` are fixed by then: pass what changes as a tensor, and read no tensor's value. On a CPU, and on
+    several GPUs, where BatchNorm may exchange statistics, the attack is just called.
     """
     recorded: dict[tuple, Any] = {}
     memory = None  # that all recordings share
@@ -2124,7 +2138,7 @@ def percent_of_all_ranks(counts: list[int], seen: int) -> list[float]:
 
 # ---- stronger attacks --------------------------------------------------------------------------------
 # The loss(x) of `apgd` returns (B,) as for `pgd`, or a pair ((B,), fooled (B,) bool): then an image that
-# fooled the network is returned as it was when it last did, any other as it was at its highest loss.
+# fooled the network is returned as the last point that did, any other as the point of highest loss.
 
 
 class _Best:
@@ -2258,7 +2272,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def nth_target(logits: Tensor, y: Tensor, n: int) -> Tensor:
-    """(B,): the wrong class with the highest logit for n = 0, the second highest for 1, ...; then in turn."""
+    """(B,): the wrong class with the highest logit for n = 0, the second for 1, ... (then the first again)."""
     wrong = logits.scatter(1, y.long()[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
     return wrong[:, n % wrong.shape[1]]
 
@@ -2392,11 +2406,12 @@ def suite_attacks(kind: str, norm: str, eps: float, seed: int = 0) -> list[tuple
 
     'suite': the one of Gowal et al. 2021, after PGD-20, which is cheap and leaves fewer images to the others.
     Their "MultiTargeted with 20 restarts" is read as 20 in all, the targets in turn (it may also mean 20 for
-    each target, 9 times the cost on CIFAR-10). 'suite-fast': a tenth of it. 'apgd': its AutoPGD alone, as on
-    their ImageNet. 'standard': AutoAttack (Croce and Hein 2020) without FAB. seed: of the random numbers, the
-    same for each batch. Raises ValueError for another kind.
+    each target, 9 times the cost on CIFAR-10). 'suite-fast': a tenth of 'suite'. 'apgd': the AutoPGD of
+    'suite', as on their ImageNet. 'standard': AutoAttack (Croce and Hein 2020) without FAB. 'pgd20': PGD.
+    seed: of the random numbers, the same for each batch. Raises ValueError for another kind.
     """
     suites = {  # name: (restarts, steps or queries of each)
+        "pgd20": {"pgd-20": (1, 20)},
         "apgd": {"apgd-ce": (5, 100), "apgd-dlr": (5, 100)},
         "suite": {
             "pgd-20": (1, 20), "apgd-ce": (5, 100), "apgd-dlr": (5, 100), "multi-targeted": (20, 200),
@@ -2482,8 +2497,8 @@ def suite_accuracy(
 def doubts(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: float, norm: str = "linf"
 ) -> list[str]:
-    """Signs that attacks fail rather than that the network is robust (Athalye et al. 2018; Carlini et al.
-    2019), one sentence each.
+    """Warnings of gradient masking, one sentence each: signs that attacks fail rather than that the network
+    is robust (Athalye et al. 2018; Carlini et al. 2019).
 
     model: images to logits, in eval mode; x, y: 50 test images or more. Costs about 100 passes with gradient
     and 200 without; with eps 0 only the signs that need no attack are looked for.
@@ -2544,9 +2559,9 @@ def evaluate(
     run: Run, name: str, state: dict, test_set: Images, radii: Iterable[float], *,
     norm: str = "", batch_size: int = 0, picture_eps: float = 0.0,
 ) -> list[dict]:  # fmt: skip
-    """Accuracy of the checkpoint `state` under attack on the class loss: one row of
-    results.json per radius, with name, attack ("none" at radius 0), norm, eps, examples, accuracy (%),
-    epoch, and `after`, which is what each attack of a suite leaves.
+    """Accuracy of the checkpoint `state` under attack on the class loss. Returns a row of results.json per
+    radius: name, attack ("none" at radius 0), norm, eps, examples, accuracy (%), epoch, and of a suite
+    `after`, the accuracy after each of its attacks.
 
     Attack and precision are those of the flags, also norm and batch_size if not given. picture_eps: radius
     at which adversarial.png is written and signs of gradient masking (`doubts`) are printed; 0: neither. All
@@ -2607,7 +2622,7 @@ def train_digits(run: Run) -> Path:
 
 def results_table(results: dict, args: Any, reported: str = "") -> str:
     """What results.json holds as text: a line per network, a column per attack and radius, and below a
-    network the paper's row if one matches. reported: which epoch that is. Raises KeyError for
+    network the paper's row if one matches. reported: how the epoch was chosen. Raises KeyError for
     incomplete rows."""
     rows, table = results["rows"], []
     columns = list(dict.fromkeys((row["attack"], row["norm"], row["eps"]) for row in rows))

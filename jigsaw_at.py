@@ -15,7 +15,7 @@ one of J + 1 orders.
     replace    adversarial        CE(F(X_SS), y); X is not used, both heads train on X_SS           (eq. 7)
 
 X and X_SS have a perturbation each; other readings of the paper: --ss-attack shared (T2, T3), both (T3).
---pretrain l2 or linf first trains the trunk on (X_SS, y_SS) alone, adversarially (P1, P2; section 3.3).
+--pretrain l2 (P1, radius 0.5) or linf (P2, 8/255) first trains the trunk on attacked (X_SS, y_SS) alone.
 
     python jigsaw_at.py --quick                             # digits, a minute on two CPU cores
     python jigsaw_at.py --variant T3                        # Table 3, Jigsaw: linf 8/255, 100 epochs
@@ -75,7 +75,7 @@ class Args(CommonArgs):
     step_size: float = 0.0  # PGD step in training (not in --pretrain); 0: 2 eps / steps, linf at least 2/255
     attack_bn: Literal["eval", "train"] = "eval"  # mode of BatchNorm under attack in training
     # method (section 3)
-    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # which batch each loss attacks (table above)
+    variant: Literal["T0", "T1", "T2", "T3", "replace"] = "T3"  # what the attack maximises (table above)
     ss_attack: Literal["separate", "shared", "both"] = "separate"  # perturbation of X_SS in T2, T3
     grid: Positive = 4  # tiles along each side, n (paper: not given)
     num_permutations: Positive = 30  # orders of the tiles besides the identity, J (paper: not given)
@@ -97,7 +97,7 @@ class Args(CommonArgs):
 
 # ---- the method: Algorithm 1 and eq. 1, 4, 7-10 ------------------------------------------------------
 
-# The paper\'s F(x) is model(x, "class"), its F_SS(x) is model(x, TASK).
+# The paper's F(x) is model(x, "class"), its F_SS(x) is model(x, TASK).
 TASK = "jigsaw"
 
 
@@ -254,8 +254,8 @@ def validate(
     stage: str, run: Run, args: Args, model: nn.Module, val_set: Images,
     attack: Callable, T: Callable, ss_classes: int,
 ) -> dict[str, float]:  # fmt: skip
-    """{val_clean, val_robust}: accuracy in percent on the held-out images, in pre-training of the SS head.
-    Plain is attacked as in training, too. Robust accuracy: of 500 images, or of all with --select robust."""
+    """{val_clean, val_robust}: accuracy (%) on the held-out images (in pre-training: of the SS head). The plain
+    network gets the same attack. Robust accuracy is of 500 images, or of all with --select robust."""
     head = TASK if stage == "pretrain" else "class"
 
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ we change x within a ball of radius eps_v so that these losses fall (Algorithm 1
 
     python mtl_reverse.py --quick                          # digits, under two minutes on two cores
     python mtl_reverse.py --victim carmon2019.pt           # Table 1: CIFAR-10, the network of Carmon et al.
-    python mtl_reverse.py --victim carmon2019.pt --branches runs/X --out runs/Y   # networks of runs/X
+    python mtl_reverse.py --victim carmon2019.pt --branches runs/X --out runs/Y   # task networks of runs/X
     python mtl_reverse.py --victim runs/X/best.pt          # a classifier of any script here
     python mtl_reverse.py                                  # train the classifier, too
     torchrun --nproc-per-node=8 mtl_reverse.py --victim carmon2019.pt
@@ -87,7 +87,7 @@ Attacks = Annotated[tuple, some_of(ATTACKS)]
 class Args(CommonArgs):
     # run
     victim: str = ""  # checkpoint of the classifier F, ours or Carmon et al.'s (paper); empty: train one
-    branches: str = ""  # run whose networks of the tasks are used again, with their flags; empty: train them
+    branches: str = ""  # folder of a run whose task networks to reuse; empty: train them
     # data and model
     flip: bool = True  # mirror images at random in training and in views
     arch: Arch = "wrn28_10"  # network of F without --victim (paper: wrn28_10)
@@ -98,12 +98,12 @@ class Args(CommonArgs):
     lr: float = 0.1  # initial learning rate of the training of F
     weight_decay: float = 5e-4  # weight decay of SGD, on all weights of F and of rotation and inpainting
     # attack, in the training of F and in the evaluation
-    norm: Literal["linf", "l2"] = "linf"  # norm of the ball that the attack stays in (paper: linf)
-    eps: float = 8 / 255  # radius of that ball, in [0, 1] pixel units (paper: 8/255)
+    norm: Literal["linf", "l2"] = "linf"  # norm of the attack (paper: linf)
+    eps: float = 8 / 255  # radius of the attack; images are in [0, 1] (paper: 8/255)
     attack_steps: Positive = 10  # steps of PGD in the training of F
     step_size: float = 0.0  # step size of PGD; 0: 2 eps / steps, for linf at least 2/255
-    # the tasks' networks (SGD as above for rotation and inpainting, Adam for the contrastive head)
-    branch_epochs: Positive = 200  # epochs of training of each task's network (paper: not given)
+    # task networks (SGD as above for rotation and inpainting, Adam for the contrastive head)
+    branch_epochs: Positive = 200  # epochs of training of each task network (paper: not given)
     branch_batch_size: Positive = 128  # images per step of rotation and inpainting, over all GPUs
     branch_lr: float = 0.1  # initial learning rate of rotation and inpainting (paper: not given)
     head_batch_size: Positive = 1024  # images per step of the contrastive head, all GPUs (Mao et al.: 1024)
@@ -120,14 +120,14 @@ class Args(CommonArgs):
     views: Positive = 4  # views of each image in the contrastive loss, at least 2 (code: 4)
     bank: Positive = 512  # training images whose views are the negatives of the contrastive loss
     # evaluation
-    attacks: Attacks = ATTACKS[:4]  # comma-separated: pgd (paper; always made), aware, bpda, unrolled, suite
-    eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # what the attack suite is
+    attacks: Attacks = ATTACKS[:4]  # comma-separated: pgd (paper; always run), aware, bpda, unrolled, suite
+    eval_attack: Literal["suite", "suite-fast", "standard", "apgd"] = "suite"  # the suite that `suite` runs
     eval_steps: Positive = 10  # steps of the attacks pgd and aware (code: 10)
-    lambdas: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)  # values of lambda, an attack aware for each
-    adaptive_steps: Positive = 20  # steps of the attacks bpda and unrolled, which go on from pgd's images
+    lambdas: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)  # values of lambda; `aware` runs once per value
+    adaptive_steps: Positive = 20  # steps of bpda and unrolled, started from pgd's images
     eot: Positive = 4  # random draws of the defence that bpda and unrolled average over in each step
     eval_batch_size: Positive = 128  # images per batch in evaluation, over all GPUs
-    eval_amp: bool = False  # evaluate F in mixed precision, not float32; --amp says that of the reversal
+    eval_amp: bool = False  # evaluate F in mixed precision, not float32 (reversal: --amp)
     val_fraction: Share = 0.1  # fraction of the training images held out to select the epochs
 
     QUICK: ClassVar[dict] = dict(
@@ -150,7 +150,7 @@ class Defence:
 
     name: str
     classifier: Network
-    branches: dict[str, nn.Module]  # {task: its network, which maps images to losses (B,)}
+    branches: dict[str, nn.Module]  # {task: task network, which maps images to losses (B,)}
     args: Args
     bank: Tensor | None = None  # (M, 16), negatives of the contrastive loss
     sign: bool = False  # steps along the signs of the gradient (Mao et al.)
@@ -170,7 +170,7 @@ class Defence:
 
 def reverse(x: Tensor, defence: Defence, seeds: Tensor, step: Callable | None = None) -> Tensor:
     """Algorithm 1: images x (B, 3, S, S) in [0, 1], attacked or not, to x'. step: `reverse_step`, or for
-    attackers `Step.apply`.
+    attackers `DifferentiableStep.apply`.
 
     seeds: int64 (B,). An image's noise and views depend on its seed alone, and nothing on its batch.
     """
@@ -193,14 +193,15 @@ def reverse_step(
 ) -> Tensor:  # fmt: skip
     """Iteration k of Algorithm 1: from z to the next image, in the ball around x. differentiable: keep the
     graph, so that an attacker can differentiate the step."""
-    args, turn, losses, move = defence.args, tasks_in_turn(defence.branches, k), {}, 0
+    args, losses, move = defence.args, {}, 0
+    active = active_tasks(defence.branches, k)
     with torch.enable_grad():
         z = z if differentiable else z.detach().requires_grad_()
         for task in defence.branches:
-            with torch.set_grad_enabled(differentiable or task in turn):  # the third only enters L
+            with torch.set_grad_enabled(differentiable or task in active):  # else it only enters L
                 losses[task] = defence.loss(task, z, mix_seeds(seeds, k))
         total = sum(losses.values()).clamp(min=1e-12)  # line 3: L, (B,)
-        for task in turn:  # lines 4 to 9
+        for task in active:  # lines 4 to 9
             (g,) = torch.autograd.grad(losses[task].sum(), z, create_graph=differentiable)
             move = move + (losses[task] / total).view(-1, 1, 1, 1) * direction(g, defence.sign)
         z = z - args.reverse_step_size * move
@@ -208,7 +209,7 @@ def reverse_step(
     return z if differentiable else z.detach()
 
 
-def tasks_in_turn(tasks: Iterable[str], k: int) -> list[str]:
+def active_tasks(tasks: Iterable[str], k: int) -> list[str]:
     """The tasks that move the image in iteration k = 1, 2, ...: rotation in even and inpainting in odd ones
     (lines 5 to 9), unless one of the two is missing; contrastive in all (line 4)."""
     if not {"rotation", "inpainting"} <= set(tasks):
@@ -261,15 +262,15 @@ class Contrastive(nn.Module):
         """Unit vectors z of views of each image: (B, 3, S, S) -> (B, views, 16). rand: makes the numbers of
         the first view of all images, then of the second, ..."""
         # Crop, mirror, colour jitter, always and at full strength, and grey with probability 0.2 (code)
-        more = {"strength": 1.0, "crop": self.crop, "flip": self.flip, "jitter": 1.0, "rand": rand}
-        v = simclr_augment(x.repeat(views, 1, 1, 1), **more)
+        options = {"strength": 1.0, "crop": self.crop, "flip": self.flip, "jitter": 1.0, "rand": rand}
+        v = simclr_augment(x.repeat(views, 1, 1, 1), **options)
         return F.normalize(self.head(self.features(v)), dim=1).unflatten(0, (views, len(x))).transpose(0, 1)
 
     def forward(
         self, x: Tensor, views: int = 2, rand: Callable = torch.rand, bank: Tensor | None = None
     ) -> Tensor:  # fmt: skip
-        """L_s per image, (B,): the mean over the pairs i, j of different views, of which y_ij = 1. The sum
-        over k has all other views of the image, and the negatives: `bank` (M, 16), or in training (None) the
+        """L_s per image, (B,): the mean over the pairs i, j of different views of the image (y_ij = 1). The
+        denominator sums over all other views and the negatives: `bank` (M, 16), or in training (None) the
         views of all other images of the batch, on all GPUs."""
         z = self.embed(x, views, rand)
         similar = z @ z.mT / self.temperature  # (B, V, V): z_i z_j / tau
@@ -386,7 +387,7 @@ class Inpainting(nn.Module):
 
 
 def build_branches(args: Args, classifier: Network) -> dict[str, nn.Module]:
-    """{task: its network, which maps images to losses (B,)}, not trained."""
+    """{task: task network, which maps images to losses (B,)}, not trained."""
     rotation, inpainting = Rotation(args), Inpainting(args)
     return {"contrastive": Contrastive(classifier, args), "rotation": rotation, "inpainting": inpainting}
 
@@ -416,12 +417,12 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, defence: Defence, lam
         return ce_per_image(defence.classify(z), y)
 
     def lagrangian(z: Tensor) -> Tensor:
-        new = fresh()
-        return class_loss(z) - lam * sum(defence.loss(task, z, new) for task in defence.branches)
+        drawn = fresh()
+        return class_loss(z) - lam * sum(defence.loss(task, z, drawn) for task in defence.branches)
 
     def defended(z: Tensor) -> Tensor:
         if kind == "unrolled":
-            return reverse(z, defence, fresh(), Step.apply)
+            return reverse(z, defence, fresh(), DifferentiableStep.apply)
         return z + (reverse(z.detach(), defence, fresh()) - z).detach()  # BPDA: the derivative by z is 1
 
     def adaptive(z: Tensor) -> Tensor:  # mean over draws; with checkpoint() one graph of F at a time is kept
@@ -445,7 +446,7 @@ def attack(kind: str, x: Tensor, y: Tensor, seeds: Tensor, defence: Defence, lam
     return x_adv
 
 
-class Step(torch.autograd.Function):
+class DifferentiableStep(torch.autograd.Function):
     """`reverse_step` with its derivative, for attackers. The backward pass computes the iteration again, so
     the images of all K iterations and the graph of one are kept, which takes 0.1 GB per image for
     WideResNet-28-10 and 4 views."""
@@ -453,7 +454,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, x: Tensor, k: int, defence: Defence, seeds: Tensor) -> Tensor:
         ctx.save_for_backward(z, x)
-        ctx.more = k, defence, seeds
+        ctx.constants = k, defence, seeds
         return reverse_step(z, x, k, defence, seeds)
 
     @staticmethod
@@ -461,7 +462,7 @@ class Step(torch.autograd.Function):
         # The fused attention of ViTs has no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             z, x = (v.detach().requires_grad_() for v in ctx.saved_tensors)
-            after = reverse_step(z, x, *ctx.more, differentiable=True)
+            after = reverse_step(z, x, *ctx.constants, differentiable=True)
         return *torch.autograd.grad(after, (z, x), g), None, None, None  # x also is the centre of the ball
 
 
@@ -474,9 +475,9 @@ def suite(x: Tensor, x_adv: Tensor, y: Tensor, defence: Defence) -> Tensor:
             for i in range(restarts):
                 if not len(rows):
                     return x_adv
-                found = one_attack(model, x[rows], y[rows], i)
-                fooled = model(found).argmax(1) != y[rows]
-                x_adv[rows[fooled]] = found[fooled]
+                attacked = one_attack(model, x[rows], y[rows], i)
+                fooled = model(attacked).argmax(1) != y[rows]
+                x_adv[rows[fooled]] = attacked[fooled]
                 rows = rows[~fooled]
     return x_adv
 
@@ -488,7 +489,7 @@ SEED_OFFSET = {"classifier": 0, "contrastive": 100_000, "rotation": 200_000, "in
 
 
 def train(stage: str, run: Run, args: Args, model: nn.Module, train_set: Images, val_set: Images) -> dict:
-    """Train the classifier (on adversarial images) or the network of a task, and return its checkpoint: the
+    """Train the classifier (on adversarial images) or a task network, and return its checkpoint: the
     epoch of lowest loss on held-out images, whose weights `model` then has."""
     sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
     epochs, batch_size, lr, optimizer = {
@@ -537,7 +538,7 @@ def train(stage: str, run: Run, args: Args, model: nn.Module, train_set: Images,
 def get_branches(
     run: Run, args: Args, classifier: Network, train_set: Images, val_set: Images
 ) -> dict[str, nn.Module]:  # fmt: skip
-    """{task: its network, frozen, in eval mode}: those of --branches, or trained."""
+    """{task: task network, frozen, in eval mode}: those of --branches, or trained."""
     torch.manual_seed(args.seed)
     branches = build_branches(args, classifier)
     values = b"".join(v.cpu().numpy().tobytes() for v in classifier.state_dict().values())
@@ -572,13 +573,13 @@ def make_defences(
     run: Run, args: Args, classifier: Network, branches: dict[str, nn.Module], train_set: Images
 ) -> list[Defence]:  # fmt: skip
     """The rows of the table: none, SSL (Mao et al.), and that of --tasks."""
-    some = draw(train_set, min(args.bank, len(train_set)), args.seed)
+    subset = draw(train_set, min(args.bank, len(train_set)), args.seed)
 
     def embed(x: Tensor, i: Tensor) -> Tensor:
         rand = image_rand(mix_seeds(mix_seeds(i, args.seed), FOR_BANK), args.views)
         return branches["contrastive"].embed(x, args.views, rand)
 
-    bank = map_images(embed, some, run, args.eval_batch_size, indexed=True).flatten(0, 1)
+    bank = map_images(embed, subset, run, args.eval_batch_size, indexed=True).flatten(0, 1)
     name = "mtl" if args.tasks == TASKS else "+".join(args.tasks)
     ssl = {"contrastive": branches["contrastive"]}
     return [
@@ -595,7 +596,7 @@ def jobs(defences: list[Defence]) -> list[tuple[str, float, list[Defence]]]:
     kinds = ("none", "pgd", *args.attacks)
     adaptive = [kind for kind in ("bpda", "unrolled") if kind in kinds]
     todo = [(kind, 0.0, defences) for kind in ("none", "pgd", "suite") if kind in kinds]
-    if adaptive:  # against F alone they go on with PGD
+    if adaptive:  # without a defence, bpda is PGD with more steps
         todo.append(("bpda", 0.0, defences[:1]))
     for defence in defences[1:]:
         todo += [("aware", lam, [defence]) for lam in args.lambdas if "aware" in kinds]
@@ -617,21 +618,22 @@ class Evaluation:
     def defended(self, x: Tensor, i: Tensor, defence: Defence) -> Tensor:
         return reverse(x, defence, mix_seeds(self.seeds[i], FOR_DEFENCE))
 
-    def correct(self, kind: str, lam: float, on: list[Defence], x: Tensor, i: Tensor) -> Tensor:
-        """1 where F is right on the attacked images behind each of the defences, else 0: (B, defences)."""
-        x_adv = self.attacked(kind, x, i, on[0], lam)
-        logits = [defence.classify(self.defended(x_adv, i, defence)) for defence in on]
+    def is_right(self, kind: str, lam: float, defences: list[Defence], x: Tensor, i: Tensor) -> Tensor:
+        """1 where F is right on the attacked images behind each of the defences, else 0: (B, defences). The
+        attack is made against the first of them."""
+        x_adv = self.attacked(kind, x, i, defences[0], lam)
+        logits = [defence.classify(self.defended(x_adv, i, defence)) for defence in defences]
         return torch.stack([is_correct(v, self.labels[i]) for v in logits], 1).float()
 
-    def stages(self, x: Tensor, i: Tensor, defence: Defence) -> Tensor:
-        """The images, attacked by PGD, and reversed: (B, 3, 3, S, S)."""
+    def clean_attacked_reversed(self, x: Tensor, i: Tensor, defence: Defence) -> Tensor:
+        """The images, the same attacked by PGD, and these reversed: (B, 3, 3, S, S)."""
         x_adv = self.attacked("pgd", x, i, defence)
         return torch.stack([x, x_adv, self.defended(x_adv, i, defence)], 1)
 
-    def each(self, f: Callable, images: int = 0) -> Tensor:
-        """f(x, i) of all test images, or of the first (they are in random order)."""
-        some = self.test_set.subset(torch.arange(min(images or len(self.test_set), len(self.test_set))))
-        return map_images(f, some, self.run, self.args.eval_batch_size, indexed=True).cpu()
+    def over_images(self, f: Callable, n: int = 0) -> Tensor:
+        """f(x, i) of all test images, or of the first n (they are in random order)."""
+        subset = self.test_set.subset(torch.arange(min(n or len(self.test_set), len(self.test_set))))
+        return map_images(f, subset, self.run, self.args.eval_batch_size, indexed=True).cpu()
 
 
 def evaluate(evaluation: Evaluation, defences: list[Defence], state: dict) -> list[dict]:
@@ -643,21 +645,21 @@ def evaluate(evaluation: Evaluation, defences: list[Defence], state: dict) -> li
     names |= {kind: f"{kind}-{args.adaptive_steps}" for kind in ("bpda", "unrolled")}
     rows = run.rows()
     done = {(row["name"], row.get("attack"), row.get("lambda")) for row in rows}
-    for kind, lam, on in jobs(defences):
-        if (on[0].name, names[kind], lam) in done:
+    for kind, lam, evaluated in jobs(defences):
+        if (evaluated[0].name, names[kind], lam) in done:
             continue
         began = time.perf_counter()
-        correct = evaluation.each(partial(evaluation.correct, kind, lam, on))  # (n, defences)
+        correct = evaluation.over_images(partial(evaluation.is_right, kind, lam, evaluated))  # (n, defences)
         eps = 0 if kind == "none" else args.eps
-        about = {"attack": names[kind], "lambda": lam, "norm": args.norm, "eps": eps}
-        about |= {"epoch": state.get("epoch", 0), "source": state.get("source", "")}
-        for defence, c in zip(on, correct.T, strict=True):
+        shared = {"attack": names[kind], "lambda": lam, "norm": args.norm, "eps": eps}
+        shared |= {"epoch": state.get("epoch", 0), "source": state.get("source", "")}
+        for defence, c in zip(evaluated, correct.T, strict=True):
             bits = "".join("01"[int(v)] for v in c)  # for paired differences
-            rows.append({"name": defence.name} | about | accuracy(c) | {"correct": bits})
+            rows.append({"name": defence.name} | shared | accuracy(c) | {"correct": bits})
         run.keep_rows(rows)
-        found = ", ".join(f"{row['name']} {row['accuracy']:.2f}%" for row in rows[-len(on) :])
+        accuracies = ", ".join(f"{row['name']} {row['accuracy']:.2f}%" for row in rows[-len(evaluated) :])
         of = f" with lambda {lam:g}" if kind == "aware" else ""
-        run.say(f"{names[kind]}{of}: {found} ({time.perf_counter() - began:.1f} s)")
+        run.say(f"{names[kind]}{of}: {accuracies} ({time.perf_counter() - began:.1f} s)")
     for defence in defences[1:]:
         if (defence.name, None, None) not in done:
             rows += loss_rows(evaluation, defence)
@@ -673,8 +675,8 @@ def accuracy(correct: Tensor) -> dict[str, float]:
 
 
 SUITES = ("suite", "standard", "apgd")
-# {column of the table: (its own attacks, others)}. It shows the strongest on each defence, if one of its own
-# was made. An adaptive attacker has them all.
+# {column of the table: (its own attacks, others)}. A column shows the strongest attack on each defence, if
+# one of its own was run. An adaptive attacker has them all.
 COLUMNS = {
     "clean": (("none",), ()), "pgd": (("pgd",), ()), "defence-aware": (("aware",), ("pgd",)),
     "suite": (SUITES, ()), "adaptive": (("bpda", "unrolled"), ("pgd", "aware", *SUITES)),
@@ -688,19 +690,21 @@ def columns(rows: list[dict]) -> list[dict]:
     names = list(dict.fromkeys(row["name"] for row in rows))
     kinds = [row["attack"].split("-")[0] for row in rows]
     for column, (own, others) in COLUMNS.items():
-        for name in names if set(own) & set(kinds) else ():
-            mine = [row for row, kind in zip(rows, kinds, strict=True) if kind in own + others]
-            mine = [row for row in mine if row["name"] == name]
-            row = strongest[column, name] = min(mine, key=lambda row: row["accuracy"])
-            about = {key: row[key] for key in ("name", "lambda", "examples", "accuracy", "se")}
-            cells.append({"kind": "column", "column": column, "strongest": row["attack"]} | about)
+        if not set(own) & set(kinds):
+            continue
+        of_column = [row for row, kind in zip(rows, kinds, strict=True) if kind in own + others]
+        for name in names:
+            of_name = [row for row in of_column if row["name"] == name]
+            row = strongest[column, name] = min(of_name, key=lambda row: row["accuracy"])
+            copied = {key: row[key] for key in ("name", "lambda", "examples", "accuracy", "se")}
+            cells.append({"kind": "column", "column": column, "strongest": row["attack"]} | copied)
     for (a, b), column in itertools.product(itertools.combinations(names, 2), COLUMNS):
         if (column, a) in strongest:
             bits = [[float(c) for c in strongest[column, name]["correct"]] for name in (a, b)]
             d = 100 * (torch.tensor(bits[1]) - torch.tensor(bits[0]))
             se = d.std(correction=0).item() / math.sqrt(len(d))
-            about = {"kind": "difference", "name": f"{b} - {a}", "column": column, "examples": len(d)}
-            differences.append(about | {"difference": round(d.mean().item(), 2), "se": round(se, 2)})
+            row = {"kind": "difference", "name": f"{b} - {a}", "column": column, "examples": len(d)}
+            differences.append(row | {"difference": round(d.mean().item(), 2), "se": round(se, 2)})
     return cells + differences
 
 
@@ -709,25 +713,26 @@ def loss_rows(evaluation: Evaluation, defence: Defence, n: int = 500) -> list[di
     of L, with the weights, in percent."""
 
     def losses(x: Tensor, i: Tensor) -> Tensor:  # (B, 3, tasks)
-        images, seeds = evaluation.stages(x, i, defence), mix_seeds(evaluation.seeds[i], FOR_MEASURE)
-        images = images.unbind(1)
+        images = evaluation.clean_attacked_reversed(x, i, defence).unbind(1)
+        seeds = mix_seeds(evaluation.seeds[i], FOR_MEASURE)
         of_task = (torch.stack([defence.loss(t, z, seeds) for z in images], 1) for t in defence.branches)
         return torch.stack(list(of_task), 2)
 
-    weighted, rows = evaluation.each(losses, n), []
+    weighted, rows = evaluation.over_images(losses, n), []
     shares = 100 * (weighted / weighted.sum(2, keepdim=True)).mean(0)  # (3, tasks)
     for c, kind in enumerate(("clean", "attacked", "reversed")):
         for t, task in enumerate(defence.branches):
             values = weighted[:, c, t] / evaluation.args.weights[TASKS.index(task)]
-            found = {"share": round(shares[c, t].item(), 2), "mean": round(values.mean().item(), 4)}
-            found["values"] = [float(f"{v:.4g}") for v in values.tolist()]
-            rows.append({"kind": "losses", "name": defence.name, "task": task, "images": kind} | found)
+            row = {"kind": "losses", "name": defence.name, "task": task, "images": kind}
+            row |= {"share": round(shares[c, t].item(), 2), "mean": round(values.mean().item(), 4)}
+            rows.append(row | {"values": [float(f"{v:.4g}") for v in values.tolist()]})
     return rows
 
 
 def save_picture(evaluation: Evaluation, defence: Defence) -> None:
     """Write reversed.png: test images, attacked by PGD, reversed, and the difference."""
-    x, x_adv, z = evaluation.each(partial(evaluation.stages, defence=defence), 10).unbind(1)
+    images = evaluation.over_images(partial(evaluation.clean_attacked_reversed, defence=defence), 10)
+    x, x_adv, z = images.unbind(1)
     gain = 0.5 / max((z - x_adv).abs().max().item(), 1e-6)
     difference = {f"difference x {gain:.3g}": 0.5 + gain * (z - x_adv)}  # grey is none
     if world()[0] == 0:
@@ -737,7 +742,7 @@ def save_picture(evaluation: Evaluation, defence: Defence) -> None:
 
 # ---- the run -----------------------------------------------------------------------------------------
 
-# With --branches these flags are those of the run that trained them.
+# With --branches these flags are those of the run that trained the task networks.
 TRAINING = (
     "branch_epochs", "branch_batch_size", "branch_lr", "head_batch_size", "head_lr", "weight_decay",
     "branch_width", "crop", "flip", "temperature", "val_fraction",
@@ -751,8 +756,8 @@ def main(args: Args) -> dict:
     if args.views < 2:
         raise UserError("--views 1: the contrastive loss compares views of an image; take 2 or more.")
     if args.branches and not args.victim:
-        raise UserError("--branches were trained for a classifier: name it with --victim.")
-    given, files = None, [args.victim] * bool(args.victim)
+        raise UserError("--branches has task networks of one classifier: name it with --victim.")
+    given, files = None, [args.victim] if args.victim else []
     if args.victim:
         given = load_victim(args.victim)
         check_classifier(given, args.victim)
@@ -762,9 +767,9 @@ def main(args: Args) -> dict:
         files += [str(Path(args.branches) / f"{task}.pt") for task in needed_tasks(args)]
         with reading(files[-1]):
             if not (Path(args.branches) / "rows.json").exists():  # it is written after all training
-                raise UserError(f"--branches {args.branches}: there is no rows.json of a trained run.")
-            its = load_checkpoint(files[-1])["args"]
-            args = replace(args, **{flag: its[flag] for flag in TRAINING})
+                raise UserError(f"--branches {args.branches}: give a run that has trained (with rows.json).")
+            saved = load_checkpoint(files[-1])["args"]
+            args = replace(args, **{flag: saved[flag] for flag in TRAINING})
     if args.compile and "unrolled" in args.attacks:
         raise UserError("--compile: unrolled needs second derivatives; take --attacks without it.")
     run = start_run(args)
@@ -777,7 +782,7 @@ def main(args: Args) -> dict:
 
 
 def train_and_evaluate(run: Run, args: Args, given: dict | None) -> dict:
-    """Train the tasks' networks, and the classifier unless its checkpoint is `given`, and evaluate; returns
+    """Train the task networks, and the classifier unless its checkpoint is `given`, and evaluate; returns
     what results.json holds."""
     train_set, test_set = run.load_data()
     if not args.eval_examples:
@@ -785,8 +790,9 @@ def train_and_evaluate(run: Run, args: Args, given: dict | None) -> dict:
     train_set, val_set = split_train(train_set, val_fraction=args.val_fraction, seed=args.seed)
     if not len(val_set) and not args.branches:
         raise UserError("no images to select the epochs by: raise --val-fraction.")
-    for size in () if args.branches else (args.branch_batch_size, args.head_batch_size, args.batch_size):
-        check_batches(len(train_set), size)  # before the first training
+    if not args.branches:
+        for size in (args.branch_batch_size, args.head_batch_size, args.batch_size):
+            check_batches(len(train_set), size)  # before the first training
     torch.manual_seed(args.seed)
     classes = len(test_set.classes)
     if given and given["network"]["heads"]["class"] != classes:
@@ -821,7 +827,7 @@ def load_victim(path: str | Path) -> dict:
         if "network" in state:
             return load_checkpoint(path)
         if state.get("normalize_input"):
-            raise UserError(f"{path} says normalize_input; Carmon et al.'s network takes images as they are.")
+            raise UserError(f"{path} wants normalised images: take a network without normalize_input.")
         weights = {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}
         for name, value in state.get("state_dict", state).items():
             name = name.removeprefix("module.")
@@ -850,14 +856,14 @@ def table(results: dict, args: Args) -> str:
     shown, names = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     lines = []
     for name in names:
-        mine = [cells[column, name] for column in shown]
-        lines.append([name, *(f"{cell['accuracy']:.2f} ±{cell['se']:.2f}" for cell in mine)])
+        of_name = [cells[column, name] for column in shown]
+        lines.append([name, *(f"{cell['accuracy']:.2f} ±{cell['se']:.2f}" for cell in of_name)])
         known = paper_numbers("mtl_reverse", args, name) if rows[0]["source"] == CARMON else []
         if known:
             lines.append(["  the paper (RST_adv)", *known, *[""] * len(shown[len(known) :])])
     for name in dict.fromkeys(name for _, name in differences):
-        mine = [differences[column, name] for column in shown]
-        lines.append([name, *(f"{cell['difference']:+.2f} ±{cell['se']:.2f}" for cell in mine)])
+        of_name = [differences[column, name] for column in shown]
+        lines.append([name, *(f"{cell['difference']:+.2f} ±{cell['se']:.2f}" for cell in of_name)])
     eta, eps_v = eps_name(args.reverse_step_size), eps_name(args.reverse_eps)
     text = (
         f"\n{args.dataset}, {args.victim or args.arch}, attacked with {args.norm} eps {eps_name(args.eps)}.\n"
@@ -869,15 +875,18 @@ def table(results: dict, args: Args) -> str:
     text += text_table(["defence", *header], lines) + "\n"
     for column in ("defence-aware", "adaptive"):
         if column in shown:
-            found = []
+            strongest = []
             for name in names:
                 kind, lam = cells[column, name]["strongest"], cells[column, name]["lambda"]
-                found.append(f"{name} {kind}" + f" with lambda {lam:g}" * kind.startswith("aware"))
-            text += f"\n{column}, the strongest attack on each: {', '.join(found)}."
+                of = f" with lambda {lam:g}" if kind.startswith("aware") else ""
+                strongest.append(f"{name} {kind}{of}")
+            text += f"\n{column}, the strongest attack on each: {', '.join(strongest)}."
     losses, lines = [row for row in rows if row.get("kind") == "losses"], {}
     for row in losses:
         line = lines.setdefault((row["name"], row["task"]), [f"{row['name']}, {row['task']}"])
-        line += [f"{row['mean']:.3f}"] + [f"{row['share']:.1f}%"] * (row["images"] == "attacked")
+        line.append(f"{row['mean']:.3f}")
+        if row["images"] == "attacked":
+            line.append(f"{row['share']:.1f}%")
     text += (
         f"\n\nThe tasks' losses, not weighted, of {len(losses[0]['values'])} test images, attacked by "
         f"PGD-{args.eval_steps}, and reversed;\nshare: of L, with the weights, on the attacked images.\n\n"

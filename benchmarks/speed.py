@@ -292,7 +292,7 @@ def reverse(batch: int, device: torch.device, amp: str, compile: bool) -> tuple[
             z_of = z.clone().requires_grad_(True)
             losses[task] = z_of, defence.loss(task, z_of, mix(seeds, k))
         total = sum(loss for _, loss in losses.values()).detach()
-        for task in mtl_reverse.tasks_in_turn(mtl_reverse.TASKS, k):
+        for task in mtl_reverse.active_tasks(mtl_reverse.TASKS, k):
             z_of, loss = losses[task]
             loss.sum().backward()
             sizes = z_of.grad.abs().amax((1, 2, 3), keepdim=True)

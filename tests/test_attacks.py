@@ -43,8 +43,6 @@ def size_of(delta, norm):
 of_every_attack = pytest.mark.parametrize("name", ["pgd", "apgd", "multi-targeted", "square"])
 in_both_norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
-# ---- PGD against closed forms ----
-
 
 def test_linf_reaches_the_optimum_of_a_linear_loss_with_the_box():
     x = torch.rand(16, 3, 8, 8, dtype=torch.float64)
@@ -138,9 +136,6 @@ def test_pgd_begins_at_the_projected_start_and_keeps_the_best_iterate(norm):
     assert len(seen) == 9 and values.argmax(0).unique().numel() > 1
     assert torch.equal(pgd(loss, x, start=start, **ball), points[-1])  # otherwise it is the last
     assert torch.allclose(pgd(lambda z: 0 * loss(z), x, start=x, **ball), x, atol=1e-7)  # zero gradients
-
-
-# ---- all four attacks ----
 
 
 @in_both_norms

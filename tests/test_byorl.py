@@ -10,7 +10,7 @@ from conftest import same_state
 import byorl
 import common
 from byorl import LARS, Args, ByolNetwork, attack_view, distance, encoder_name, learning_rate, main, tau_at
-from common import Run, build_model, l2_norm, load_checkpoint, split_train
+from common import Run, UserError, build_model, l2_norm, load_checkpoint, split_train
 
 CPU = torch.device("cpu")
 # A run of two seconds on 240 digits of 8 pixels (see `digits`), of which 60 are held out.
@@ -40,9 +40,6 @@ def digits():
 def online():
     torch.manual_seed(0)
     return ByolNetwork(tiny(width=1 / 8, hidden=32, projection=16), CPU).train()
-
-
-# ---- the method ----
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8 / 255)])
@@ -93,19 +90,22 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
-def test_the_target_follows_the_online_network(tmp_path, tau):
-    """tau = 1 keeps it at its start; after a first step with tau = 0 it is the online network."""
+def test_a_step_of_training(tmp_path, monkeypatch, tau):
+    """A view is attacked away from, and predicts, the other's target; xi <- tau xi + (1 - tau) theta."""
+    attacked, compared = [], []
+    monkeypatch.setattr(byorl, "two_views", lambda x, args: (x, 1 - x))
+    monkeypatch.setattr(byorl, "attack_view", lambda online, v, z, args: attacked.append((v, z)) or v)
+    monkeypatch.setattr(byorl, "distance", lambda p, z: compared.append((p.detach(), z)) or distance(p, z))
     main(tiny(tau=tau, heads="none", batch_size=240, out=str(tmp_path)))
-    state = load_checkpoint(tmp_path / "last.pt")
     torch.manual_seed(0)
-    start = ByolNetwork(tiny(), CPU).state_dict()
-    want = state["model"] if tau == 0 else start
-    for key in (k for k in start if k.endswith("weight")):
-        assert torch.allclose(state["target"][key], want[key], atol=1e-7), key
-    assert not torch.equal(state["model"]["projector.0.weight"], start["projector.0.weight"])
-
-
-# ---- with labels ----
+    start = ByolNetwork(tiny(), CPU).train()
+    for (v, z), (p, other) in zip(attacked, compared, strict=True):
+        torch.testing.assert_close((z, other, p), (start.project(1 - v), z, start.predict(v)))
+    state = load_checkpoint(tmp_path / "last.pt")
+    online, target, before = state["model"], state["target"], start.state_dict()
+    for key in (k for k in before if k.endswith("weight")):
+        assert torch.allclose(target[key], online[key] if tau == 0 else before[key], atol=1e-7), key
+    assert len(attacked) == 2 and not torch.equal(online["projector.0.weight"], before["projector.0.weight"])
 
 
 def test_all_stages_then_heads_alone(tmp_path):
@@ -176,3 +176,11 @@ def test_the_name_of_a_row_says_how_its_encoder_was_trained():
     uat = ours | {"stage": "uat-ft 100%", "args": its | {"probe_steps": 1}}
     assert encoder_name(uat, Args()) == "init uat-ft 100%"
     assert encoder_name(ours | {"script": "rotation_at", "stage": "train"}, Args()) == "init train"
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 9, 8, 8), (4, 16, 16, 3), (0, 8, 8, 3)])
+def test_extra_images_of_another_shape_or_type_are_refused(tmp_path, shape):
+    for array in np.zeros(shape, np.uint8), np.zeros((4, 8, 8, 3), np.float32):
+        np.save(tmp_path / "extra.npy", array)
+        with pytest.raises(UserError, match="extra.npy is damaged, or not a file of the kind"):
+            common.load_extra(tmp_path / "extra.npy", 8, CPU)

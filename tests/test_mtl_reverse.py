@@ -262,7 +262,8 @@ def test_carmons_checkpoint_predicts_the_same(tmp_path, prefix):
     file = {"num_classes": 10, "state_dict": theirs, "normalize_input": False}
     torch.save(file if prefix else theirs, path)
     x, victim = torch.rand(5, 3, 32, 32), load_victim(path)
-    assert torch.equal(rebuild(victim, path).eval()(x), ours(x)) and victim["network"]["arch"] == "wrn10_10"
+    assert torch.equal(rebuild(victim, path).eval()(x), ours(x))
+    assert victim["source"] == ""  # it is not the paper's network
     torch.save(file | {"normalize_input": True}, path)
     with pytest.raises(UserError, match="normalize_input"):
         load_victim(path)
@@ -351,10 +352,12 @@ def test_branches_of_another_run(one_sentence, trained, tmp_path):
     again = main(tiny(**given, temperature=9.0, out=str(tmp_path / "again")))
     assert again["args"]["temperature"] == 0.2 and len(rows_of(again)) == 6
     assert all(rows_of(results)[key]["correct"] == row["correct"] for key, row in rows_of(again).items())
+    digits, _ = load_data("digits", "", torch.device("cpu"), image_size=8)
     victim, others = load_checkpoint(folder / "classifier.pt"), tmp_path / "others"
     others.mkdir()
     for task in TASKS:
         state = load_checkpoint(folder / f"{task}.pt")
+        assert state["network"]["images"] == digits.digest
         save_checkpoint(others / f"{task}.pt", state | {"network": state["network"] | {"images": "others"}})
     another = {k: v + 1 if k == "heads.class.bias" else v for k, v in victim["model"].items()}
     for state, branches, told in (

@@ -63,7 +63,7 @@ def test_files_anchors_and_flags_exist():
             assert not anchor or anchor in anchors, f"{page.name}: {link}"
         for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"<!--|-->|#SBATCH.*", "", text))):
             name = flag[2:].removeprefix("no-").replace("-", "_")
-            torchrun = ("nproc_per_node", "nnodes", "rdzv_endpoint")
+            torchrun = ("nproc_per_node", "nnodes", "rdzv_endpoint", "rdzv_backend", "rdzv_id")
             is_known = name in known or name.replace("_", "-") in known or name in torchrun
             assert is_known, f"{page.name}: {flag}"
     shown = "".join(PAGES.values())
@@ -161,8 +161,9 @@ def test_the_snippets_run(tmp_path, monkeypatch):
     exec(evaluation, names)
     assert list(names["left"]) == ["none", "pgd-20", "apgd-ce", "apgd-dlr", "multi-targeted", "square"]
     names["x"], names["y"] = next(names["batches"](names["test"], 8, torch.device("cpu")))
+    names["network"] = names["model"]
     exec(attack, names)
     assert 0 < (names["x_adv"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
     monkeypatch.setattr(rotation_at.Args, "QUICK", TINY | {"epochs": 1})
-    exec(notebook, names)
+    exec(notebook, names)  # in miniature
     assert names["results"]["rows"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, replace, same_state
 
 import common
+import jigsaw_at
 import rotation_at
 from common import Run, build_model, load_checkpoint, load_model, pgd, rotate
 from rotation_at import TASK, Args, adversaries, initialised_by, main, training_loss
@@ -40,9 +41,6 @@ def attacked(batch, steps: int = 3, **args):
     torch.manual_seed(1)
     attack = partial(pgd, norm=args.norm, eps=args.eps, steps=args.attack_steps, step_size=args.step_size)
     return adversaries(model, x, y, rotate, k, args, attack)
-
-
-# ---- the task, Algorithm 1, eq. 7-9 ----
 
 
 def test_rotation_against_numpy():
@@ -115,9 +113,6 @@ def test_training_losses_against_the_equations(batch):
     assert training_loss(model, x, y, None, k, tiny(variant="T1", lambda1=0.0))[0] == class_ce(x)
 
 
-# ---- runs ----
-
-
 @pytest.fixture(scope="module")
 def p2_t3(tmp_path_factory):
     """A finished run, P2 T3: its folder and what main returned."""
@@ -165,13 +160,16 @@ def test_pretraining_learns_the_task_under_its_own_attack(tmp_path, monkeypatch)
     assert lines[7]["val_clean"] > 40 and radii == {("l2", 0.5), ("linf", 0.1)}  # chance: 25%
 
 
-@pytest.mark.parametrize(("select", "chosen"), [("clean", 2), ("robust", 3), ("last", 5)])
-def test_rate_drops_after_40_and_80_percent_and_selection(tmp_path, monkeypatch, select, chosen):
+@pytest.mark.parametrize(
+    ("script", "select", "chosen"),
+    [(rotation_at, "clean", 2), (rotation_at, "robust", 3), (jigsaw_at, "last", 5)],
+)
+def test_rate_drops_after_40_and_80_percent_and_selection(tmp_path, monkeypatch, script, select, chosen):
     """Of equal epochs the earlier one is kept."""
     scores = iter([(10.0, 5.0), (30.0, 2.0), (30.0, 9.0), (20.0, 9.0), (10.0, 0.0)])  # clean, robust
     keys = ("val_clean", "val_robust")
-    monkeypatch.setattr(rotation_at, "validate", lambda *a: dict(zip(keys, next(scores), strict=True)))
-    main(tiny(variant="T0", epochs=5, lr=0.1, select=select, out=str(tmp_path)))
+    monkeypatch.setattr(script, "validate", lambda *a: dict(zip(keys, next(scores), strict=True)))
+    script.main(script.Args(**FEW | dict(epochs=5, lr=0.1, select=select, out=str(tmp_path))))
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == chosen
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])

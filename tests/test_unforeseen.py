@@ -20,7 +20,6 @@ from eval_unforeseen import (
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a small network trained on digits."""
     folder = tmp_path_factory.mktemp("unforeseen")
     args = TINY | dict(variant="T0", eps=0.0, epochs=6, val_fraction=0.3, lr=0.05, out=str(folder / "a"))
     rotation_at.main(rotation_at.Args(**args))
