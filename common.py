@@ -2272,7 +2272,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def nth_target(logits: Tensor, y: Tensor, n: int) -> Tensor:
-    """(B,): the wrong class with the highest logit for n = 0, the second for 1, ... (then the first again)."""
+    """(B,): the wrong class of highest logit for n = 0, the second for 1, ... (then again the first)."""
     wrong = logits.scatter(1, y.long()[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
     return wrong[:, n % wrong.shape[1]]
 

@@ -58,16 +58,16 @@ class Args:
     quick: bool = False  # a miniature on the bundled digits; trains two small networks if none is named
     # data
     dataset: Literal["digits", "cifar10", "cifar100", "stl10", "folder"] = "cifar10"  # corrupted images
-    data_dir: str = "data"  # folder of CIFAR-10-C/, or with <corruption>/<severity>/<class>/*.jpg|png
+    data_dir: str = "data"  # folder that holds CIFAR-10-C/ or <corruption>/<severity>/<class>/*.jpg|png
     data_mirror: str = ""  # URL of a folder with the official archive, if the official host is slow
     download: bool = False  # fetch CIFAR-10-C or CIFAR-100-C if it is not there
     generate: bool = False  # make six types of corruption from the test images of --dataset
-    image_size: Positive = 32  # side in pixels for --generate, and for folders if no checkpoint tells it
+    image_size: Positive = 32  # side in pixels for --generate, and for folders if the checkpoint has none
     corruptions: str = ""  # types of corruption, comma-separated; empty: all that are found
     severities: str = "1,2,3,4,5"  # severities from 1 to 5, comma-separated (paper: not given)
     # evaluation
-    norm: Literal["own", "linf", "l2"] = "own"  # norm of the attack's ball; own: that of training
-    eps: float = 0.0  # radius of that ball, in [0, 1] pixel units; 0: that of the network's training
+    norm: Literal["own", "linf", "l2"] = "own"  # norm of the attack; own: that of training
+    eps: float = 0.0  # radius of the attack; images are in [0, 1]; 0: that of training
     eval_attack: Attack = "pgd20"  # attack (paper: pgd20); suite-fast: a tenth of suite; none: no RA
     eval_steps: Positive = 20  # steps of PGD in evaluation (paper: 20)
     eval_examples: int = 0  # random images of each cell to attack, the same in every run; 0: all
@@ -99,8 +99,8 @@ def open_data(args: Args, device: torch.device) -> tuple[list[str], Callable[[st
     read in this size; others have a size of their own. Raises UserError."""
     root = Path(args.data_dir)
     if args.generate:
-        more = dict(image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers)
-        _, test_set = load_data(args.dataset, args.data_dir, device, **more)
+        options = dict(image_size=args.image_size, data_mirror=args.data_mirror, workers=args.workers)
+        _, test_set = load_data(args.dataset, args.data_dir, device, **options)
         if not isinstance(test_set.pixels, Tensor):
             raise UserError("--generate needs images that fit in memory: fewer, or a smaller --image-size.")
         return list(GENERATED), lambda kind, severity, size: replace(
@@ -293,8 +293,8 @@ def evaluate_cell(model: Network, state: dict, images: Images, attack: str, run:
 
 def mean(cells: list[dict], **wanted: str | int) -> float:
     """Mean accuracy (%) of the cells with these fields, without rounding."""
-    found = [cell for cell in cells if wanted.items() <= cell.items()]
-    return sum(100 * cell["correct"] / cell["examples"] for cell in found) / len(found)
+    chosen = [cell for cell in cells if wanted.items() <= cell.items()]
+    return sum(100 * cell["correct"] / cell["examples"] for cell in chosen) / len(chosen)
 
 
 def means(cells: list[dict], papers: dict[str, list]) -> list[dict]:
@@ -302,15 +302,15 @@ def means(cells: list[dict], papers: dict[str, list]) -> list[dict]:
     papers: the paper's [TA, RA] for each network."""
     rows = []
     for name, attack in dict.fromkeys((cell["name"], cell["attack"]) for cell in cells):
-        mine = [cell for cell in cells if (cell["name"], cell["attack"]) == (name, attack)]
-        benchmark = [cell for cell in mine if cell["corruption"] in BENCHMARK]
-        groups = [mine] if len(benchmark) in (0, len(mine)) else [benchmark, mine]
-        for some in groups:
-            types = len({cell["corruption"] for cell in some})
-            of = " of 15" if some == benchmark and types < 15 else ""
-            row = some[0] | {"corruption": f"mean of {types}{of}", "severity": "all"}
+        every = [cell for cell in cells if (cell["name"], cell["attack"]) == (name, attack)]
+        benchmark = [cell for cell in every if cell["corruption"] in BENCHMARK]
+        groups = [every] if len(benchmark) in (0, len(every)) else [benchmark, every]
+        for group in groups:
+            types = len({cell["corruption"] for cell in group})
+            of = " of 15" if group == benchmark and types < 15 else ""
+            row = group[0] | {"corruption": f"mean of {types}{of}", "severity": "all"}
             paper = papers[name][attack != "none"] if row["examples"] == 10_000 else None
-            row |= {"accuracy": round(mean(some), 2), "paper": paper}
+            row |= {"accuracy": round(mean(group), 2), "paper": paper}
             rows.append({key: value for key, value in row.items() if key != "correct"})
     return rows
 
@@ -327,7 +327,7 @@ def main(args: Args) -> dict:
     if not args.checkpoints and args.dataset != "digits":
         raise UserError("--quick trains its networks on digits: leave out --dataset, or name a checkpoint.")
     if args.download and (args.generate or args.dataset not in ARCHIVES):
-        raise UserError("--download fetches CIFAR-10-C or CIFAR-100-C (--dataset), not with --generate.")
+        raise UserError("--download needs --dataset cifar10 or cifar100, without --generate.")
     run = start_run(args, Path(args.checkpoints[0]).resolve().parent.name if args.checkpoints else "")
     run.remember_files("checkpoints", args.checkpoints)
     results = run.finished(table) or evaluate_all(run, args)
@@ -344,14 +344,15 @@ def evaluate_all(run: Run, args: Args) -> dict:
         raise UserError(f"there is no '{unknown[0]}' here; there are {', '.join(types)}.")
     cells = dict.fromkeys((kind, int(severity)) for kind in wanted for severity in args.severities.split(","))
     first, digest = None, hashlib.sha256()
-    for kind, severity in cells:  # can all be read?
+    for kind, severity in cells:  # all must be readable
         images = open_cell(kind, severity, 0)
         first = first or images
         # A missing class would shift the labels of those after it.
         if images.classes != first.classes or len(images) != len(first):
-            raise UserError(f"{kind} {severity} has not the classes and number of images of the first type.")
+            differs = "other classes or number of images than in the first type"
+            raise UserError(f"{kind} {severity}: {differs}; check the files.")
         digest.update(images.digest.encode())
-    run.remember("data", digest.hexdigest())  # labels and 100 images of each cell, of folders the file names
+    run.remember("data", digest.hexdigest())  # labels and 100 images per cell; for folders, file names
 
     files = args.checkpoints or [train_digits(run) / name for name in ("plain.pt", "best.pt")]
     paths = [Path(file) for file in files]
@@ -361,9 +362,9 @@ def evaluate_all(run: Run, args: Args) -> dict:
     if len(states) < len(paths):
         raise UserError("two of the checkpoints have the same name in folders of the same name; rename one.")
     for name, state in states.items():
-        its = state.get("args", {}).get("dataset", "unknown data")
-        if its != args.dataset and args.dataset != "folder":
-            run.say(f"warning: {name} was trained on {its}, not on {args.dataset}: are the classes the same?")
+        trained_on = state.get("args", {}).get("dataset", "unknown data")
+        if trained_on != args.dataset and args.dataset != "folder":
+            run.say(f"warning: {name} was trained on {trained_on}, not {args.dataset}: check its classes.")
     rows = run.rows()
     seen = {(row["name"], row["corruption"], row["severity"]) for row in rows}
     for name, state in states.items():
@@ -376,8 +377,8 @@ def evaluate_all(run: Run, args: Args) -> dict:
                 if attack != "none" and args.eval_examples:
                     images = draw(images, min(args.eval_examples, len(images)), seed=0)
                 row = evaluate_cell(model, state, images, attack, run, f"{name}, {kind} {severity}")
-                about = {"corruption": kind, "severity": severity, "generated": args.generate}
-                rows.append({"name": name} | row | about)
+                columns = {"corruption": kind, "severity": severity, "generated": args.generate}
+                rows.append({"name": name} | row | columns)
             run.keep_rows(rows)
             run.say(f"{name}, {kind} {severity}: {rows[-1]['attack']} {rows[-1]['accuracy']:.2f}")
     return run.finish(rows + means(rows, {name: state["paper"] for name, state in states.items()}))
@@ -398,21 +399,22 @@ def table(results: dict, args: Args) -> str:
         numbers = (f"{mean(counted, severity=s, **column):.2f}" for column in columns)
         lines.append([f"severity {s}, mean of {types}", *numbers])
     for title in dict.fromkeys(row["corruption"] for row in rows if row["severity"] == "all"):
-        found = [row for row in rows if row["corruption"] == title]
-        lines.append([title, *(f"{row['accuracy']:.2f}" for row in found)])
-        if any(row["paper"] for row in found):
-            lines.append(["  the paper", *(f"{row['paper']:.2f}" if row["paper"] else "" for row in found)])
+        means_of = [row for row in rows if row["corruption"] == title]
+        lines.append([title, *(f"{row['accuracy']:.2f}" for row in means_of)])
+        if any(row["paper"] for row in means_of):
+            known = (f"{row['paper']:.2f}" if row["paper"] else "" for row in means_of)
+            lines.append(["  the paper", *known])
     attacks = dict.fromkeys(
         f"{row['name']}: {row['attack']} in the {row['norm']} ball of radius {eps_name(row['eps'])} around "
         f"{row['examples']:,} corrupted images." for row in cells if row["attack"] != "none"
     )  # fmt: skip
     source = "corruptions GENERATED here, not the official ones" if args.generate else f"from {args.data_dir}"
-    about = (
+    heading = (
         f"{args.dataset}, {source}; accuracy (%) on {cells[0]['examples']:,}\nimages per type and severity, "
         f"{'mixed precision' if args.eval_amp else 'float32'}."
     )
     header = [f"{name} {'clean' if attack == 'none' else attack}" for name, attack in pairs]
-    return "\n" + "\n".join([about, *attacks]) + "\n\n" + text_table(["corruption", *header], lines)
+    return "\n" + "\n".join([heading, *attacks]) + "\n\n" + text_table(["corruption", *header], lines)
 
 
 def picture(results: dict, run: Run) -> None:

@@ -1,12 +1,14 @@
-"""Robustness against unforeseen attacks: ten, most of a kind that no network here is trained against.
+"""Robustness against unforeseen attacks: ten attacks, most never used in training.
 
 Kang, Sun, Hendrycks, Brown, Steinhardt, Testing Robustness Against Unforeseen Adversaries, 2019 (1908.08016).
 Chen et al. (CVPR 2020) cite these attacks for their Figures 3 and 4.
 
 Each attack changes an image by some parameters: a flow of pixels, the brightness of snowflakes, coefficients
-of JPEG, ... Signed gradients move them within a box or ball of their own, which has six radii. UAR is the sum
-of the six accuracies in percent of the sum of ATA, the accuracies of the best network that was trained
-against the same attack (Kang et al.).
+of JPEG, ... Signed gradients move them within a box or ball of their own, which has six radii.
+
+    UAR = 100 * sum of the six accuracies / sum of the six ATA
+
+ATA: accuracy of the best network that was trained against the same attack (Kang et al.).
 
     python eval_unforeseen.py --quick                             # two small networks trained on digits
     python eval_unforeseen.py runs/X/best.pt runs/Y/best.pt       # all ten attacks
@@ -14,10 +16,10 @@ against the same attack (Kang et al.).
     torchrun --nproc-per-node=8 eval_unforeseen.py runs/X/best.pt
 
 Definitions, constants and radii are those of Kang et al.'s code, from which this differs:
-- Images that are misclassified without attack count as not robust and are not attacked (there all are).
-- Gabor noise moves its own parameters (there those that should stay at 0).
+- Images misclassified without attack count as not robust and are not attacked (their code attacks all).
+- Gabor noise updates its sparse parameters (their code: the others).
 - Clouds are scaled for each image, not for a batch; their edges are the mean of the nearest neighbours.
-- jpeg-l1 bounds the changes of the coefficients, not their distance from where they are.
+- jpeg-l1 changes no coefficient by more than 1 (their bound differs).
 - Snow keeps to its budget in the last step, too. l2 starts on the surface of the ball, not inside.
 Radii are for 32 pixels (from 64 pixels on, for 224) and are not scaled to other sizes.
 The rest: results/chen.md.
@@ -103,60 +105,69 @@ def unforeseen(loss: Callable, x: Tensor, kind: str, eps: float, steps: int = 20
     loss: as for `pgd`. x: (B, 3, H, W) in [0, 1]. kind, eps: a key of UNFORESEEN and a radius in its unit
     (for linf 8, not 8/255). The step size is eps / sqrt(steps). Fog, gabor and snow, whose parameters lie in
     a fixed box and whose eps multiplies their effect, take sqrt(0.001 / steps), l1 and jpeg-l1 the steps of
-    Frank-Wolfe.
-    Returns images in [0, 1], detached. Raises ValueError for wrong arguments.
+    Frank-Wolfe. Returns images in [0, 1], detached. Raises ValueError for wrong arguments.
     """
     check_attack(x, 0, "linf")
     if kind not in UNFORESEEN or not eps > 0:
         raise ValueError(f"kind must be one of {', '.join(UNFORESEEN)} and eps positive, got {kind!r}, {eps}")
-    x, step = x.detach(), eps / math.sqrt(steps)
-    b, _, h, w = x.shape
-
-    def uniform(*shape: int) -> Tensor:  # in [-1, 1]
-        return 2 * torch.rand(b, *shape, device=x.device) - 1
-
-    def ascend(p: Tensor, image: Callable, update: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
-        """The image after `steps` updates of the parameters p."""
-        for i in range(steps):
-            with torch.enable_grad():
-                leaf = p.detach().requires_grad_()
-                (grad,) = torch.autograd.grad(loss(image(leaf)).sum(), leaf)
-            p = update(p.detach(), grad, i)
-        return image(p).detach().clamp(0, 1)
-
-    def in_box(low: float, high: float, step: float) -> Callable:
-        return lambda p, grad, i: (p + step * grad.sign()).clamp(low, high)
-
+    x, step, small_step = x.detach(), eps / math.sqrt(steps), math.sqrt(0.001 / steps)
     if kind in ("linf", "l2"):
         return pgd(loss, x, eps=eps / 255, norm=kind, steps=steps, step_size=step / 255)
-    if kind == "l1":
-        start = random_in_l1_ball(torch.zeros_like(x), eps / 255).clamp(-x, 1 - x)  # stays in the ball
-        return ascend(
-            start, lambda p: x + p, lambda p, grad, i: frank_wolfe(p, grad, i, -x, 1 - x, eps / 255)
-        )
-    if kind.startswith("jpeg"):
-        coefficients = to_jpeg(x)
-        radius, step, bound = eps / 2, step / 2, torch.ones_like(coefficients)  # eps / 2 as in their code
+    # An attack: the start of its parameters p, the image that p makes, an update of p along the gradient
+    if kind in ("fog", "gabor", "snow"):
+        p, image, update = overlay_attack(x, kind, eps, small_step)
+    elif kind.startswith("jpeg"):
+        p, image, update = jpeg_attack(x, kind, eps / 2, step / 2)  # eps / 2 as in their code
+    elif kind == "elastic":
+        p, image = eps * uniform(x, 2, *x.shape[2:]), functools.partial(warp, x)
+        update = in_box(-eps, eps, step)
+    else:  # l1
+        p = random_in_l1_ball(torch.zeros_like(x), eps / 255).clamp(-x, 1 - x)  # stays in the ball
+        image = functools.partial(torch.add, x)
+        update = functools.partial(frank_wolfe, low=-x, high=1 - x, radius=eps / 255)
+    for i in range(steps):
+        with torch.enable_grad():
+            leaf = p.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(loss(image(leaf)).sum(), leaf)
+        p = update(p.detach(), grad, i)
+    return image(p).detach().clamp(0, 1)
 
-        def image(p: Tensor) -> Tensor:
-            return from_jpeg(coefficients + p, h, w).clamp(0, 1)
 
-        if kind == "jpeg-linf":
-            return ascend(radius * uniform(coefficients.shape[1]), image, in_box(-radius, radius, step))
-        if kind == "jpeg-l1":
-            start = random_in_l1_ball(torch.zeros_like(coefficients), radius)
-            return ascend(start, image, lambda p, grad, i: frank_wolfe(p, grad, i, -bound, bound, radius))
+def uniform(x: Tensor, *shape: int) -> Tensor:
+    """Random numbers in [-1, 1], (B, *shape)."""
+    return 2 * torch.rand(len(x), *shape, device=x.device) - 1
 
-        def step_l2(p: Tensor, grad: Tensor, i: int) -> Tensor:
-            p = p + step * grad / (l2_norm(grad) + 1e-12)
-            return (p * (radius / l2_norm(p).clamp(min=radius))).clamp(-bound, bound)
 
-        start = torch.randn(coefficients.shape, device=x.device)
-        length = torch.rand(b, 1, device=x.device) ** (1 / start.shape[1])  # uniform in the ball
-        return ascend(radius * length * start / l2_norm(start), image, step_l2)
-    if kind == "elastic":
-        return ascend(eps * uniform(2, h, w), lambda p: warp(x, p), in_box(-eps, eps, step))
-    gentle = math.sqrt(0.001 / steps)
+def in_box(low: float, high: float, step: float) -> Callable:
+    """An update by the signs of the gradient that keeps to [low, high]."""
+    return lambda p, grad, i: (p + step * grad.sign()).clamp(low, high)
+
+
+def jpeg_attack(x: Tensor, kind: str, radius: float, step: float) -> tuple[Tensor, Callable, Callable]:
+    """p: the changes of JPEG's coefficients, none by more than 1."""
+    coefficients = to_jpeg(x)
+    bound = torch.ones_like(coefficients)
+
+    def image(p: Tensor) -> Tensor:
+        return from_jpeg(coefficients + p, *x.shape[2:]).clamp(0, 1)
+
+    def update_l2(p: Tensor, grad: Tensor, i: int) -> Tensor:
+        p = p + step * grad / (l2_norm(grad) + 1e-12)
+        return (p * (radius / l2_norm(p).clamp(min=radius))).clamp(-bound, bound)
+
+    if kind == "jpeg-linf":
+        return radius * uniform(x, coefficients.shape[1]), image, in_box(-radius, radius, step)
+    if kind == "jpeg-l1":
+        start = random_in_l1_ball(torch.zeros_like(coefficients), radius)
+        return start, image, functools.partial(frank_wolfe, low=-bound, high=bound, radius=radius)
+    start = torch.randn(coefficients.shape, device=x.device)
+    length = torch.rand(len(x), 1, device=x.device) ** (1 / start.shape[1])  # uniform in the ball
+    return radius * length * start / l2_norm(start), image, update_l2
+
+
+def overlay_attack(x: Tensor, kind: str, eps: float, step: float) -> tuple[Tensor, Callable, Callable]:
+    """p: random numbers of a cloud (fog), waves at some pixels (gabor), brightness of flakes (snow)."""
+    h, w = x.shape[2:]
     if kind == "fog":
         levels = int(math.log2(max(h, w))) + 1  # the cloud is up to twice as wide as the image
         sizes = [2**i for i in range(levels) for _ in range(3)]
@@ -164,32 +175,29 @@ def unforeseen(loss: Callable, x: Tensor, kind: str, eps: float, steps: int = 20
 
         def in_fog(p: Tensor) -> Tensor:
             parts = (2 * p - 1).split([s * s for s in sizes], 1)
-            noise = [part.view(b, s, s) for part, s in zip(parts, sizes, strict=True)]
+            noise = [part.view(-1, s, s) for part, s in zip(parts, sizes, strict=True)]
             cloud = plasma(noise, 2.0)[:, None, trim : trim + h, trim : trim + w]
             return ((x + eps / 255 * cloud) / (brightest + eps / 255)).clamp(0, 1)
 
-        return ascend(0.5 + 0.5 * uniform(sum(s * s for s in sizes)), in_fog, in_box(0, 1, gentle))
+        return 0.5 + 0.5 * uniform(x, sum(s * s for s in sizes)), in_fog, in_box(0, 1, step)
     if kind == "gabor":
-        kernels = gabor_kernels(b, x.device)
-        sparse = torch.rand(b, h, w, device=x.device) < 1 / 14
+        waves = gabor_kernels(len(x), x.device)
+        sparse = torch.rand(len(x), h, w, device=x.device) < 1 / 14
         # Their code moves all parameters but these, and sets these to 0 in its first step.
-        return ascend(
-            uniform(h, w) * sparse,
-            lambda p: (x + eps / 255 * gabor_noise(p, kernels)).clamp(0, 1),
-            lambda p, grad, i: (p + gentle * grad.sign()).clamp(-1, 1) * sparse,
+        return (
+            uniform(x, h, w) * sparse,
+            lambda p: (x + eps / 255 * gabor_noise(p, waves)).clamp(0, 1),
+            lambda p, grad, i: (p + step * grad.sign()).clamp(-1, 1) * sparse,
         )
-    kernels = snow_kernels().to(x.device)  # snow
-    side = math.ceil(max(h, w) / 4)
+    strokes, side = snow_kernels().to(x.device), math.ceil(max(h, w) / 4)  # snow
 
-    def in_budget(p: Tensor) -> Tensor:  # at most 0.2 on average over 8 x 8 places
-        p = p.clamp(1e-9, 1)
+    def in_budget(p: Tensor, grad: Tensor, i: int) -> Tensor:  # at most 0.2 on average over 8 x 8 places
+        p = (p + step * grad.sign()).clamp(1e-9, 1)
         mean = F.adaptive_avg_pool2d(p, max(1, side // 8))
         return p * F.interpolate(0.2 / mean.clamp(min=0.2), (side, side))
 
-    start = torch.exp((uniform(7, side, side) + 1) / -0.4)
-    return ascend(
-        start, lambda p: snow(x, p, kernels, eps), lambda p, grad, i: in_budget(p + gentle * grad.sign())
-    )
+    start = torch.exp((uniform(x, 7, side, side) + 1) / -0.4)
+    return start, lambda p: snow(x, p, strokes, eps), in_budget
 
 
 def random_in_l1_ball(like: Tensor, radius: float) -> Tensor:
@@ -455,19 +463,19 @@ def table(results: dict, args: Args) -> str:
     header = ["attack", "", *(f"radius {i}" for i in range(1, 7)), "mean", "UAR"]
     for kind in dict.fromkeys(row["attack"] for row in rows if row["strength"]):
         for name in dict.fromkeys(row["name"] for row in rows):
-            mine = [row for row in rows if (row["name"], row["attack"]) == (name, kind)]
-            total = sum(row["accuracy"] for row in mine)
-            uar = f"{100 * total / sum(row['ata'] for row in mine):.1f}" if mine[0]["ata"] else ""
-            accuracies = [f"{row['accuracy']:.2f}" for row in mine]
-            lines.append([kind, name, *accuracies, f"{total / len(mine):.2f}", uar])
+            six = [row for row in rows if (row["name"], row["attack"]) == (name, kind)]
+            total = sum(row["accuracy"] for row in six)
+            uar = f"{100 * total / sum(row['ata'] for row in six):.1f}" if six[0]["ata"] else ""
+            accuracies = [f"{row['accuracy']:.2f}" for row in six]
+            lines.append([kind, name, *accuracies, f"{total / len(six):.2f}", uar])
     clean = ", ".join(f"{row['name']} {row['accuracy']:.2f}" for row in rows if not row["strength"])
     aim = "towards a random wrong class" if args.targeted else "away from the right class"
-    about = (
+    heading = (
         f"{args.dataset}, accuracy (%) on {rows[0]['examples']:,} test images under the attacks of Kang et "
         f"al.,\n{args.unforeseen_steps} steps {aim}, {'mixed precision' if args.eval_amp else 'float32'}. "
         f"Clean: {clean}. {results['seconds']:.0f} s."
     )
-    return f"\n{about}\n\n" + text_table(header, lines)
+    return f"\n{heading}\n\n" + text_table(header, lines)
 
 
 def picture(results: dict, run: Run) -> None:

@@ -248,8 +248,8 @@ def validate(
     stage: str, run: Run, args: Args, model: nn.Module, val_set: Images,
     attack: Callable, T: Callable, ss_classes: int,
 ) -> dict[str, float]:  # fmt: skip
-    """{val_clean, val_robust}: accuracy (%) on the held-out images (in pre-training: of the SS head). The plain
-    network gets the same attack. Robust accuracy is of 500 images, or of all with --select robust."""
+    """{val_clean, val_robust}: accuracy (%) on the held-out images, in pre-training of the SS head. Plain
+    networks get the same attack. Robust accuracy: of 500 images, or of all with --select robust."""
     head = TASK if stage == "pretrain" else "class"
 
     def stream(images: Images) -> Iterator[tuple[Tensor, Tensor]]:

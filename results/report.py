@@ -335,7 +335,8 @@ def table_of_file(content: dict) -> str:
     if "table" in content:
         return f"{text}\n\n{markdown(content['table'][0], content['table'][1:])}"
     formats = {
-        "batch": ("batch", "d"), "images_per_s": ("images/s", ",.4g"), "ratio": ("ratio", ".2f"), "peak_mb": ("peak MB", ",.0f"),
+        "batch": ("batch", "d"), "images_per_s": ("images/s", ",.4g"), "ratio": ("ratio", ".2f"),
+        "peak_mb": ("peak MB", ",.0f"),
         "gflops_per_image": ("GFLOP/image", ",.4g"), "share_of_matmul_peak": ("share of peak", ".0%"),
     }  # fmt: skip
     rows = [row for row in content["rows"] if "images_per_s" in row]
@@ -345,7 +346,7 @@ def table_of_file(content: dict) -> str:
 
 
 def paired(words: str) -> str:
-    """The table of <!-- paired WORDS -->: differences between runs of the same seed, under the same attack."""
+    """The table of <!-- paired WORDS -->: differences between runs of the same seed."""
     rows, texts = [], []
     for part in words.split("; "):
         form = r"(?P<files>[^:]+): (?P<pairs>.+?)(?: at (?P<radius>\S+))?(?: paper (?P<paper>.+))?"
@@ -412,7 +413,7 @@ def fill(text: str, page: str = "the page") -> str:
     def block(found: re.Match) -> str:
         kind, words = found["kind"], " ".join(found["words"].split())
         try:
-            body = paired(words) if kind == "paired" else tables(read(RESULTS / name for name in words.split()))
+            body = paired(words) if kind == "paired" else tables(read(map(RESULTS.joinpath, words.split())))
         except (UserError, ValueError) as e:
             raise UserError(f"{page}, <!-- {kind} {words} -->: {e}") from None
         return f"{found['head']}\n{body}\n<!-- end -->"

@@ -11,8 +11,9 @@ sys.path.insert(0, str(ROOT))
 
 # A run of rotation_at.py of a few seconds: 187 digits, a network of 4 to 32 channels, float32.
 TINY = dict(
-    dataset="digits", flip=False, stem="imagenet", width=1 / 16, val_fraction=0.87, epochs=2, batch_size=64, lr=0.02,
-    eps=0.1, step_size=0.1, attack_steps=1, eval_steps=2, eval_eps=(0.0, 0.1), eval_examples=50, amp="off", device="cpu",
+    dataset="digits", flip=False, stem="imagenet", width=1 / 16, val_fraction=0.87, epochs=2, batch_size=64,
+    lr=0.02, eps=0.1, step_size=0.1, attack_steps=1, eval_steps=2, eval_eps=(0.0, 0.1), eval_examples=50,
+    amp="off", device="cpu",
 )  # fmt: skip
 
 

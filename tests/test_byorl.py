@@ -30,8 +30,12 @@ def tiny(**changes) -> Args:
 def digits():
     """240 training images, for all runs."""
     load = Run.load_data
+
+    def few(run, **more):
+        train, test = load(run, **more)
+        return train.subset(torch.arange(240)), test
+
     with pytest.MonkeyPatch.context() as patch:
-        few = lambda run, **more: (load(run, **more)[0].subset(torch.arange(240)), load(run, **more)[1])  # noqa: E731
         patch.setattr(Run, "load_data", few)
         yield common.load_data("digits", "", CPU, image_size=8)[0].subset(torch.arange(240))
 

@@ -116,7 +116,7 @@ def test_eq_3_and_its_gradients_against_the_authors_formulas():
     want_images = torch.autograd.grad(losses + 0.1 * h, images, retain_graph=True)
     want = (slow_eq_3(model, clean)[0] + losses) / (2 * 3 * 3) + 0.1 * h / 3  # kinds, tasks, images
     want_weights = torch.autograd.grad(want, weights, materialize_grads=True, allow_unused=True)
-    total, eq_4 = objective.adversarial(attacked, True)
+    total, eq_4 = objective.loss_terms(attacked, True)
     torch.testing.assert_close((total.sum(), eq_4.sum()), (losses, h))
     torch.testing.assert_close(torch.autograd.grad((total + 0.1 * eq_4).sum(), images), want_images)
     got = objective(clean, attacked, True)
@@ -306,8 +306,8 @@ def test_only_networks_trained_by_the_papers_flags_are_compared_with_it():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"task": "ensemble", "norm": "l2", "eps": 0.5}, "take linf"), ({"eps": 0.0}, "leaves no attack"),
-        ({"task": "jigsaw", "image_size": 18}, "divide --image-size"), ({"stem": "imagenet"}, "too small"),
+        ({"task": "ensemble", "norm": "l2", "eps": 0.5}, "--norm linf"), ({"eps": 0.0}, "--eps"),
+        ({"task": "jigsaw", "image_size": 18}, "--grid 4"), ({"stem": "imagenet"}, "--image-size 16"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(one_sentence, tmp_path, changes, told):
@@ -318,6 +318,6 @@ def test_networks_of_other_classes_and_images_are_not_compared(one_sentence, tmp
     argv, good = flags(TINY | {"out": tmp_path / "run"}), rotation[0] / "rotation-P3F4.ta.pt"
     seven = build_model("resnet26v2", {"class": 7}, width=1 / 16)
     save_checkpoint(tmp_path / "seven.pt", {"network": seven.spec, "model": seven.state_dict()})
-    assert "is not for the classes of digits at 16" in one_sentence(chen, tmp_path / "seven.pt", *argv)
-    assert "is not for the classes of digits at 20" in one_sentence(chen, good, *argv, "--image-size", "20")
-    assert "no finished classifier" in one_sentence(chen, rotation[0] / "pretrain-P3-rotation.pt", *argv)
+    assert "--image-size 16" in one_sentence(chen, tmp_path / "seven.pt", *argv)
+    assert "--image-size 20" in one_sentence(chen, good, *argv, "--image-size", "20")
+    assert "pretrain-P3-rotation.pt" in one_sentence(chen, rotation[0] / "pretrain-P3-rotation.pt", *argv)

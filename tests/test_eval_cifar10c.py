@@ -88,7 +88,7 @@ def test_arrays_and_folders_give_the_same_accuracies(tmp_path, checkpoint):
     assert [r["accuracy"] for r in a] == [r["accuracy"] for r in b] and len(a) == 6
     (tmp_path / "fog" / "2" / "class3").rename(tmp_path / "elsewhere")
     np.save(tmp_path / "fog.npy", pixels + 1)
-    for args, match in (folders, "fog 2 has not the classes and number"), (arrays, "the data are not those"):
+    for args, match in (folders, "fog 2: other classes or number"), (arrays, "the data are not those"):
         (tmp_path / args.out / "results.json").unlink()
         args.resume = True
         with pytest.raises(UserError, match=match):

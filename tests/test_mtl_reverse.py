@@ -18,8 +18,8 @@ from common import (
     load_model, pgd, rebuild, save_checkpoint,
 )  # fmt: skip
 from mtl_reverse import (
-    FOR_ATTACKER, FOR_DEFENCE, FOR_START, TASKS, Args, Defence, Step, attack, build_branches, image_rand,
-    load_victim, main, mix_seeds, reverse, reverse_step, start,
+    FOR_ATTACKER, FOR_DEFENCE, FOR_START, TASKS, Args, Defence, DifferentiableStep, attack, build_branches,
+    image_rand, load_victim, main, mix_seeds, reverse, reverse_step, start,
 )  # fmt: skip
 
 # A run of a few seconds: 150 digits of 8 pixels (see `few`).
@@ -160,7 +160,7 @@ def test_unrolled_is_the_derivative_of_the_whole(parts, tasks, sign):
     d = defence_of(parts, tasks, sign, reverse_steps=3)
     direction = torch.randn(3, 3, 8, 8)
     z = x.clone().requires_grad_()
-    out = reverse(z, d, seeds, Step.apply)
+    out = reverse(z, d, seeds, DifferentiableStep.apply)
     assert torch.allclose(out, reverse(x, d, seeds), atol=1e-6)
     (got,) = torch.autograd.grad((out * direction).sum(), z)
     whole = start(z, d, seeds)
@@ -182,7 +182,7 @@ def test_unrolled_against_finite_differences():
     branches = {t: lambda z, *_, t=t: 1 + (z.flatten(1) @ w[t]).tanh().square().sum(1) for t in TASKS}
     d = Defence("mtl", None, branches, tiny(reverse_steps=4, reverse_step_size=0.02, reverse_eps=0.05))
     x = 0.3 + 0.4 * torch.rand(2, 3, 2, 2, dtype=torch.float64, generator=g)
-    through = lambda z: reverse(z, d, torch.arange(2), Step.apply)  # noqa: E731
+    through = lambda z: reverse(z, d, torch.arange(2), DifferentiableStep.apply)  # noqa: E731
     assert torch.autograd.gradcheck(through, x.requires_grad_(), eps=1e-7, atol=1e-5)
 
 
@@ -238,7 +238,7 @@ def test_adaptive_attacks_go_through_the_defence(parts, monkeypatch, kind):
         if kind == "bpda":
             z = after = reverse(z, d, s).requires_grad_()
         else:
-            after = reverse(z, d, s, Step.apply)
+            after = reverse(z, d, s, DifferentiableStep.apply)
         grad = grad + torch.autograd.grad(ce_per_image(classifier(after), y).sum(), z)[0]
     want = torch.clamp(torch.clamp(x_pgd + 0.02 * grad.sign(), x - 0.1, x + 0.1), 0, 1)
     moved = (got - want).abs().amax((1, 2, 3)) < 1e-5  # of the two points, the one of higher loss counts
@@ -361,7 +361,7 @@ def test_branches_of_another_run(one_sentence, trained, tmp_path):
         save_checkpoint(others / f"{task}.pt", state | {"network": state["network"] | {"images": "others"}})
     another = {k: v + 1 if k == "heads.class.bias" else v for k, v in victim["model"].items()}
     for state, branches, told in (
-        (victim, others, "no rows.json"), (victim, others, "other images"),
+        (victim, others, "rows.json"), (victim, others, "other images"),
         (victim | {"model": another}, folder, "another classifier"),
     ):  # fmt: skip
         save_checkpoint(tmp_path / "victim.pt", state)
@@ -403,7 +403,6 @@ def test_two_ranks_are_one(trained, tmp_path, monkeypatch):
     without_draws(monkeypatch)
     one = main(Args(**args, out=str(tmp_path / "one")))
     two = json.loads((tmp_path / "two" / "results.json").read_text())
-    # Two steps: of 68 images, shared equally, and of 67.
     losses = [json.loads((tmp_path / n / "metrics.jsonl").read_text())["loss"] for n in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # of two steps, with 68 and with 67 images
     assert [r["correct"] for r in rows_of(two).values()] == [r["correct"] for r in rows_of(one).values()]

@@ -11,7 +11,7 @@ from conftest import TINY, replace, same_state
 import common
 import jigsaw_at
 import rotation_at
-from common import Run, build_model, load_checkpoint, load_model, pgd, rotate
+from common import Run, build_model, ce_per_image, load_checkpoint, load_model, pgd, rotate
 from rotation_at import TASK, Args, adversaries, initialised_by, main, training_loss
 
 FEW = TINY | dict(epochs=1, val_fraction=0.96, eval_steps=1, eval_examples=30)  # 57 digits
@@ -72,7 +72,7 @@ def test_x_ss_is_attacked_as_pgd_on_its_loss_alone_would(batch, variant, head):
     model, x, y, x_ss, k = batch
     x_adv, got = attacked(batch, variant=variant, eps=0.02, step_size=0.01, steps=8)
     assert torch.equal(x_adv, x) == (variant == "replace")
-    losses = lambda z: F.cross_entropy(model(z, head), k if head == TASK else y, reduction="none")  # noqa: E731
+    losses = lambda z: ce_per_image(model(z, head), k if head == TASK else y)  # noqa: E731
     torch.manual_seed(1)
     both = x_ss if variant == "replace" else torch.cat([x, x_ss])
     want = pgd(losses, both, eps=0.02, step_size=0.01, steps=0)[-6:]  # the same start

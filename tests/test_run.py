@@ -35,7 +35,7 @@ SCRIPTS += [eval_cifar10c, eval_unforeseen]
 TINY_BYORL = dict(
     image_size=8, flip=False, arch="vit_mini4", width=0.5, epochs=2, warmup_epochs=0, eps=0.5, attack_steps=1,
     hidden=16, projection=8, label_fractions=(1.0,), probe_epochs=2, probe_steps=1, val_images=8,
-    eval_attack="pgd20", eval_steps=1, eval_examples=31, amp="off",
+    eval_attack="pgd20", eval_steps=1, eval_examples=31, amp="off", device="cpu",
 )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, pictures):
     run, whole = (pictures | TINY_BYORL | dict(out=str(tmp_path / name)) for name in ("run", "whole"))
     byorl.main(byorl.Args(**whole))
     stops = [("step", 5), ("metrics.jsonl", 2), ("byorl-robust-100%.pt", 1)]  # in the encoder's training
-    stops += [("step", 3), ("last.pt", 2), ("rows.json", 1)]  # in the second epoch of the first head, ...
+    stops += [("step", 3), ("last.pt", 2), ("rows.json", 1)]  # in a head's second epoch, later, at the end
     assert run_ranks(1, run_script, "byorl", flags(run), "step", 3, signal.SIGINT) == [130]
     for stop in stops:
         assert run_ranks(1, run_script, "byorl", [*flags(run), "--resume"], *stop) == [-9], stop
@@ -271,7 +271,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path):
 def test_two_ranks_killed_and_resumed_are_uninterrupted(tmp_path, pictures):
     """With a target network and heads."""
     run, whole = (pictures | TINY_BYORL | dict(out=str(tmp_path / name)) for name in ("run", "whole"))
-    assert run_ranks(2, run_script, "byorl", flags(run), "step", 5) == [-9, -9]
+    assert 0 not in run_ranks(2, run_script, "byorl", flags(run), "step", 5)
     assert run_ranks(2, run_script, "byorl", [*flags(run), "--resume"]) == [0, 0]
     assert run_ranks(2, run_script, "byorl", flags(whole)) == [0, 0]
     assert same_run(tmp_path / "run", tmp_path / "whole")

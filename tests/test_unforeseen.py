@@ -185,12 +185,12 @@ def test_rows_of_a_run(tmp_path, checkpoint):
         args = dict(checkpoints=(str(checkpoint),), dataset="digits", eval_examples=40, unforeseen="l2")
         args |= dict(unforeseen_steps=3, targeted=targeted, out=str(tmp_path / str(targeted)))
         rows = main(eval_unforeseen.Args(**args))["rows"]
-        assert [(r["name"], r["attack"]) for r in rows] == [("a/best", "none"), *6 * [("a/best", "l2")]]
-        assert [r["eps"] for r in rows] == [0, *UNFORESEEN["l2"][0]]
+        wanted = [("none", 0), *(("l2", eps) for eps in UNFORESEEN["l2"][0])]
+        assert [(r["attack"], r["eps"]) for r in rows] == wanted and rows[0]["name"] == "a/best"
         clean, *attacked = [r["accuracy"] for r in rows]
         assert clean == pytest.approx(robust_accuracy(load_model(checkpoint), data), abs=0.01)
         accuracies.append(sum(attacked))
-    assert accuracies[1] < accuracies[0] < 6 * clean
+    assert accuracies[1] < accuracies[0] < 4.5 * clean
 
 
 def test_uar_is_the_ratio_to_networks_trained_against_each_attack():
