@@ -87,7 +87,7 @@ Attacks = Annotated[tuple, some_of(ATTACKS)]
 class Args(CommonArgs):
     # run
     victim: str = ""  # checkpoint of the classifier F, ours or Carmon et al.'s (paper); empty: train one
-    branches: str = ""  # folder of a run whose task networks to reuse; empty: train them
+    branches: str = ""  # folder of a run whose task networks (and their flags) to reuse; empty: train them
     # data and model
     flip: bool = True  # mirror images at random in training and in views
     arch: Arch = "wrn28_10"  # network of F without --victim (paper: wrn28_10)

@@ -185,9 +185,20 @@ def test_data_and_networks_that_would_give_a_wrong_accuracy_are_refused():
             robust_accuracy(model, data)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_of_nan_is_not_a_weak_attack(norm):
+    """The sign of NaN is 0: the images would stay where they were, and look robust."""
+    assert pgd(lambda z: z.sum((1, 2, 3)) * math.nan, torch.rand(2, 3, 4, 4), eps=0.1, norm=norm).isnan().all()
+
+
 def test_batchnorm_under_attack_and_every_modules_mode_afterwards():
-    """'eval': running statistics. 'train': those of the batch. The running ones move in neither."""
+    """'eval': running statistics. 'train': those of the batch. The running ones move in neither. Weights need
+    no gradient, but again afterwards, if they did before."""
     net, x = small_net().train(), torch.rand(8, 3, 32, 32)
+    net.trunk.conv1.requires_grad_(False)
+    with batchnorm_mode(net):
+        assert not any(p.requires_grad for p in net.parameters())
+    assert [n for n, p in net.named_parameters() if not p.requires_grad] == ["trunk.conv1.weight"]
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with batchnorm_mode(net, "eval"):
         assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-5)

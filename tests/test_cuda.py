@@ -175,7 +175,7 @@ def test_a_run_of_adv_mae(tmp_path, amp):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_reversal(tmp_path, amp):
-    """The quick run in less: losses of attacked images fall; attackers that go through it stay in the ball."""
+    """The quick run in less: losses of attacked images fall; attackers who go through it stay inside."""
     quick = mtl_reverse.Args.QUICK | dict(
         device="cuda",
         amp=amp,

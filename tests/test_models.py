@@ -6,7 +6,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from common import PreActBlock, build_model, full_precision, place_model
+from common import (
+    BasicBlock, Bottleneck, PreActBlock, PreActBottleneck, build_model, full_precision, place_model,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("arch", "width", "count"), [
@@ -110,3 +112,22 @@ def test_full_precision_is_without_tf32_and_comes_back():
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck, PreActBlock, PreActBottleneck])
+def test_gradients_on_a_map_of_one_pixel(block):
+    """oneDNN leaves the weight gradient of a strided convolution in bfloat16 uninitialised there."""
+    torch.manual_seed(0)
+    layer = block(32, 64, 2).to(memory_format=torch.channels_last)
+    x = torch.randn(64, 32, 1, 1).to(memory_format=torch.channels_last)
+    gradients = []
+    for amp in False, True:
+        rubbish = [torch.full((2**20,), 1e30) for _ in range(8)]
+        del rubbish  # what uninitialised memory then holds
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = layer(x).float().square().sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in layer.parameters()]))
+    exact, mixed = gradients
+    assert (mixed - exact).norm() < 0.1 * exact.norm()
