@@ -57,7 +57,6 @@ FREE = FREE_ON_RESUME | {
 TITLES = {
     "": "Accuracy (%)",
     "column": "Accuracy (%) under the strongest attack of each kind",
-    "difference": "Differences in accuracy (points) on the same images",
     "losses": "Mean losses of the tasks",
     "average": "Accuracy (%) of networks and of averages of their probabilities",
     "transfer": "Images (%) that fool the network of the column when attacked for that of the line",
@@ -146,8 +145,8 @@ def read_row(script: str, row: dict) -> tuple[str, Column, float]:
     kind, name, value = row.get("kind", ""), row["name"], row.get("accuracy")
     if kind == "losses":
         return f"{name}: {row['task']} loss", Column(kind, row["images"]), row["mean"]
-    if kind in ("column", "difference"):
-        return name, Column(kind, row["column"]), row["difference"] if kind == "difference" else value
+    if kind == "column":
+        return name, Column(kind, row["column"]), value
     if kind in ("transfer", "venn"):  # the row's accuracy is the share of the images that do not fool
         targets = [row["target"]] + [row["other"]] * (kind == "venn")
         return row["source"], Column(kind, " and ".join(targets)), 100 - value
@@ -168,7 +167,7 @@ def groups_of(runs: list[dict]) -> list[list[Line]]:
             script, setting = run["script"], setting_of(run)
             evaluation = script.startswith("eval_")  # its networks' folders tell the seeds of their training
             flags = {k: shown(v) for k, v in run["args"].items() if k not in FREE}
-            for row in run["rows"]:
+            for row in (row for row in run["rows"] if row.get("kind") != "difference"):  # see `differences`
                 name, column, value = read_row(script, row)
                 seed = re.search(r"-s(\d+)/", name) if evaluation else None
                 seed = int(seed[1] if seed else run["args"]["seed"])
@@ -249,7 +248,7 @@ def cell(line: Line, column: Column) -> str:
     """'52.8 ± 1.9 (5)'; of one seed '52.78', with the standard error over the test images if it is known."""
     n, (mean, sd) = len(line.values[column]), mean_sd(line.values[column].values())
     digits = 3 if column.kind == "losses" else 1 if n > 1 else 2
-    text = f"{mean:{'+' if column.kind == 'difference' else ''}.{digits}f}"
+    text = f"{mean:.{digits}f}"
     if n > 1:
         return f"{text} ± {sd:.{digits}f} ({n})"
     return text + (f" ± {line.errors[column]:.{digits}f}" if line.errors[column] else "")

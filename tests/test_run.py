@@ -121,6 +121,12 @@ def test_a_run_is_kept_and_not_overwritten(one_sentence, command, reference):
     code, out, _ = command(rotation_at, *argv, "--resume", "--workers", "1")
     assert code == 0 and "linf eps" in out
     assert before == {p.name: p.read_bytes() for p in reference.iterdir()}
+    config = json.loads(before["config.json"])
+    del config["args"]["lambda2"]  # a run made before there was this flag: it had the default
+    (reference / "config.json").write_text(json.dumps(config))
+    assert command(rotation_at, *argv, "--resume")[0] == 0
+    assert "run with --lambda2 0.5, not 0.7" in one_sentence(rotation_at, *argv, "--resume", "--lambda2", "0.7")
+    (reference / "config.json").write_bytes(before["config.json"])
 
 
 def test_checkpoints_that_will_not_do(one_sentence, tmp_path, reference):

@@ -187,9 +187,9 @@ def test_rows_of_a_run(tmp_path, checkpoint):
         rows = main(eval_unforeseen.Args(**args))["rows"]
         wanted = [("none", 0), *(("l2", eps) for eps in UNFORESEEN["l2"][0])]
         assert [(r["attack"], r["eps"]) for r in rows] == wanted and rows[0]["name"] == "a/best"
-        clean, *attacked = [r["accuracy"] for r in rows]
+        clean, *others = [r["accuracy"] for r in rows]
         assert clean == pytest.approx(robust_accuracy(load_model(checkpoint), data), abs=0.01)
-        accuracies.append(sum(attacked))
+        accuracies.append(sum(others))
     assert accuracies[1] < accuracies[0] < 4.5 * clean
 
 
