@@ -184,7 +184,7 @@ def test_blocks_are_made_anew(tmp_path, monkeypatch):
     other = {"what": "this", "torch": "2", "table": [["x", "y"], ["1", "2"]]}
     (tmp_path / "b.json").write_text(json.dumps(other))
     page = "\n".join(f"text {i}\n\n<!-- {block} -->\n<!-- end -->" for i, block in enumerate((
-        "from a.json", "paired a.json: T3 - plain at 0.1", "speed speed.json", "from b.json")))  # fmt: skip
+        "from a.json", "paired a.json: T3 - plain at 0.1", "from speed.json", "from b.json")))  # fmt: skip
     made = report.fill(page + "\nlast\n")
     assert "| T3 | 51.7 ± 2.1 (3) |" in made and "| pgd-20 linf 0.1 | +51.7 ± 1.2 | 3 | shown |" in made
     assert "| ours | 1,234 | 2.50 |" in made and "this; torch 2." in made and "| 1 | 2 |" in made
