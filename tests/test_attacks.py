@@ -188,7 +188,8 @@ def test_data_and_networks_that_would_give_a_wrong_accuracy_are_refused():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_gradient_of_nan_is_not_a_weak_attack(norm):
     """The sign of NaN is 0: the images would stay where they were, and look robust."""
-    assert pgd(lambda z: z.sum((1, 2, 3)) * math.nan, torch.rand(2, 3, 4, 4), eps=0.1, norm=norm).isnan().all()
+    x = torch.rand(2, 3, 4, 4)
+    assert pgd(lambda z: z.sum((1, 2, 3)) * math.nan, x, eps=0.1, norm=norm).isnan().all()
 
 
 def test_batchnorm_under_attack_and_every_modules_mode_afterwards():

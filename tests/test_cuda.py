@@ -1,5 +1,4 @@
 """What only a GPU can tell: the same runs there, and attacks in mixed precision as strong as in float32."""
-
 import time
 
 import pytest
@@ -36,12 +35,8 @@ def test_the_peak_of_memory_is_that_of_the_epoch(tmp_path):
     """Not of the whole process: an epoch of much memory leaves nothing in the line of the next."""
     device = torch.device("cuda", 0)
     model = place_model(build_model("resnet18", {"class": 2}, width=1 / 16), device, "off")
-    data = Images(
-        torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=device),
-        torch.zeros(8, dtype=torch.int64),
-        ["a", "b"],
-        torch.arange(8),
-    )
+    pixels = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=device)
+    data = Images(pixels, torch.zeros(8, dtype=torch.int64), ["a", "b"], torch.arange(8))
     run = Run(tmp_path, device, "rotation_at", Args(device="cuda"))
     for epoch in run.epochs("train", 2, model, torch.optim.SGD(model.parameters(), 0.1)):
         if epoch == 0:
@@ -176,18 +171,9 @@ def test_a_run_of_adv_mae(tmp_path, amp):
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_reversal(tmp_path, amp):
     """The quick run in less: losses of attacked images fall; attackers who go through it stay inside."""
-    quick = mtl_reverse.Args.QUICK | dict(
-        device="cuda",
-        amp=amp,
-        epochs=4,
-        branch_epochs=6,
-        attacks=("pgd", "bpda", "unrolled"),
-        adaptive_steps=2,
-    )
+    less = dict(epochs=4, branch_epochs=6, attacks=("pgd", "bpda", "unrolled"), adaptive_steps=2)
+    quick = mtl_reverse.Args.QUICK | less | dict(device="cuda", amp=amp)
     results = mtl_reverse.main(mtl_reverse.Args(**quick, quick=True, out=str(tmp_path)))
-    mean = {
-        (row["task"], row["images"]): row["mean"]
-        for row in results["rows"]
-        if row.get("kind") == "losses" and row["name"] == "mtl"
-    }
+    rows = [row for row in results["rows"] if row.get("kind") == "losses" and row["name"] == "mtl"]
+    mean = {(row["task"], row["images"]): row["mean"] for row in rows}
     assert sum(mean[t, "reversed"] < mean[t, "attacked"] for t in mtl_reverse.TASKS) >= 2

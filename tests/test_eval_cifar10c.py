@@ -12,10 +12,10 @@ from PIL import Image
 import eval_cifar10c as script
 import rotation_at
 from common import (
-    UserError, build_model, ce_per_image, draw, load_checkpoint, load_data, load_model, pgd, robust_accuracy,
+    UserError, ce_per_image, draw, load_checkpoint, load_data, load_model, pgd, robust_accuracy,
     save_checkpoint,
 )  # fmt: skip
-from eval_cifar10c import Args, corrupt, evaluate_cell, load_network, main, means
+from eval_cifar10c import Args, corrupt, evaluate_cell, main
 
 
 @pytest.fixture(scope="module")
@@ -126,29 +126,6 @@ def test_rows_equal_an_independent_computation(tmp_path, checkpoint):
         for title, count in ("mean of 2 of 15", 4), ("mean of 3", 6):
             (row,) = [r for r in rows if (r["corruption"], r["attack"]) == (title, attack)]
             assert row["accuracy"] == round(sum(mine[:count]) / count, 2)
-
-
-def test_the_paper_stands_beside_its_own_setting_only(tmp_path):
-    """Its numbers are those of 10,000 images."""
-    model = build_model("resnet18", {"class": 10}, width=1 / 16)
-
-    def paper(stage="train", rotation="rotation_at", flags={}, **changes):  # noqa: B006
-        trained = vars(rotation_at.Args(norm="l2", eps=1.0, variant="T3")) | changes
-        state = {"network": model.spec, "model": model.state_dict(), "args": trained}
-        save_checkpoint(tmp_path / "x.pt", state | {"script": rotation, "stage": stage})
-        return load_network(tmp_path / "x.pt", 10, Args(("x.pt",), **flags))["paper"]
-
-    assert paper() == [76.52, 38.33] and paper(variant="T1") == [80.23, None]
-    assert paper(norm="linf", eps=8 / 255)[1] == 36.22
-    for changed in (
-        dict(width=0.5), dict(eps=0.5), dict(epochs=8), dict(dataset="folder"), dict(stage="plain"),
-        dict(rotation="jigsaw_at"), dict(lambda2=0.0), dict(attack_steps=1), dict(flags={"generate": True}),
-        dict(flags={"severities": "1"}), dict(flags={"eval_examples": 9}), dict(flags={"eps": 0.5}),
-    ):  # fmt: skip
-        assert paper(**changed) == [None] * 2
-    cell = {"name": "a", "attack": "none", "corruption": "fog", "severity": 1, "correct": 5}
-    for n, wanted in (10_000, 76.52), (1_000, None):
-        assert means([cell | {"examples": n}], {"a": [76.52, 38.33]})[0]["paper"] == wanted
 
 
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, checkpoint, monkeypatch):

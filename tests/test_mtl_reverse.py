@@ -280,20 +280,6 @@ def rows_of(results):
     return {(r["name"], r["attack"], r["lambda"]): r for r in results["rows"] if "correct" in r}
 
 
-@pytest.mark.parametrize(("changes", "known"), [
-    (dict(attacks=("pgd",), lambdas=(1.0,), eot=20, branches="runs/x", seed=3, reverse_eps=8 / 255), True),
-    (dict(weights=(1.0, 1.0, 1.0)), False), (dict(eval_examples=100), False), (dict(eps=4 / 255), False),
-])  # fmt: skip
-def test_the_papers_numbers_stand_beside_its_own_setting(trained, changes, known):
-    """The classifier must be Carmon et al.'s."""
-    for source in (mtl_reverse.CARMON, ""):
-        rows = [row | {"source": source} for row in trained[1]["rows"]]
-        text = mtl_reverse.table({"rows": rows}, Args(victim="carmon.pt", **changes))
-        found = [line.split()[3:] for line in text.splitlines() if "the paper (RST_adv)" in line]
-        want = [["89.7", "63.9"], ["86.6", "65.3"], ["87.7", "65.6"]]
-        assert found == (want if known and source else [])
-
-
 def test_rows(trained):
     """Columns have the strongest of their attacks and binomial errors; differences have paired errors."""
     folder, results = trained

@@ -125,7 +125,8 @@ def test_a_run_is_kept_and_not_overwritten(one_sentence, command, reference):
     del config["args"]["lambda2"]  # a run made before there was this flag: it had the default
     (reference / "config.json").write_text(json.dumps(config))
     assert command(rotation_at, *argv, "--resume")[0] == 0
-    assert "run with --lambda2 0.5, not 0.7" in one_sentence(rotation_at, *argv, "--resume", "--lambda2", "0.7")
+    argv += ["--resume", "--lambda2", "0.7"]
+    assert "run with --lambda2 0.5, not 0.7" in one_sentence(rotation_at, *argv)
     (reference / "config.json").write_bytes(before["config.json"])
 
 
@@ -160,26 +161,20 @@ def pictures(tmp_path):
 
 
 def test_files_that_are_not_those_of_the_run_are_refused(one_sentence, tmp_path, pictures, reference):
-    """On resume: other images; files of other flags or stages, and damaged ones. Nothing is lost."""
+    """On resume: other images; files of other flags or stages. Nothing is lost."""
     run, args = tmp_path / "run", TINY | pictures | dict(epochs=1, pretrain="l2", val_fraction=0.5)
     argv = [*flags(args | {"out": run}), "--resume"]
     want = main(Args(**args, out=str(run)))
-    damages = {"history": 7, "optimizer": {}, "network": {}, "best": [1]}
-    for key, value in damages.items():
-        torch.save(load_checkpoint(run / "last.pt") | {key: value}, tmp_path / key)
-    (tmp_path / "rows").write_text(json.dumps(want | {"rows": [{}]}))
+    (run / "results.json").unlink()
     for name, other, told in [
-        ("results.json", tmp_path / "rows", "results.json is damaged"),
         ("best.pt", reference / "best.pt", "of a run with --batch-size 64, not 16"),
         ("best.pt", run / "pretrain.pt", "has the stage pretrain, not train"),
         ("last.pt", reference / "last.pt", "of a run with --batch-size 64, not 16"),
-        *(("last.pt", tmp_path / key, "last.pt is damaged") for key in damages),
     ]:
         own = (run / name).read_bytes()
         (run / name).write_bytes(other.read_bytes())
         assert told in one_sentence(rotation_at, *argv), (name, other)
         (run / name).write_bytes(own)
-        (run / "results.json").unlink(missing_ok=True)
     (tmp_path / "train" / "cat" / "3.png").rename(tmp_path / "train" / "dog" / "33.png")
     assert "the images are not those" in one_sentence(rotation_at, *argv)
     (tmp_path / "train" / "dog" / "33.png").rename(tmp_path / "train" / "cat" / "3.png")

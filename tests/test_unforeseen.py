@@ -14,7 +14,7 @@ import eval_unforeseen
 import rotation_at
 from common import batches, ce_per_image, draw, load_data, load_model, robust_accuracy
 from eval_unforeseen import (
-    UNFORESEEN, frank_wolfe, from_jpeg, main, plasma, snow, table, to_jpeg, unforeseen, warp,
+    UNFORESEEN, frank_wolfe, from_jpeg, main, snow, table, to_jpeg, unforeseen, warp,
 )  # fmt: skip
 
 
@@ -139,28 +139,6 @@ def test_fog_and_gabor_add_grey_within_the_radius():
         assert torch.allclose(added, added[:, :1].expand_as(added), atol=1e-4)
         assert added.amin() >= -1e-4 and added.amax() <= 1 + 1e-4 and added.flatten(1).std(1).min() > 0.05
     assert noise.flatten(1).amax(1).min() > 0.99
-
-
-def test_clouds_by_hand():
-    """A torus of 4 x 4 and the average of the neighbours, written out."""
-    rng = np.random.default_rng(0)
-    noise = [rng.uniform(-1, 1, (1, n, n)) for n in (1, 1, 1, 2, 2, 2)]
-    a = np.zeros((4, 4))
-    a[2, 2] = noise[0][0, 0, 0]
-    a[0, 2], a[2, 0] = (noise[k][0, 0, 0] + a[2, 2] / 2 for k in (1, 2))
-
-    def average(*places):
-        return sum(a[r % 4, c % 4] for r, c in places) / 4
-
-    for i, j in np.ndindex(2, 2):
-        r, c = 2 * i + 1, 2 * j + 1
-        a[r, c] = noise[3][0, i, j] / 3
-        a[r, c] += average((r - 1, c - 1), (r - 1, c + 1), (r + 1, c - 1), (r + 1, c + 1))
-    for k, i, j in itertools.product((4, 5), (0, 1), (0, 1)):
-        r, c = 2 * i + (k == 5), 2 * j + (k == 4)
-        a[r, c] = noise[k][0, i, j] / 3 + average((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1))
-    a = (a - a.min()) / (a - a.min()).max()
-    assert np.allclose(plasma([torch.from_numpy(n) for n in noise], 3.0)[0].numpy(), a)
 
 
 def test_snow_brightens_and_keeps_its_budget(monkeypatch):
