@@ -178,10 +178,3 @@ def test_blocks_are_made_anew(tmp_path, monkeypatch):
 
 
 # ---- errors ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["", "[1, 2]", '{"script": "rotation_at"}', '{"a": 1}', "\x00\x01"])
-def test_a_foreign_or_missing_file_is_one_sentence(tmp_path, one_sentence, text):
-    assert "there is no" in one_sentence(report, tmp_path / "x.json")
-    (tmp_path / "x.json").write_text(text)
-    assert "x.json is damaged" in one_sentence(report, tmp_path / "x.json")
