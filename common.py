@@ -2062,7 +2062,8 @@ def cuda_graph(attack: Callable[..., Any]) -> Callable[..., Any]:
                 graph, its_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
             except RuntimeError:  # a device without graphs
                 return attack(*inputs)
-            with torch.cuda.graph(graph, pool=memory):
+            # thread_local: another thread may be pinning the next images in memory meanwhile
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 outputs = attack(*its_inputs)
             memory, recorded[shapes] = graph.pool(), (graph, its_inputs, outputs)
         graph, its_inputs, outputs = recorded[shapes]
