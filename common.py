@@ -1898,7 +1898,8 @@ def place_model(model: Network, device: torch.device, amp: str = "auto", compile
     model.to(device, memory_format=torch.channels_last)
     model.amp = amp_dtype(amp, device)
     if compile:
-        # In place: neither the checkpoint's keys nor the mode handling change. Fixed sizes are faster.
+        # In place: neither the checkpoint's keys nor the mode handling change. Batches have few sizes; each
+        # gets its own kernels.
         model.trunk.compile(dynamic=False)
     return model
 
@@ -1995,9 +1996,10 @@ def pgd(
             better = (values.detach() > best_loss).view(-1, *[1] * (x.dim() - 1))
             best, best_loss = torch.where(better, x_adv, best), best_loss.fmax(values.detach())
         if step < steps:
-            direction = grad / (l2_norm(grad) + 1e-12)
             if norm == "linf":
                 direction = grad.sign().where(grad == grad, grad)  # the sign of NaN would be 0
+            else:
+                direction = grad / (l2_norm(grad) + 1e-12)
             x_adv = project(x_adv + step_size * direction, x, eps, norm)
     return best if keep_best else x_adv
 
@@ -2053,15 +2055,18 @@ def cuda_graph(attack: Callable[..., Any]) -> Callable[..., Any]:
 
     def perturb(*inputs: Tensor) -> Any:
         nonlocal memory
+        if not inputs[0].is_cuda or world()[1] > 1:
+            return attack(*inputs)
         shapes = tuple(x.shape for x in inputs)
-        if not inputs[0].is_cuda or world()[1] > 1 or shapes not in recorded:
+        if shapes not in recorded:
             recorded[shapes] = None
             return attack(*inputs)
         if recorded[shapes] is None:
             try:
-                graph, its_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+                graph = torch.cuda.CUDAGraph()
             except RuntimeError:  # a device without graphs
                 return attack(*inputs)
+            its_inputs = [x.clone() for x in inputs]
             # thread_local: another thread may be pinning the next images in memory meanwhile
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 outputs = attack(*its_inputs)
@@ -2681,12 +2686,15 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def grouped_bars(ax: Any, groups: list[str], heights: dict[str, list[float]]) -> None:
-    """Draw a bar per group and name on matplotlib axes, a colour per name. heights: {name: one per group}."""
+def grouped_bars(
+    ax: Any, groups: list[str], heights: dict[str, list[float]], errors: dict[str, list[float]] | None = None
+) -> None:
+    """Draw a bar per group and name on matplotlib axes, a colour per name. heights and errors (the lengths of
+    error bars): {name: one per group}; NaN draws none."""
     width = 0.8 / len(heights)
     for i, (name, values) in enumerate(heights.items()):
         at = [group + (i - (len(heights) - 1) / 2) * width for group in range(len(groups))]
-        ax.bar(at, values, width, label=name, color=f"C{i % 10}")
+        ax.bar(at, values, width, label=name, color=f"C{i % 10}", yerr=errors[name] if errors else None)
     ax.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups], rotation=45, ha="right")
     ax.grid(axis="y", alpha=0.3)
 

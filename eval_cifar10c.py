@@ -37,13 +37,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import (
-    Images, Network, Positive, Run, UserError, all_ranks_fine, batches, ce_per_image, check_classifier, cli,
-    draw, eps_name, full_precision, grouped_bars, load_checkpoint, load_data, open_folder, paper_numbers, pgd,
-    place_model, progress, reading, rebuild, robust_accuracy, start_run, suite_accuracy, suite_attacks,
-    text_table, train_digits, whole_number, world, write_atomically,
+    Images, Network, Positive, Run, Suite, UserError, all_ranks_fine, batches, ce_per_image,
+    check_classifier, cli, draw, eps_name, full_precision, grouped_bars, load_checkpoint, load_data,
+    open_folder, paper_numbers, pgd, place_model, progress, reading, rebuild, robust_accuracy, start_run,
+    suite_accuracy, suite_attacks, text_table, train_digits, whole_number, world, write_atomically,
 )  # fmt: skip
 
-Attack = Literal["pgd20", "apgd", "suite", "suite-fast", "standard", "none"]
+Attack = Literal[Suite, "none"]
 
 
 @dataclass

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 from common import (  # noqa: E402
-    FREE_ON_RESUME, UserError, cli, eps_name, number, paper_numbers, reading, write_atomically,
+    FREE_ON_RESUME, UserError, cli, eps_name, grouped_bars, number, paper_numbers, reading, write_atomically,
 )  # fmt: skip
 
 
@@ -455,12 +455,10 @@ def draw_curves(ax: Any, series: dict) -> None:
 
 def draw_bars(ax: Any, series: dict) -> None:
     """Groups of bars, one bar of each series in a group."""
-    groups, width = list(dict.fromkeys(x for points in series.values() for x in points)), 0.8 / len(series)
-    for i, (label, points) in enumerate(series.items()):
-        at = [groups.index(x) + (i - (len(series) - 1) / 2) * width for x in points]
-        mean, sd = zip(*points.values(), strict=True)
-        ax.bar(at, mean, width, yerr=sd, label=label)
-    ax.set_xticks(range(len(groups)), groups, rotation=60, ha="right")
+    groups = list(dict.fromkeys(x for points in series.values() for x in points))
+    every = {label: [points.get(x, (math.nan, 0.0)) for x in groups] for label, points in series.items()}
+    means, sds = ({label: [pair[i] for pair in pairs] for label, pairs in every.items()} for i in (0, 1))
+    grouped_bars(ax, groups, means, sds)
     ax.legend(fontsize=8)
 
 
