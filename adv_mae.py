@@ -604,7 +604,8 @@ def open_variants(args: Args, classes: list[str]) -> dict[str, tuple[Images, Ten
         groups = groups_of(images.classes, classes, folder)
         if set(images.classes) <= set(CONFLICT) - set(classes):
             # Without the 80 images of 1,280 whose shape and texture agree, such as cat1-cat3.png.
-            kinds = [re.findall("[a-z]+", Path(path).stem) for path, _ in images.pixels.samples]
+            files = map(images.pixels.path, range(len(images)))
+            kinds = [re.findall("[a-z]+", Path(file).stem) for file in files]
             images = images.subset(torch.tensor([i for i, kind in enumerate(kinds) if len(set(kind)) > 1]))
         variants[name] = images, groups
     return variants
@@ -621,7 +622,7 @@ def real_labels(args: Args, test_set: Images) -> list[list[int]] | None:
         labels = dict(enumerate(json.loads(Path(args.real).read_text()), start=1))
         if max(max(of_image, default=0) for of_image in labels.values()) >= len(test_set.classes):
             raise ValueError(f"it has labels of more than the {len(test_set.classes)} classes")
-        files = [Path(test_set.pixels.samples[i][0]) for i in test_set.index.tolist()]
+        files = [Path(test_set.pixels.path(i)) for i in test_set.index.tolist()]
         chosen = [list(map(int, labels[int(file.stem.split("_")[-1])])) for file in files]
         if not any(chosen):
             raise ValueError("it has no label for any of the test images")

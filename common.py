@@ -661,8 +661,13 @@ def start_run(args: Any, name: str = "") -> Run:
         except (UserError, OSError) as e:
             problem = str(e)
     all_ranks_fine(problem)
-    seen = folder.is_dir()
-    all_ranks_fine("" if seen else f"not every machine sees {folder}: --out must be on a shared disk.")
+    config = folder / "config.json"
+    seen = [config.stat().st_mtime_ns if config.exists() else 0]  # another machine may have its own folder
+    first = seen.copy()
+    if world()[1] > 1:
+        dist.broadcast_object_list(first)
+    same = "" if seen == first else f"not every machine sees {folder}: --out must be on a shared disk."
+    all_ranks_fine(same)
     run = Run(folder, device, script, args, lock)
     run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < args.eps:
@@ -988,31 +993,42 @@ class Folder(torch.utils.data.Dataset):
     centre cropped. Hidden files and folders are skipped.
 
     Gives (image, label, problem). `problem` names a file that cannot be read: an exception would come out of
-    a worker process wrapped in a traceback. Raises OSError or ValueError if a class, or all, are missing.
+    a worker process wrapped in a traceback. Rank 0 lists the files for all ranks. Names and labels are
+    arrays: processes that read would each copy lists of them, bit by bit. Raises UserError if a class, or
+    all, are missing.
     """
 
-    def __init__(self, root: Path, size: int):
+    def __init__(self, root: Path, size: int, flag: str):
         from torchvision import transforms as T
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-        def is_image(path: str) -> bool:
-            return path.lower().endswith(IMG_EXTENSIONS) and os.sep + "." not in path[len(str(root)) :]
-
-        self.classes = _class_folders(root)
-        label_of = {name: i for i, name in enumerate(self.classes)}
-        self.samples = make_dataset(str(root), label_of, is_valid_file=is_image)
-        names = "\n".join(path[len(str(root)) :] for path, _ in self.samples)
-        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        self.size = size
+        found, problem = [None], ""
+        if not root.is_dir():
+            problem = f"there is no folder {root} on {socket.gethostname()}: see {flag}."
+        elif world()[0] == 0:
+            try:
+                found = [_list_images(root)]
+            except (OSError, ValueError) as e:
+                reason = " ".join(str(e).split())[:120]
+                problem = f"no images in {root} ({reason}); expected <class>/*.jpg|png there: see {flag}."
+        all_ranks_fine(problem)
+        if world()[1] > 1:
+            dist.broadcast_object_list(found)
+        self.classes, self.names, self.labels = found[0]
+        self.digest = hashlib.sha256(b"\n".join(self.names.tolist())).hexdigest()[:16]
+        self.root, self.size = root, size
         self.transform = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
+
+    def path(self, i: int) -> str:
+        """The file of image i."""
+        return f"{self.root}{os.fsdecode(self.names[i])}"
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
         from PIL import Image
 
-        path, label = self.samples[i]
+        path, label = self.path(i), int(self.labels[i])
         try:
             image = read_image(path)
         except Exception as e:  # Pillow raises many kinds for damaged, huge and odd files
@@ -1054,15 +1070,24 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _list_images(root: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(classes, the names of their images after `root`, as bytes, labels)."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and os.sep + "." not in path[len(str(root)) :]
+
+    classes, names = _class_folders(root), []
+    for name in classes:
+        samples = make_dataset(str(root), {name: 0}, is_valid_file=is_image)
+        names.append(np.array([os.fsencode(path[len(str(root)) :]) for path, _ in samples]))
+    return classes, np.concatenate(names), np.repeat(np.arange(len(names)), [*map(len, names)])
+
+
 def open_folder(root: Path, size: int, flag: str = "--data-dir, or try --quick") -> Images:
     """The images root/<class>/*.jpg|png, not yet read. Raises UserError, naming `flag`, if there are none."""
-    try:
-        files = Folder(root, size)
-    except (OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:120]
-        wanted = f"expected <class>/*.jpg|png there: see {flag}"
-        raise UserError(f"no images in {root} ({reason}); {wanted}.") from None
-    labels = torch.tensor([label for _, label in files.samples])
+    files = Folder(root, size, flag)
+    labels = torch.from_numpy(files.labels)
     return Images(files, labels, files.classes, torch.arange(len(labels)), files.digest)
 
 
@@ -1079,9 +1104,15 @@ def _load_folder(
     if len(sets[0].classes) < 2:
         raise UserError(f"{root / 'train'} has one class folder; a classifier needs two or more.")
     if not stream and sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
-        for s in sets:  # every rank keeps the whole set
-            parts = _read(s.pixels, torch.arange(len(s)).split(512), workers)
-            s.pixels = torch.cat([x for x, _ in parts]).to(device)
+        for s in sets:  # every rank keeps the whole set, and reads a part of it
+            rank, ranks = world()
+            pixels = torch.empty(len(s), 3, size, size, dtype=torch.uint8, device=device)
+            mine = torch.arange(len(s)).tensor_split(ranks)[rank].split(512)
+            for rows, (x, _) in zip(mine, _read(s.pixels, mine, workers), strict=False):
+                pixels[rows] = x.to(device)
+            for source, part in enumerate(pixels.tensor_split(ranks)) if ranks > 1 else ():
+                dist.broadcast(part, src=source)
+            s.pixels = pixels
     return sets[0], sets[1]
 
 
@@ -1090,7 +1121,7 @@ def _read(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (uint8 (b, 3, H, W), labels (b,)) of the files `rows`. Raises UserError for a damaged image."""
     loader = torch.utils.data.DataLoader(
-        files, batch_sampler=[r.tolist() for r in rows if len(r)], num_workers=workers, pin_memory=pin,
+        files, batch_sampler=(r.tolist() for r in rows if len(r)), num_workers=workers, pin_memory=pin,
         worker_init_fn=_worker_signals, generator=torch.Generator(),
     )  # fmt: skip
     try:
@@ -2133,10 +2164,10 @@ def is_correct(logits: Tensor, y: Tensor) -> Tensor:
 
 def percent_of_all_ranks(counts: list[int], seen: int) -> list[float]:
     """Counts of images, summed over ranks, in percent of the images seen. ValueError if none was seen."""
-    if dist.is_available() and dist.is_initialized():
-        total = torch.tensor([seen, *counts], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(total)
-        seen, *counts = total.tolist()
+    if world()[1] > 1:
+        of_ranks = [None] * world()[1]
+        dist.all_gather_object(of_ranks, [seen, *counts])
+        seen, *counts = (sum(numbers) for numbers in zip(*of_ranks, strict=True))
     if not seen:
         raise ValueError("there are no images: was `data` a generator that had been used before?")
     return [100 * n / seen for n in counts]

@@ -4,13 +4,11 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, same_state
+from conftest import flags, same_state
 from PIL import Image
 from torch import nn
 
@@ -222,22 +220,6 @@ def test_rotnet_turns_each_image_once_and_averages_the_weights(tmp_path, monkeyp
         average = decay * average + (1 - decay) * w
     found = load_checkpoint(tmp_path / "run" / "rotnet.pt")["model"][key]
     assert len(weights) == 11 and torch.allclose(found, average, atol=1e-6)
-
-
-def test_two_ranks_are_one_that_accumulates(tmp_path, monkeypatch):
-    """Odd batches, shared unequally, give the loss to 1e-5 of one process in five unequal parts."""
-    monkeypatch.setattr(Run, "load_data", LOAD_DATA)
-    args = TINY | dict(recipe="sgd", pretrain_batch_size=479, batch_size=479, lr=0.1, eps=0.3)
-    done = subprocess.run(
-        [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split(),
-         ROOT / "adv_mae.py", *flags(args), "--out", "two"],
-        capture_output=True, text=True, timeout=240, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    main(Args(**args, accumulate=5, out=str(tmp_path / "one")))
-    files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
-    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in files]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # three steps of pre-training, four of fine-tuning
 
 
 def test_groups_of_classes():

@@ -1,7 +1,6 @@
 """eval_cifar10c.py: reading CIFAR-10-C, the six corruptions made here, the arithmetic of the table."""
 import colorsys
 import io
-import itertools
 
 import numpy as np
 import pytest
@@ -9,13 +8,11 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-import eval_cifar10c as script
 import rotation_at
 from common import (
-    UserError, ce_per_image, draw, load_checkpoint, load_data, load_model, pgd, robust_accuracy,
-    save_checkpoint,
+    UserError, ce_per_image, draw, load_data, load_model, pgd, robust_accuracy,
 )  # fmt: skip
-from eval_cifar10c import Args, corrupt, evaluate_cell, main
+from eval_cifar10c import Args, corrupt, main
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +123,3 @@ def test_rows_equal_an_independent_computation(tmp_path, checkpoint):
         for title, count in ("mean of 2 of 15", 4), ("mean of 3", 6):
             (row,) = [r for r in rows if (r["corruption"], r["attack"]) == (title, attack)]
             assert row["accuracy"] == round(sum(mine[:count]) / count, 2)
-
-
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, checkpoint, monkeypatch):
-    """No cell is computed twice; another network is refused."""
-    other, state = tmp_path / "other.pt", load_checkpoint(checkpoint)
-    save_checkpoint(other, state)
-    more = dict(corruptions="contrast", eval_examples=20, eval_steps=2)
-    whole = main(small([checkpoint, other], tmp_path / "whole", **more))["rows"]
-    calls = itertools.count(1)
-
-    def stop(*a):
-        if next(calls) == 4:
-            raise KeyboardInterrupt
-        return evaluate_cell(*a)
-
-    monkeypatch.setattr(script, "evaluate_cell", stop)
-    args = small([checkpoint, other], tmp_path / "parts", resume=True, **more)
-    with pytest.raises(KeyboardInterrupt):
-        main(args)
-    assert main(args)["rows"] == whole and next(calls) == 4 + 6 + 1
-    save_checkpoint(other, state | {"epoch": 99})
-    with pytest.raises(UserError, match="the checkpoints are not those"):
-        main(args)

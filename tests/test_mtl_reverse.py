@@ -1,16 +1,13 @@
 """mtl_reverse.py: the tasks' losses, Algorithm 1, attackers, Carmon et al.'s file, runs."""
 import itertools
-import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, flags, same_state
+from conftest import flags, same_state
 
 import mtl_reverse
 from common import (
@@ -354,41 +351,3 @@ def test_branches_of_another_run(one_sentence, trained, tmp_path):
         argv = ["--victim", tmp_path / "victim.pt", "--branches", branches, "--out", tmp_path / "run"]
         assert told in one_sentence(mtl_reverse, *flags(TINY), *argv)
         (others / "rows.json").write_text("[]")
-
-
-def without_draws(patch):
-    """No rank draws numbers of its own, and the head is trained by SGD, which shows its gradients' length."""
-
-    def views(x, **more):
-        return x + 0.1 * torch.arange(len(x)).view(-1, 1, 1, 1).div(len(x) // 2, rounding_mode="floor")
-
-    patch.setattr(mtl_reverse, "simclr_augment", views)
-    patch.setattr(mtl_reverse, "random_crop_flip", lambda x, *more: x)
-    patch.setattr(torch.optim, "Adam", torch.optim.SGD)
-    patch.setattr(Run, "load_data", few)
-
-
-RANK = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import pytest, common, test_mtl_reverse as test
-test.without_draws(pytest.MonkeyPatch())
-common.cli(test.main, test.Args)
-"""
-
-
-def test_two_ranks_are_one(trained, tmp_path, monkeypatch):
-    """Images are contrasted with those of all ranks, shared unequally, and each is evaluated once."""
-    more = dict(victim=str(trained[0] / "classifier.pt"), head_batch_size=68, head_lr=0.5, attacks=("bpda",))
-    args = TINY | more | dict(tasks=("contrastive",))
-    (tmp_path / "rank.py").write_text(RANK)
-    done = subprocess.run(
-        [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2 rank.py".split(),
-         *flags(args), "--out", "two"], capture_output=True, text=True, timeout=240, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    without_draws(monkeypatch)
-    one = main(Args(**args, out=str(tmp_path / "one")))
-    two = json.loads((tmp_path / "two" / "results.json").read_text())
-    losses = [json.loads((tmp_path / n / "metrics.jsonl").read_text())["loss"] for n in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # of two steps, with 68 and with 67 images
-    assert [r["correct"] for r in rows_of(two).values()] == [r["correct"] for r in rows_of(one).values()]

@@ -1,21 +1,13 @@
 """Section 1 of common.py: flags, folders, kills, several ranks, users' mistakes; seen through the scripts."""
 import ast
-import itertools
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ROOT, TINY, flags, same_state
-from PIL import Image
+from conftest import ROOT, TINY, TINY_BYORL, flags, metrics, results, run_ranks, run_script, same_state
 
 import adv_mae
 import byorl
@@ -26,31 +18,11 @@ import eval_unforeseen
 import jigsaw_at
 import mtl_reverse
 import rotation_at
-from common import Run, load_checkpoint, number, numbers, parse_args
+from common import load_checkpoint, number, numbers, parse_args
 from rotation_at import Args, main
 
 SCRIPTS = [rotation_at, jigsaw_at, byorl, chen_pretrain_finetune, adv_mae, mtl_reverse]
 SCRIPTS += [eval_cifar10c, eval_unforeseen]
-# A run of byorl.py of a second, on `pictures`.
-TINY_BYORL = dict(
-    image_size=8, flip=False, arch="vit_mini4", width=0.5, epochs=2, warmup_epochs=0, eps=0.5, attack_steps=1,
-    hidden=16, projection=8, label_fractions=(1.0,), probe_epochs=2, probe_steps=1, val_images=8,
-    eval_attack="pgd20", eval_steps=1, eval_examples=31, amp="off", device="cpu",
-)  # fmt: skip
-
-
-def results(folder):
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return [(r["name"], r["attack"], r["norm"], r["eps"], r["examples"], r["accuracy"]) for r in rows]
-
-
-def metrics(folder):
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "images_per_s", "waiting")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
-
-
 def same_run(a, b):
     """Whether the rows, the log and the weights in two folders are the same to the bit."""
     weights = [[load_checkpoint(f)["model"] for f in sorted(folder.glob("*.pt"))] for folder in (a, b)]
@@ -149,17 +121,6 @@ def test_checkpoints_that_will_not_do(one_sentence, tmp_path, reference):
             assert re.search(f"{path.name}.*classifier", one_sentence(script, *flag, *argv))
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """Flags for a folder of 20 images in each of two classes."""
-    rng = np.random.default_rng(0)
-    for split, c, i in itertools.product(("train", "test"), ("cat", "dog"), range(20)):
-        (tmp_path / split / c).mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / split / c / f"{i}.png")
-    return dict(dataset="folder", data_dir=str(tmp_path), image_size=16, batch_size=16, workers=0)
-
-
 def test_files_that_are_not_those_of_the_run_are_refused(one_sentence, tmp_path, pictures, reference):
     """On resume: other images; files of other flags or stages. Nothing is lost."""
     run, args = tmp_path / "run", TINY | pictures | dict(epochs=1, pretrain="l2", val_fraction=0.5)
@@ -193,55 +154,15 @@ def test_nan_stops_the_run_and_is_never_saved(one_sentence, tmp_path, changes, t
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json"}
 
 
-# Processes are forked from one that has imported torch already: a tenth of a second each instead of five.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed", "torchvision.transforms.v2"])
-
-
-def run_script(name, argv, at="", count=0, sig=signal.SIGKILL):
-    """What a process does: a script. At its count-th step, or write of the file `at`, it gets a signal."""
-    calls, log, move = itertools.count(1), Run.log, os.replace
-
-    def perhaps(where):
-        if where == at and next(calls) == count:
-            os.kill(os.getpid(), sig)
-
-    Run.log = lambda self, **losses: (log(self, **losses), perhaps("step"))
-    os.replace = lambda source, target: (perhaps(Path(target).name), move(source, target))
-    script, sys.argv = sys.modules[name], [f"{name}.py", *map(str, argv)]
-    common.cli(script.main, script.Args)
-
-
-def as_torchrun(rank, ranks, port, target, *args):
-    here = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    about = here | {"RANK": rank, "WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({key: str(value) for key, value in about.items()})
-    target(*args)
-
-
-def run_ranks(ranks, target, *args):
-    """Run target(*args) on so many ranks; their exit codes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    started = [SERVER.Process(target=as_torchrun, args=(r, ranks, port, target, *args)) for r in range(ranks)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        process.kill()
-        process.join()
-    return [process.exitcode for process in started]
-
-
 def test_killed_and_resumed_is_uninterrupted(tmp_path, pictures):
     """Killed in a step and before files are written, stopped by Ctrl-C: to the bit the run in one go."""
     run, whole = (pictures | TINY_BYORL | dict(out=str(tmp_path / name)) for name in ("run", "whole"))
     byorl.main(byorl.Args(**whole))
     stops = [("step", 5), ("metrics.jsonl", 2), ("byorl-robust-100%.pt", 1)]  # in the encoder's training
     stops += [("step", 3), ("last.pt", 2), ("rows.json", 1)]  # in a head's second epoch, later, at the end
-    assert run_ranks(1, run_script, "byorl", flags(run), "step", 3, signal.SIGINT) == [130]
+    assert run_ranks(1, run_script, "byorl", flags(run), True, "step", 3, signal.SIGINT) == [130]
     for stop in stops:
-        assert run_ranks(1, run_script, "byorl", [*flags(run), "--resume"], *stop) == [-9], stop
+        assert run_ranks(1, run_script, "byorl", [*flags(run), "--resume"], True, *stop) == [-9], stop
     byorl.main(byorl.Args(**run, resume=True))
     assert same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -253,55 +174,3 @@ def test_two_runs_in_one_folder(tmp_path):
     assert run_ranks(1, run_script, "rotation_at", flags(args)) == [1] and not (tmp_path / "last.pt").exists()
     first.lock.close()
     assert run_ranks(1, run_script, "rotation_at", flags(args)) == [0] and (tmp_path / "last.pt").exists()
-
-
-def test_two_ranks_train_and_evaluate_as_one(tmp_path):
-    """Two updates without random draws (images of 7 pixels are not cropped), then each test image once."""
-    args = TINY | dict(variant="T0", eps=0.0, image_size=7, eval_eps=(0.0,), epochs=1, eval_examples=0)
-    args |= dict(val_fraction=1309 / 1437)
-    for ranks in (1, 2):
-        codes = run_ranks(ranks, run_script, "rotation_at", flags(args | {"out": tmp_path / str(ranks)}))
-        assert codes == [0] * ranks
-    (one,), (two,) = metrics(tmp_path / "1"), metrics(tmp_path / "2")
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    weights = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "12"]
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-    assert results(tmp_path / "2") == results(tmp_path / "1")
-
-
-def test_two_ranks_killed_and_resumed_are_uninterrupted(tmp_path, pictures):
-    """With a target network and heads."""
-    run, whole = (pictures | TINY_BYORL | dict(out=str(tmp_path / name)) for name in ("run", "whole"))
-    assert 0 not in run_ranks(2, run_script, "byorl", flags(run), "step", 5)
-    assert run_ranks(2, run_script, "byorl", [*flags(run), "--resume"]) == [0, 0]
-    assert run_ranks(2, run_script, "byorl", flags(whole)) == [0, 0]
-    assert same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def derivatives(folder, ranks):
-    """Save what this rank finds with its share of 14 images, for a loss with second derivatives."""
-    if ranks > 1:
-        dist.init_process_group("gloo")
-    rank, (x, y) = common.world()[0], (torch.arange(14 * 192) % 97 / 97, torch.arange(14) % 10)
-    x, y = x.view(14, 3, 8, 8).tensor_split(ranks)[rank].requires_grad_(), y.tensor_split(ranks)[rank]
-    torch.manual_seed(0)
-    model = common.build_model("resnet18", {"class": 10}, width=1 / 16).train()
-    common.sync_batchnorm(model)
-    loss = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
-    (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
-    loss = (loss + gradient.square().flatten(1).sum(1)).mean() / ranks
-    loss.backward()
-    summed = {k: p.grad for k, p in model.named_parameters()} | {"loss": loss.detach()}
-    with common.batchnorm_mode(model, "train"), torch.no_grad():
-        joined = {"images": x.grad, "output": model(x)}  # as under attack
-    torch.save((summed, joined, dict(model.named_buffers())), folder / f"{rank} of {ranks}")
-
-
-def test_batchnorm_sees_the_images_of_all_ranks(tmp_path):
-    """Output, loss, derivatives and running statistics on two ranks are those on one with the whole batch."""
-    assert run_ranks(2, derivatives, tmp_path, 2) == [0, 0]
-    derivatives(tmp_path, 1)
-    a, b, one = (torch.load(tmp_path / name, weights_only=True) for name in ("0 of 2", "1 of 2", "0 of 1"))
-    found = {k: a[0][k] + b[0][k] for k in a[0]} | {k: torch.cat([a[1][k], b[1][k]]) for k in a[1]} | a[2]
-    for name, want in (one[0] | one[1] | one[2]).items():
-        assert (found[name] - want).float().norm() <= 1e-3 * want.float().norm(), name
