@@ -4,7 +4,8 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, flags, results, run_ranks, run_script
+from test_ranks import check_batchnorm
 
 import adv_mae
 import byorl
@@ -177,3 +178,11 @@ def test_reversal(tmp_path, amp):
     rows = [row for row in results["rows"] if row.get("kind") == "losses" and row["name"] == "mtl"]
     mean = {(row["task"], row["images"]): row["mean"] for row in rows}
     assert sum(mean[t, "reversed"] < mean[t, "attacked"] for t in mtl_reverse.TASKS) >= 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus(tmp_path):
+    check_batchnorm(tmp_path, "cuda")
+    args = TINY | dict(device="cuda", width=0.25, epochs=6, val_fraction=0.15, out=tmp_path / "run")
+    assert run_ranks(2, run_script, "rotation_at", flags(args)) == [0, 0]
+    assert results(tmp_path / "run")[0][-1] > 50  # clean accuracy; chance: 10

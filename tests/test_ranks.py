@@ -102,14 +102,15 @@ def test_two_machines(tmp_path):
     assert load_checkpoint(a / "run" / "last.pt")["epoch"] == 1
 
 
-def derivatives(folder, ranks):
+def derivatives(folder, ranks, kind):
     """Save what this rank finds with its share of 14 images, for a loss with second derivatives."""
+    device = common.choose_device(kind)
     if ranks > 1:
-        dist.init_process_group("gloo")
-    rank, (x, y) = common.world()[0], (torch.arange(14 * 192) % 97 / 97, torch.arange(14) % 10)
-    x, y = x.view(14, 3, 8, 8).tensor_split(ranks)[rank].requires_grad_(), y.tensor_split(ranks)[rank]
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank, x, y = common.world()[0], torch.arange(14 * 192) % 97 / 97, torch.arange(14) % 10
+    x, y = (v.tensor_split(ranks)[rank].to(device) for v in (x.view(14, 3, 8, 8), y))
     torch.manual_seed(0)
-    model = common.build_model("resnet18", {"class": 10}, width=1 / 16).train()
+    model, x = common.build_model("resnet18", {"class": 10}, width=1 / 16).to(device).train(), x.requires_grad_()
     common.sync_batchnorm(model)
     loss = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
     (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
@@ -121,11 +122,16 @@ def derivatives(folder, ranks):
     torch.save((summed, joined, dict(model.named_buffers())), folder / f"{rank} of {ranks}")
 
 
-def test_batchnorm_sees_the_images_of_all_ranks(tmp_path):
+def check_batchnorm(folder, device):
     """Output, loss, derivatives and running statistics on two ranks are those on one with the whole batch."""
-    assert run_ranks(2, derivatives, tmp_path, 2) == [0, 0]
-    derivatives(tmp_path, 1)
-    a, b, one = (torch.load(tmp_path / name, weights_only=True) for name in ("0 of 2", "1 of 2", "0 of 1"))
+    assert run_ranks(2, derivatives, folder, 2, device) == [0, 0]
+    derivatives(folder, 1, device)
+    options = dict(weights_only=True, map_location="cpu")
+    a, b, one = (torch.load(folder / name, **options) for name in ("0 of 2", "1 of 2", "0 of 1"))
     found = {k: a[0][k] + b[0][k] for k in a[0]} | {k: torch.cat([a[1][k], b[1][k]]) for k in a[1]} | a[2]
     for name, want in (one[0] | one[1] | one[2]).items():
         assert (found[name] - want).float().norm() <= 1e-3 * want.float().norm(), name
+
+
+def test_batchnorm_sees_the_images_of_all_ranks(tmp_path):
+    check_batchnorm(tmp_path, "cpu")
