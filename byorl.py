@@ -211,12 +211,15 @@ def crop_stored_images(images: Images, args: Args, seed: int, n: int) -> Images:
     from torchvision.transforms import InterpolationMode, v2
 
     size, cubic = args.image_size, InterpolationMode.BICUBIC
-    crop = v2.Compose([v2.RandomResizedCrop(size, (args.crop, 1.0), interpolation=cubic), v2.PILToTensor()])
+    crop = v2.RandomResizedCrop(size, (args.crop, 1.0), interpolation=cubic)
     return transformed(images, partial(_crops, crop, n), seed)
 
 
 def _crops(crop: nn.Module, n: int, image: Any) -> Tensor:
-    return torch.cat([crop(image) for _ in range(n)])
+    from torchvision.transforms.functional import pil_to_tensor
+
+    pixels = pil_to_tensor(image)  # tensors are resized four times faster than Pillow's images
+    return torch.cat([crop(pixels) for _ in range(n)])
 
 
 def two_views(x: Tensor, args: Args) -> tuple[Tensor, Tensor]:

@@ -262,29 +262,33 @@ def mae(batch: int, device: torch.device, amp: str, compile: bool) -> tuple[Step
 # ---- reversal ----------------------------------------------------------------------------------------
 
 
+def make_defence(
+    args: mtl_reverse.Args, device: torch.device, amp: str, compile: bool = False, plain: bool = False
+) -> mtl_reverse.Defence:  # fmt: skip
+    """All three tasks, random weights, with the paper's classifier."""
+    torch.manual_seed(0)
+    classifier = build_model("wrn28_10", {"class": 10}, mean=[0, 0, 0], std=[1, 1, 1]).to(device).eval()
+    branches = mtl_reverse.build_branches(args, classifier)
+    if plain:
+        branches["contrastive"].features = Plain(classifier).features
+    else:
+        place_model(classifier.requires_grad_(False), device, amp)
+    for branch in branches.values():
+        branch.to(device).eval().requires_grad_(plain)
+        for name, net in list(branch.named_children()):
+            if isinstance(net, Network) and plain:
+                setattr(branch, name, Plain(net).to(device))
+            elif isinstance(net, Network):
+                place_model(net, device, amp, compile)
+    bank = F.normalize(torch.randn(args.bank * args.views, 16), dim=1).to(device)
+    return mtl_reverse.Defence("mtl", classifier, branches, args, bank)
+
+
 def reverse(batch: int, device: torch.device, amp: str, compile: bool) -> tuple[Steps, float]:
     """Two iterations, an odd and an even one; images per second are for all iterations (K = 40)."""
     args = mtl_reverse.Args()
     mix = mtl_reverse.mix_seeds
     x, seeds = torch.rand(batch, 3, 32, 32, device=device), mix(torch.arange(batch, device=device), 0)
-
-    def make(plain: bool) -> mtl_reverse.Defence:
-        torch.manual_seed(0)
-        classifier = build_model("wrn28_10", {"class": 10}, mean=[0, 0, 0], std=[1, 1, 1]).to(device).eval()
-        branches = mtl_reverse.build_branches(args, classifier)
-        if plain:
-            branches["contrastive"].features = Plain(classifier).features
-        else:
-            place_model(classifier.requires_grad_(False), device, amp)
-        for branch in branches.values():
-            branch.to(device).eval().requires_grad_(plain)
-            for name, net in list(branch.named_children()):
-                if isinstance(net, Network) and plain:
-                    setattr(branch, name, Plain(net).to(device))
-                elif isinstance(net, Network):
-                    place_model(net, device, amp, compile)
-        bank = F.normalize(torch.randn(args.bank * args.views, 16), dim=1).to(device)
-        return mtl_reverse.Defence("mtl", classifier, branches, args, bank)
 
     def plain_step(z: Tensor, x: Tensor, k: int, defence: Any, seeds: Tensor) -> Tensor:
         losses, move = {}, 0
@@ -303,7 +307,8 @@ def reverse(batch: int, device: torch.device, amp: str, compile: bool) -> tuple[
     def two(step: Callable, defence: Any) -> Callable:
         return lambda: step(step(x, x, 1, defence, seeds), x, 2, defence, seeds)
 
-    steps = {"plain": two(plain_step, make(True)), "ours": two(mtl_reverse.reverse_step, make(False))}
+    first, mixed = make_defence(args, device, amp, plain=True), make_defence(args, device, amp, compile)
+    steps = {"plain": two(plain_step, first), "ours": two(mtl_reverse.reverse_step, mixed)}
     return steps, 2 * batch / args.reverse_steps
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import rotation_at
@@ -241,3 +243,42 @@ def test_signs_that_attacks_fail_are_seen(reference, spoil, told):
     torch.manual_seed(0)
     found = " ".join(doubts(lambda x: spoil(networks["linf"], x), x[:40], y[:40], eps=0.2))
     assert found == "" if told is None else re.search(told, found)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations after which a CPU waits for a GPU: those that read values. Square draws its
+    positions, whole numbers, on the CPU."""
+
+    times = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        position = name == "_local_scalar_dense" and args[0].dtype == torch.int64
+        self.times += mask or name in ("_local_scalar_dense", "nonzero", "equal") and not position
+        return func(*args, **(kwargs or {}))
+
+
+@in_both_norms
+def test_the_loop_of_an_attack_reads_no_value(reference, norm):
+    """On a GPU it would wait in each step. Before the loop, `check_attack` reads one."""
+    networks, x, y, _ = reference
+    x, y, model = x[:8], y[:8], networks[norm]
+
+    def loss(z):
+        return F.cross_entropy(model(z), y, reduction="none")
+
+    ball = dict(eps=EPS[norm], norm=norm)
+    attacks = {
+        "pgd": lambda n: common.pgd(loss, x, steps=n, keep_best=True, **ball),
+        "apgd": lambda n: apgd(loss, x, steps=n, **ball),
+        "multi_targeted": lambda n: multi_targeted(model, x, y, steps=n, **ball),
+        "square": lambda n: common.square(model, x, y, queries=n, **ball),
+    }
+    for name, attack in attacks.items():
+        times = []
+        for steps in (3, 30):
+            with Reads() as reads:
+                attack(steps)
+            times.append(reads.times)
+        assert times == [1, 1], name
