@@ -1,6 +1,5 @@
 """adv_mae.py: masks, targets, attacks on visible patches, recipes, runs, test sets, published ViTs."""
 import argparse
-import itertools
 import json
 import math
 import shutil
@@ -8,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import flags, same_state
+from conftest import flags, metrics
 from PIL import Image
 from torch import nn
 
@@ -29,7 +28,6 @@ TINY = dict(
     decoder_depth=1, decoder_heads=2, recipe="adamw", epochs=1, batch_size=80, lr=2e-3, steps=4,
     layer_decay=(0.75,), regularise=False, eval_eps=(), attack_examples=60,
 )  # fmt: skip
-LOAD_DATA = Run.load_data
 
 
 def tiny(**changes) -> Args:
@@ -38,8 +36,10 @@ def tiny(**changes) -> Args:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_digits():
+    load = Run.load_data
+
     def few(run, **more):
-        train, test = LOAD_DATA(run, **more)
+        train, test = load(run, **more)
         return train.subset(torch.arange(min(len(train), 235))), test
 
     with pytest.MonkeyPatch.context() as patch:
@@ -57,14 +57,12 @@ def mae():
     return model.eval(), 0.2 + 0.6 * torch.rand(6, 3, 16, 16), image_seeds(0, torch.arange(6))
 
 
-WHOLE = dict(plain=True, pretrain_epochs=2, epochs=2, layer_decay=(0.0, 1.0), eval_eps=(0.5,), eval_steps=2)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(folder, results) of a run: pre-training with and without attack, each fine-tuned with two gammas."""
     out = tmp_path_factory.mktemp("adv_mae") / "run"
-    return out, main(tiny(**WHOLE, out=str(out)))
+    more = dict(pretrain_epochs=2, epochs=2, layer_decay=(0.0, 1.0), eval_eps=(0.5,), eval_steps=2)
+    return out, main(tiny(plain=True, **more, out=str(out)))
 
 
 def test_masks_are_uniform_and_new_in_each_epoch():
@@ -161,34 +159,8 @@ def test_gamma_0_keeps_the_encoder_and_rows_are_those_of_the_checkpoints(whole, 
     again = main(tiny(**again, out=str(tmp_path / "again")))
     assert [r["accuracy"] for r in again["rows"]] == [r["accuracy"] for r in rows]
     assert again["args"]["eps"] == 0.5  # the encoder's own attack stays on record
-    first, second, *_ = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    first, second, *_ = metrics(folder)
     assert second["loss"] < 0.98 * first["loss"]  # pre-training learns
-
-
-def test_killed_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
-    """Stopped in the trainings of A-MAE and of a classifier, and in the evaluation."""
-    folder, results = whole
-    calls = itertools.count(1)
-
-    def stop(method):
-        def spy(*a, **k):
-            method(*a, **k)
-            if next(calls) in (11, 30, 43):
-                raise KeyboardInterrupt
-
-        return spy
-
-    for name in ("log", "keep_rows"):
-        monkeypatch.setattr(Run, name, stop(getattr(Run, name)))
-    args = tiny(**WHOLE, out=str(tmp_path / "parts"), resume=True)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            main(args)
-    rows = [row | {"checkpoint": 0} for row in main(args)["rows"]]
-    assert rows == [row | {"checkpoint": 0} for row in results["rows"]]
-    for file in folder.glob("*.pt"):
-        states = [load_checkpoint(f)["model"] for f in (file, tmp_path / "parts" / file.name)]
-        assert same_state(*states), file
 
 
 def test_rotnet_turns_each_image_once_and_averages_the_weights(tmp_path, monkeypatch):

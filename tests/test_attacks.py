@@ -44,15 +44,11 @@ of_every_attack = pytest.mark.parametrize("name", ["pgd", "apgd", "multi-targete
 in_both_norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
 
-def test_linf_reaches_the_optimum_of_a_linear_loss_with_the_box():
-    x = torch.rand(16, 3, 8, 8, dtype=torch.float64)
+def test_the_optimum_of_a_linear_loss_in_ball_and_box_is_found():
+    """linf reaches it; l2 comes near clip(x + t W) with t such that the length is eps, by bisection."""
+    x = torch.rand(8, 3, 8, 8, dtype=torch.float64)
     x_adv = pgd(linear, x, eps=0.3, steps=10, step_size=0.1)
     assert torch.allclose(x_adv, (x + 0.3 * W.sign()).clamp(0, 1), atol=1e-12)
-
-
-def test_l2_comes_near_the_optimum_with_the_box():
-    """It is clip(x + t W) with t such that the length is eps, found by bisection."""
-    x = torch.rand(8, 3, 8, 8, dtype=torch.float64)
     x_adv = pgd(linear, x, eps=3.0, norm="l2", steps=200, step_size=0.1)
     for i in range(len(x)):
         low, high = 0.0, 1e3
@@ -62,42 +58,6 @@ def test_l2_comes_near_the_optimum_with_the_box():
             low, high = (t, high) if (best - x[i]).norm() < 3.0 else (low, t)
         highest = linear(best[None] - x[i])
         assert 0.99 * highest < linear(x_adv[i : i + 1] - x[i]) <= highest + 1e-6
-
-
-@in_both_norms
-def test_an_optimum_inside_the_ball_is_found_there(norm):
-    """Projection shortens what is too long and leaves the rest alone."""
-    torch.manual_seed(3)
-    x = 0.3 + 0.4 * torch.rand(5, 3, 4, 4, dtype=torch.float64)
-    best = x + 0.05 * (2 * torch.rand_like(x) - 1)  # ||best - x||_2 is about 0.2
-    eps, step_size, near = {"linf": (0.1, 0.002, 0.004), "l2": (1.0, 0.01, 0.02)}[norm]
-    ball = {"eps": eps, "norm": norm}
-    x_adv = pgd(lambda z: -((z - best) ** 2).sum((1, 2, 3)), x, steps=400, step_size=step_size, **ball)
-    assert (x_adv - best).abs().max() <= near  # it goes to and fro by a step
-
-
-@pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
-def test_robust_accuracy_of_a_linear_classifier_is_the_closed_form(norm, dual):
-    """Correct under every perturbation iff margin > eps * ||w_0 - w_1||_dual; points lie far from the box."""
-    torch.manual_seed(2)
-    w, eps = torch.randn(2, 192, dtype=torch.float64), {"linf": 0.001, "l2": 0.01}[norm]
-    x = 0.5 + 0.03 * torch.randn(400, 3, 8, 8, dtype=torch.float64)
-    y = torch.randint(0, 2, (400,))
-
-    def model(x):
-        return (x - 0.5).flatten(1) @ w.T
-
-    def attack(x, y):
-        ball = {"eps": eps, "norm": norm, "steps": 100, "step_size": eps / 5}
-        return pgd(lambda z: F.cross_entropy(model(z), y, reduction="none"), x, **ball)
-
-    margin = torch.where(y == 0, 1, -1) * (model(x)[:, 0] - model(x)[:, 1])
-    robust = 100 * (margin > eps * (w[0] - w[1]).norm(p=dual)).double().mean().item()
-    clean = 100 * (margin > 0).double().mean().item()
-    assert 5 < robust < clean - 5  # the comparison means something
-    parts = [(x[:150], y[:150]), (x[150:], y[150:])]
-    assert robust_accuracy(model, parts, attack) == pytest.approx(robust, abs=1e-9)
-    assert robust_accuracy(model, parts) == pytest.approx(clean, abs=1e-9)
 
 
 def test_random_starts_are_uniform_in_the_linf_ball_and_on_the_l2_sphere():
@@ -136,6 +96,8 @@ def test_pgd_begins_at_the_projected_start_and_keeps_the_best_iterate(norm):
     assert len(seen) == 9 and values.argmax(0).unique().numel() > 1
     assert torch.equal(pgd(loss, x, start=start, **ball), points[-1])  # otherwise it is the last
     assert torch.allclose(pgd(lambda z: 0 * loss(z), x, start=x, **ball), x, atol=1e-7)  # zero gradients
+    # The sign of NaN is 0: the images would stay where they were, and look robust.
+    assert pgd(lambda z: math.nan * loss(z), x, start=x, **ball).isnan().all()
 
 
 @in_both_norms
@@ -183,13 +145,6 @@ def test_data_and_networks_that_would_give_a_wrong_accuracy_are_refused():
     for model, data in bad:
         with pytest.raises((ValueError, FloatingPointError)):
             robust_accuracy(model, data)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_gradient_of_nan_is_not_a_weak_attack(norm):
-    """The sign of NaN is 0: the images would stay where they were, and look robust."""
-    x = torch.rand(2, 3, 4, 4)
-    assert pgd(lambda z: z.sum((1, 2, 3)) * math.nan, x, eps=0.1, norm=norm).isnan().all()
 
 
 def test_batchnorm_under_attack_and_every_modules_mode_afterwards():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same_state
+from conftest import TINY_BYORL, same_state
 
 import byorl
 import common
@@ -14,11 +14,9 @@ from common import Run, UserError, build_model, l2_norm, load_checkpoint, split_
 
 CPU = torch.device("cpu")
 # A run of two seconds on 240 digits of 8 pixels (see `digits`), of which 60 are held out.
-TINY = dict(
-    dataset="digits", image_size=8, flip=False, arch="preact18", width=1 / 16, epochs=1, warmup_epochs=0,
-    batch_size=64, lr=0.5, eps=0.5, attack_steps=1, hidden=16, projection=8, label_fractions=(0.2, 1.0),
-    probe_epochs=1, probe_steps=1, val_images=60, eval_attack="pgd20", eval_steps=1, eval_examples=60,
-    amp="off", device="cpu",
+TINY = TINY_BYORL | dict(
+    dataset="digits", arch="preact18", width=1 / 16, epochs=1, batch_size=64, lr=0.5,
+    label_fractions=(0.2, 1.0), probe_epochs=1, val_images=60, eval_examples=60,
 )  # fmt: skip
 
 
@@ -40,16 +38,12 @@ def digits():
         yield common.load_data("digits", "", CPU, image_size=8)[0].subset(torch.arange(240))
 
 
-@pytest.fixture
-def online():
-    torch.manual_seed(0)
-    return ByolNetwork(tiny(width=1 / 8, hidden=32, projection=16), CPU).train()
-
-
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 8 / 255)])
 @pytest.mark.parametrize("attack", ["apgd", "pgd"])
-def test_the_attack_raises_the_loss_and_leaves_the_networks_alone(online, norm, eps, attack):
+def test_the_attack_raises_the_loss_and_leaves_the_networks_alone(norm, eps, attack):
     """The distance of the unit vectors; running statistics stay; with --eps 0 views stay as they are."""
+    torch.manual_seed(0)
+    online = ByolNetwork(tiny(width=1 / 8, hidden=32, projection=16), CPU).train()
     v, other, target = torch.rand(12, 3, 16, 16), torch.rand(12, 3, 16, 16), copy.deepcopy(online)
     with torch.no_grad():
         z = target.project(other)

@@ -6,17 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import flags, same_state
+from conftest import flags, run_ranks, same_state
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chen_pretrain_finetune as chen
-from chen_pretrain_finetune import (
-    Args, Objective, Pretext, cells, inherit, main, make_view, task_loss,
-)  # fmt: skip
+from chen_pretrain_finetune import Args, Objective, Pretext, cells, inherit, main, make_view, task_loss
 from common import (
     Network, Run, UserError, build_model, distribute, jigsaw_permutations, load_checkpoint, load_data,
-    rotate, save_checkpoint,
+    rotate, save_checkpoint, world,
 )  # fmt: skip
 
 TINY = dict(
@@ -48,9 +46,6 @@ def pretext(tasks=chen.TASKS, **changes) -> Network:
 
 def some_views(x):
     return {task: make_view(task, x, PERMUTATIONS) for task in chen.TASKS}
-
-
-# ---- the tasks and the ensemble ----
 
 
 def test_rotations_are_balanced_and_jigsaw_leaves_more_images_whole():
@@ -126,31 +121,26 @@ def test_the_ensembles_attack_keeps_every_ball_and_raises_each_loss():
         assert (task_loss(model, task, v_adv, its, True) > task_loss(model, task, v, its, True)).all()
 
 
-def ensemble_step(part: slice) -> torch.Tensor:
-    """The gradient of the weights in an ensemble step on part of 8 images."""
+def ensemble_gradient(folder, ranks):
+    """Save the weights' gradient in an ensemble step on this rank's share of 8 images."""
+    if ranks > 1:
+        dist.init_process_group("gloo")
     x, k = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
-    views = {"rotation": (rotate(x, k)[part], k[part]), "jigsaw": (x[part], (k + 1)[part])}
+    x, turned, k = (v.tensor_split(ranks)[world()[0]] for v in (x, rotate(x, k), k))
+    views = {"rotation": (turned, k), "jigsaw": (x, k + 1)}
     objective = Objective(pretext(("rotation", "jigsaw")).train(), tiny())
     ddp = distribute(objective)
     ddp(views, views, True).backward()
-    return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
-
-
-def one_of_two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(ensemble_step(slice(4 * rank, 4 * rank + 4)), f"{folder}/{rank}.pt")
+    gradients = [p.grad.flatten() for p in objective.parameters() if p.grad is not None]
+    torch.save(torch.cat(gradients), folder / f"{world()[0]} of {ranks}")
 
 
 def test_two_ranks_of_the_ensemble_agree_with_one(tmp_path):
-    """The weights' gradient, which passes twice through BatchNorm over the images of both ranks."""
-    torch.multiprocessing.start_processes(one_of_two_ranks, (str(tmp_path),), 2, start_method="forkserver")
-    want = ensemble_step(slice(8))
-    for rank in 0, 1:
-        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert (got - want).norm() < 5e-3 * want.norm()
-
-
-# ---- what is inherited, frozen and attacked ----
+    """DistributedDataParallel with second derivatives."""
+    assert run_ranks(2, ensemble_gradient, tmp_path, 2) == [0, 0]
+    ensemble_gradient(tmp_path, 1)
+    want, *both = (torch.load(tmp_path / f, weights_only=True) for f in ("0 of 1", "0 of 2", "1 of 2"))
+    assert all((got - want).norm() < 5e-3 * want.norm() for got in both)
 
 
 def test_exactly_the_trunk_is_inherited():
@@ -220,10 +210,9 @@ def test_ensemble_noise_and_other_images(tmp_path, capsys):
     assert "this pre-training computes in float32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("finetune", "scores", "ta", "ra"),
-    [("F3", [(40, 0), (98, 0), (90, 0)], 2, 2), ("F4", [(50, 40), (70, 30), (70, 40)], 2, 3)],
-)
+@pytest.mark.parametrize(("finetune", "scores", "ta", "ra"), [
+    ("F3", [(40, 0), (98, 0), (90, 0)], 2, 2), ("F4", [(50, 40), (70, 30), (70, 40)], 2, 3),
+])  # fmt: skip
 def test_each_checkpoint_is_of_its_best_epoch(tmp_path, monkeypatch, finetune, scores, ta, ra):
     """Of equal RA that of better TA; `best_epoch` is that of best TA after F3, of best RA after F4."""
     left = iter([v for pair in scores for v in pair])

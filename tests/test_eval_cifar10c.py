@@ -9,9 +9,7 @@ from conftest import TINY
 from PIL import Image
 
 import rotation_at
-from common import (
-    UserError, ce_per_image, draw, load_data, load_model, pgd, robust_accuracy,
-)  # fmt: skip
+from common import UserError, ce_per_image, draw, load_data, load_model, pgd, robust_accuracy
 from eval_cifar10c import Args, corrupt, main
 
 
@@ -95,15 +93,11 @@ def test_arrays_and_folders_give_the_same_accuracies(tmp_path, checkpoint):
         main(arrays)
 
 
-def small(checkpoints, out, **changes) -> Args:
-    usual = dict(generate=True, dataset="digits", severities="1,5", eval_examples=40, eval_steps=3)
-    usual |= dict(corruptions="brightness,contrast,gaussian_blur", workers=0, out=str(out))
-    return Args(tuple(map(str, checkpoints)), **usual | changes)
-
-
 def test_rows_equal_an_independent_computation(tmp_path, checkpoint):
     """Means are those of the cells, for the types of the benchmark and for all types."""
-    rows = main(small([checkpoint], tmp_path))["rows"]
+    less = dict(dataset="digits", severities="1,5", eval_examples=40, eval_steps=3, workers=0)
+    less |= dict(corruptions="brightness,contrast,gaussian_blur", generate=True)
+    rows = main(Args((str(checkpoint),), **less, out=str(tmp_path)))["rows"]
     cells = [r for r in rows if r["severity"] != "all"]
     model, (_, test) = load_model(checkpoint), load_data("digits", "", torch.device("cpu"))
     some = draw(test, 40, seed=0).index

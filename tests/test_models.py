@@ -102,16 +102,15 @@ def test_mixed_precision_gives_the_same_gradients_nearly(amp, close):
     assert model.amp is not None
 
 
-def test_full_precision_is_without_tf32_and_comes_back():
+def test_full_precision_is_without_tf32_and_comes_back(monkeypatch):
     """In convolutions and in matrix products, whatever the user has set."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
     with full_precision(build_model("resnet18", {"class": 10}, width=1 / 16)):
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck, PreActBlock, PreActBottleneck])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import flags, same_state
+from conftest import flags
 
 import mtl_reverse
 from common import (
@@ -19,7 +19,7 @@ from mtl_reverse import (
     image_rand, load_victim, main, mix_seeds, reverse, reverse_step, start,
 )  # fmt: skip
 
-# A run of a few seconds: 150 digits of 8 pixels (see `few`).
+# A run of a few seconds: 150 digits of 8 pixels (see `few_digits`).
 TINY = dict(
     dataset="digits", image_size=8, flip=False, arch="preact18", width=1 / 16, epochs=1, batch_size=60,
     lr=0.05, eps=0.1, attack_steps=2, eval_steps=2, branch_epochs=1, branch_batch_size=60, branch_lr=0.05,
@@ -33,15 +33,12 @@ def tiny(**changes) -> Args:
     return Args(**(TINY | changes))
 
 
-def few(run, load_data=Run.load_data):
-    train, test = load_data(run)
-    return train.subset(torch.arange(150)), test
-
-
 @pytest.fixture(autouse=True, scope="module")
 def few_digits():
+    """The first 150 training images."""
+    load = Run.load_data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "load_data", few)
+        patch.setattr(Run, "load_data", lambda run: (load(run)[0].subset(torch.arange(150)), load(run)[1]))
         yield
 
 
@@ -304,28 +301,6 @@ def test_rows(trained):
         d = 100 * (bits[b, row["column"]] - bits[a, row["column"]])
         assert row["difference"] == pytest.approx(d.mean().item(), abs=0.01)
         assert row["se"] == pytest.approx(d.std(correction=0).item() / math.sqrt(20), abs=0.01)
-
-
-def test_interrupted_and_resumed_is_uninterrupted(trained, tmp_path, monkeypatch):
-    """Stopped in a training and in the evaluation, it has the same networks and rows."""
-    folder, results = trained
-    calls = itertools.count(1)
-
-    def stop(*a, **k):
-        if next(calls) in (6, 20):
-            raise KeyboardInterrupt
-        return pgd(*a, **k)
-
-    monkeypatch.setattr(mtl_reverse, "pgd", stop)
-    args = tiny(attacks=mtl_reverse.ATTACKS, epochs=2, out=str(tmp_path / "parts"), resume=True)
-    for has_rows in (False, True):
-        with pytest.raises(KeyboardInterrupt):
-            main(args)
-        assert (tmp_path / "parts" / "rows.json").exists() == has_rows
-    assert main(args)["rows"] == results["rows"]
-    for task in ("classifier", *TASKS):
-        states = [load_checkpoint(path / f"{task}.pt")["model"] for path in (folder, tmp_path / "parts")]
-        assert same_state(*states), task
 
 
 def test_branches_of_another_run(one_sentence, trained, tmp_path):

@@ -22,8 +22,8 @@ RUNS = {
     "rotation_at": (AT, ("step", 3)), "jigsaw_at": (AT, ("step", 3)),
     "byorl": (TINY_BYORL | dict(lr=0.01, eval_examples=0), ("step", 5)),
     "chen_pretrain_finetune": (dict(
-        flip=False, arch="resnet26v2", width=1 / 16, epochs=1, lr=0.01, pretrain_epochs=1, norm="l2",
-        eps=0.5, attack_steps=1, eval_steps=1, val_fraction=0.2, amp="off", device="cpu",
+        flip=False, arch="resnet26v2", width=1 / 16, epochs=1, lr=0.01, warmup_steps=0, pretrain_epochs=1,
+        norm="l2", eps=0.5, attack_steps=1, eval_steps=1, val_fraction=0.2, amp="off", device="cpu",
     ), ("step", 4)),
     "adv_mae": (dict(
         flip=False, arch="vit_mini4", width=0.5, amp="off", device="cpu", pretrain_epochs=1,
@@ -65,7 +65,7 @@ def test_any_number_of_ranks_computes_the_same(tmp_path, pictures, name):
     for one, four in zip(whole, again, strict=True):
         for key in one.keys() - {"checkpoint", "correct", "values"}:
             size = 8 if "val" in key else 40  # images
-            noise = dict(rel=0.01) if "loss" in key + str(one.get("kind")) else dict(abs=101 / size)
+            noise = dict(rel=0.005) if "loss" in key + str(one.get("kind")) else dict(abs=101 / size)
             want = pytest.approx(one[key], **noise) if isinstance(one[key], float) else one[key]
             assert four[key] == want, (key, one, four)
 
@@ -110,7 +110,8 @@ def derivatives(folder, ranks, kind):
     rank, x, y = common.world()[0], torch.arange(14 * 192) % 97 / 97, torch.arange(14) % 10
     x, y = (v.tensor_split(ranks)[rank].to(device) for v in (x.view(14, 3, 8, 8), y))
     torch.manual_seed(0)
-    model, x = common.build_model("resnet18", {"class": 10}, width=1 / 16).to(device).train(), x.requires_grad_()
+    model = common.build_model("resnet18", {"class": 10}, width=1 / 16).to(device).train()
+    x.requires_grad_()
     common.sync_batchnorm(model)
     loss = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
     (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)

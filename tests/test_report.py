@@ -39,9 +39,6 @@ def cells(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-# ---- seeds -------------------------------------------------------------------------------------------
-
-
 def test_seeds_are_merged():
     """Mean and standard deviation by hand: of 80, 84, 82 they are 82 and sqrt((4 + 4 + 0) / 2) = 2."""
     runs = [run({("T3", 0.1): v}, seed=s, out=f"{s}", workers=s) for s, v in enumerate((80.0, 84.0, 82.0))]
@@ -105,9 +102,6 @@ def test_the_papers_numbers_stand_below_runs_with_its_flags_only():
     assert cells(report.tables([rows]), "the paper") == ["", "", "85.66", "50.40"]  # F4: epoch of best RA
 
 
-# ---- paired differences ------------------------------------------------------------------------------
-
-
 def paired(runs: list[dict], pairs: str, **more) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in report.differences(runs, pairs, **more)[1])
 
@@ -151,9 +145,6 @@ def test_names_in_pairs():
         paired(two[::2], "jigsaw T3 - rotation T3")
 
 
-# ---- pages -------------------------------------------------------------------------------------------
-
-
 def test_blocks_are_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     runs = [run({("T3", 0.1): 50.0 + s * s, ("plain", 0.1): 0.0}, seed=s) for s in range(3)]
@@ -175,6 +166,3 @@ def test_blocks_are_made_anew(tmp_path, monkeypatch):
         report.fill("<!-- from gone.json -->\n<!-- end -->", "my page")
     with pytest.raises(report.UserError, match="no <!-- end -->"):  # the text between would be lost
         report.fill("<!-- from a.json -->\nkeep me\n" + page)
-
-
-# ---- errors ------------------------------------------------------------------------------------------

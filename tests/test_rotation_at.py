@@ -1,12 +1,11 @@
 """rotation_at.py against Kucer et al.: the task, Algorithm 1, eq. 7-9, pre-training, selection, rows."""
-import json
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, replace, same_state
+from conftest import TINY, metrics, replace, same_state
 
 import jigsaw_at
 import rotation_at
@@ -137,21 +136,18 @@ def test_pretraining_hands_on_its_trunk_and_nothing_else(p2_t3, tmp_path):
 
 def test_pretraining_learns_the_task_under_its_own_attack(tmp_path, monkeypatch):
     """P1 attacks at l2 0.5, whatever --norm and --eps are."""
-    radii, load = set(), Run.load_data
-    few = lambda run: (load(run)[0].subset(torch.arange(360)), load(run)[1])  # noqa: E731
-    monkeypatch.setattr(Run, "load_data", few)
+    radii = set()
     spy = lambda *a, **kw: radii.add((kw["norm"], kw["eps"])) or pgd(*a, **kw)  # noqa: E731
     monkeypatch.setattr(rotation_at, "pgd", spy)
-    main(tiny(pretrain="l2", variant="T0", epochs=8, val_fraction=0.3, lr=0.05, out=str(tmp_path)))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["pretrain"] * 8 + ["train"] * 8
-    assert lines[7]["val_clean"] > 40 and radii == {("l2", 0.5), ("linf", 0.1)}  # chance: 25%
+    main(tiny(pretrain="l2", variant="T0", epochs=4, val_fraction=0.5, lr=0.05, out=str(tmp_path)))
+    lines = metrics(tmp_path)
+    assert [line["stage"] for line in lines] == ["pretrain"] * 4 + ["train"] * 4
+    assert lines[3]["val_clean"] > 40 and radii == {("l2", 0.5), ("linf", 0.1)}  # chance: 25%
 
 
-@pytest.mark.parametrize(
-    ("script", "select", "chosen"),
-    [(rotation_at, "clean", 2), (rotation_at, "robust", 3), (jigsaw_at, "last", 5)],
-)
+@pytest.mark.parametrize(("script", "select", "chosen"), [
+    (rotation_at, "clean", 2), (rotation_at, "robust", 3), (jigsaw_at, "last", 5),
+])  # fmt: skip
 def test_rate_drops_after_40_and_80_percent_and_selection(tmp_path, monkeypatch, script, select, chosen):
     """Of equal epochs the earlier one is kept."""
     scores = iter([(10.0, 5.0), (30.0, 2.0), (30.0, 9.0), (20.0, 9.0), (10.0, 0.0)])  # clean, robust
@@ -159,8 +155,7 @@ def test_rate_drops_after_40_and_80_percent_and_selection(tmp_path, monkeypatch,
     monkeypatch.setattr(script, "validate", lambda *a: dict(zip(keys, next(scores), strict=True)))
     script.main(script.Args(**FEW | dict(epochs=5, lr=0.1, select=select, out=str(tmp_path))))
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == chosen
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
 
 
 def test_only_finished_pretraining_with_the_flags_of_this_run_is_p2(p2_t3, tmp_path):

@@ -7,7 +7,8 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_BYORL, flags, metrics, results, run_ranks, run_script, same_state
+from conftest import ROOT, TINY, flags, metrics, results, run_ranks, run_script, same_state
+from test_ranks import RUNS
 
 import adv_mae
 import byorl
@@ -23,11 +24,29 @@ from rotation_at import Args, main
 
 SCRIPTS = [rotation_at, jigsaw_at, byorl, chen_pretrain_finetune, adv_mae, mtl_reverse]
 SCRIPTS += [eval_cifar10c, eval_unforeseen]
-def same_run(a, b):
-    """Whether the rows, the log and the weights in two folders are the same to the bit."""
-    weights = [[load_checkpoint(f)["model"] for f in sorted(folder.glob("*.pt"))] for folder in (a, b)]
-    same = all(same_state(*pair) for pair in zip(*weights, strict=True))
-    return same and results(a) == results(b) and metrics(a) == metrics(b)
+
+# {script: (flags beside those of test_ranks.py, where it is stopped, in turn)}
+STOPS = {
+    byorl: ({}, [
+        ("step", 3, signal.SIGINT), ("step", 5), ("metrics.jsonl", 2), ("byorl-robust-100%.pt", 1),
+        ("step", 3), ("last.pt", 2), ("rows.json", 1),  # in a head's second epoch, later, at the end
+    ]),
+    chen_pretrain_finetune: (dict(pretrain_epochs=2, epochs=2), 3 * [("step", 3)]),
+    adv_mae: (
+        dict(pretrain_epochs=2, epochs=2, layer_decay=(0.0, 1.0)),
+        [("step", 5), ("step", 8), ("rows.json", 2)],  # in A-MAE, in a classifier, in the evaluation
+    ),
+    mtl_reverse: (
+        dict(attacks=mtl_reverse.ATTACKS[:4], lambdas=(1.0,), eot=1, eval_examples=16, epochs=2),
+        [("step", 3), ("step", 6), ("rows.json", 3)],  # in the classifier, in a task, in the evaluation
+    ),
+}  # fmt: skip
+
+
+def contents(folder):
+    """The rows, the log and the weights in the folder of a run."""
+    rows = json.loads((folder / "results.json").read_text().replace(str(folder), ""))["rows"]
+    return rows, metrics(folder), {f.name: load_checkpoint(f)["model"] for f in folder.glob("*.pt")}
 
 
 def test_flags_are_read():
@@ -154,17 +173,19 @@ def test_nan_stops_the_run_and_is_never_saved(one_sentence, tmp_path, changes, t
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json"}
 
 
-def test_killed_and_resumed_is_uninterrupted(tmp_path, pictures):
-    """Killed in a step and before files are written, stopped by Ctrl-C: to the bit the run in one go."""
-    run, whole = (pictures | TINY_BYORL | dict(out=str(tmp_path / name)) for name in ("run", "whole"))
-    byorl.main(byorl.Args(**whole))
-    stops = [("step", 5), ("metrics.jsonl", 2), ("byorl-robust-100%.pt", 1)]  # in the encoder's training
-    stops += [("step", 3), ("last.pt", 2), ("rows.json", 1)]  # in a head's second epoch, later, at the end
-    assert run_ranks(1, run_script, "byorl", flags(run), True, "step", 3, signal.SIGINT) == [130]
+@pytest.mark.parametrize("script", STOPS)
+def test_killed_and_resumed_is_uninterrupted(tmp_path, pictures, script):
+    """Stopped by Ctrl-C, killed in a step and before files are written: to the bit the run in one go."""
+    name, (more, stops) = script.__name__, STOPS[script]
+    argv = [*flags(RUNS[name][0] | pictures | more), "--resume", "--out"]
     for stop in stops:
-        assert run_ranks(1, run_script, "byorl", [*flags(run), "--resume"], True, *stop) == [-9], stop
-    byorl.main(byorl.Args(**run, resume=True))
-    assert same_run(tmp_path / "whole", tmp_path / "run")
+        code = run_ranks(1, run_script, name, [*argv, tmp_path / "run"], True, *stop)
+        assert code in ([130], [-signal.SIGKILL]), stop
+    for out in ("run", "whole"):
+        script.main(parse_args(script.Args, [*argv, str(tmp_path / out)]))
+    (*want, weights), (*got, again) = (contents(tmp_path / out) for out in ("whole", "run"))
+    assert got == want and again.keys() == weights.keys()
+    assert all(same_state(again[file], weights[file]) for file in weights)
 
 
 def test_two_runs_in_one_folder(tmp_path):
@@ -174,3 +195,15 @@ def test_two_runs_in_one_folder(tmp_path):
     assert run_ranks(1, run_script, "rotation_at", flags(args)) == [1] and not (tmp_path / "last.pt").exists()
     first.lock.close()
     assert run_ranks(1, run_script, "rotation_at", flags(args)) == [0] and (tmp_path / "last.pt").exists()
+
+
+def test_compiled_is_the_same(tmp_path, monkeypatch):
+    """--compile changes no number, in training and under attack, whose weights are frozen."""
+    traced = torch.nn.Module.compile  # without generating code, which takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: traced(m, backend="aot_eager", **k))
+    args, runs = TINY | dict(epochs=1, val_fraction=0.9), []
+    for compile in (False, True):
+        main(Args(**args, compile=compile, out=str(tmp_path / str(compile))))
+        runs.append(metrics(tmp_path / str(compile)))
+    assert runs[1][0]["loss"] == pytest.approx(runs[0][0]["loss"], rel=1e-4)
+    assert results(tmp_path / "True") == results(tmp_path / "False")

@@ -47,11 +47,10 @@ def chosen(kind, norm, *names):
     return [attack for attack in suite_attacks(kind, norm, EPS[norm]) if attack[0] in names]
 
 
-@pytest.mark.parametrize(
-    ("norm", "kind", "names"),
-    [("linf", "suite", ["apgd-ce"]), ("l2", "suite", ["apgd-dlr"])]
-    + [(norm, "standard", ["apgd-ce", "apgd-t"]) for norm in EPS],
-)
+@pytest.mark.parametrize(("norm", "kind", "names"), [
+    ("linf", "suite", ["apgd-ce"]), ("linf", "standard", ["apgd-ce", "apgd-t"]),
+    ("l2", "suite", ["apgd-dlr"]), ("l2", "standard", ["apgd-ce", "apgd-t"]),
+])  # fmt: skip
 def test_autopgd_fools_the_images_that_the_reference_fools(reference, norm, kind, names):
     """All but 2% of them; the standard suite those that the reference fools with either loss."""
     networks, x, y, withstands = reference
@@ -227,17 +226,13 @@ def test_nan_in_the_course_of_an_attack_is_not_overlooked(reference):
             suite_accuracy(breaks, [(x[:20], y[:20])], chosen("suite-fast", "linf", name))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (lambda net, x: net((x * 8).round() / 8) + 0 * x.sum(), "image is zero .* Square leaves less"),
-        (lambda net, x: net(x) + torch.randn(len(x), 10), "outputs for one image differ"),
-        (lambda net, x: net(x)[:, :1], "single logit"),
-        (lambda net, x: net(x) - net(x).mean(0), "depend on the rest of its batch"),
-        (lambda net, x: net(x).softmax(1), "probabilities"),
-        (lambda net, x: net(x), None),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "told"), [
+    (lambda net, x: net((x * 8).round() / 8) + 0 * x.sum(), "image is zero .* Square leaves less"),
+    (lambda net, x: net(x) + torch.randn(len(x), 10), "outputs for one image differ"),
+    (lambda net, x: net(x)[:, :1], "single logit"),
+    (lambda net, x: net(x) - net(x).mean(0), "depend on the rest of its batch"),
+    (lambda net, x: net(x).softmax(1), "probabilities"), (lambda net, x: net(x), None),
+])  # fmt: skip
 def test_signs_that_attacks_fail_are_seen(reference, spoil, told):
     networks, x, y, _ = reference
     torch.manual_seed(0)
@@ -252,8 +247,8 @@ class Reads(TorchDispatchMode):
     times = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        name, bools = func.overloadpacket.__name__, torch.bool
+        mask = name in ("index", "index_put_") and any(t is not None and t.dtype == bools for t in args[1])
         position = name == "_local_scalar_dense" and args[0].dtype == torch.int64
         self.times += mask or name in ("_local_scalar_dense", "nonzero", "equal") and not position
         return func(*args, **(kwargs or {}))

@@ -13,9 +13,7 @@ from PIL import Image
 import eval_unforeseen
 import rotation_at
 from common import batches, ce_per_image, draw, load_data, load_model, robust_accuracy
-from eval_unforeseen import (
-    UNFORESEEN, frank_wolfe, from_jpeg, main, snow, table, to_jpeg, unforeseen, warp,
-)  # fmt: skip
+from eval_unforeseen import UNFORESEEN, frank_wolfe, from_jpeg, main, snow, table, to_jpeg, unforeseen, warp
 
 
 @pytest.fixture(scope="module")
