@@ -60,7 +60,7 @@ class Command(NamedTuple):
 
 # Fine-tuning, without a checkpoint to start from and without mixing images
 FINE_TUNING = dict(method="supervised", eps=0.0, regularise=False, pretrain_epochs=100)
-adv_mae.RECIPES["supervised"] = adv_mae.RECIPES["imagenet"]
+RECIPES = adv_mae.RECIPES | {"supervised": adv_mae.RECIPES["imagenet"]}
 COMMANDS = {
     "rotation_at.py --variant T0": Command(rotation_at, dict(variant="T0"), "train", 42_500, 100, 128, "at"),
     "rotation_at.py": Command(rotation_at, {}, "train", 42_500, 100, 128, "at"),
@@ -132,6 +132,7 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
             setattr(owner, name, value)
 
         patch(common, "check_attack", lambda *a: None)  # it looks at values
+        patch(adv_mae, "RECIPES", RECIPES)
         if fake:
             patch(torch.nn.Module, "to", lambda module, *a, **k: module)  # fake parameters cannot be moved
             stack.enter_context(FakeTensorMode())
@@ -214,7 +215,7 @@ def main() -> None:
         total = flops * command.images * command.epochs / H100 / 3600
         lines.append([name, str(batch), f"{flops / 1e9:,.4g}", f"{weights / 2**30:.2f} GB"])
         lines[-1] += [f"{peak / 2**30:.1f} GB", f"{command.images:,} × {command.epochs}"]
-        lines[-1] += [f"{total / 0.4:.2g}", f"{total / share[command.nearest]:.2g}"]
+        lines[-1] += [f"{float(f'{total / part:.2g}'):g}" for part in (0.4, share[command.nearest])]
         if flags.check and "ensemble" in name:  # real second derivatives take half an hour
             lines[-1].append("")
         elif flags.check:

@@ -16,22 +16,19 @@ CUDA graph: what it gains is the time that the GPU waits for launches. All run i
 median counts.
 
 PyTorch counts the FLOPs of a step; the share of the peak is FLOPs per second over those of a large matrix
-product in the same precision. The last row of mae is the reader of JPEG files, with nothing else to do.
+product in the same precision. folder.py times the reading of images.
 """
 import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,9 +39,9 @@ import adv_mae  # noqa: E402
 import byorl  # noqa: E402
 import mtl_reverse  # noqa: E402
 from common import (  # noqa: E402
-    STATS, Network, amp_dtype, apgd_checkpoints, batches, batchnorm_mode, build_model, ce_per_image,
-    choose_device, cuda_graph, device_name, image_uniform, l2_norm, open_folder, patchify, pgd, place_model,
-    simclr_augment, text_table, transformed,
+    STATS, Network, amp_dtype, apgd_checkpoints, batchnorm_mode, build_model, ce_per_image,
+    choose_device, cuda_graph, device_name, image_uniform, l2_norm, patchify, pgd, place_model,
+    simclr_augment, text_table,
 )  # fmt: skip
 
 Steps = dict[str, Callable[[], Any]]
@@ -382,23 +379,6 @@ def measure(
     return rows
 
 
-def read_jpegs(workers: int, device: torch.device) -> dict:
-    """JPEG files of 500 x 375 pixels decoded, cropped to 224, mirrored, put on the device; nothing else."""
-    args, rng = adv_mae.Args(), np.random.default_rng(0)
-    # Smooth images, so that a file is as large as that of a photograph
-    coarse = torch.from_numpy(rng.integers(0, 255, (3, 48, 64)).astype(np.float32))[None]
-    smooth = F.interpolate(coarse, (375, 500), mode="bicubic")[0].clamp(0, 255).byte()
-    smooth = smooth.permute(1, 2, 0).numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "a").mkdir()
-        for i in range(64 * workers):
-            Image.fromarray(np.roll(smooth, i, 1)).save(Path(folder) / "a" / f"{i}.jpg", quality=95)
-        augment = adv_mae.augmentation(adv_mae.recipe_of("mae", args), args)
-        files = transformed(open_folder(Path(folder), 224), augment)
-        s, _ = timed(lambda: [len(x) for x, _ in batches(files, 32, device, workers=workers)], device)
-    return {"name": f"JPEG files, {workers} processes", "images_per_s": round(64 * workers / s, 1)}
-
-
 WORKLOADS = {  # name: (function, batch size on a CPU, on a GPU)
     "at": (at, 64, 512), "byorl": (byorl_step, 32, 512), "mae": (mae, 8, 256), "reverse": (reverse, 8, 256),
 }  # fmt: skip
@@ -414,7 +394,6 @@ def main() -> None:
     add("--rounds", type=int, default=5, help="timed steps of each kind")
     add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="precision of ours")
     add("--compile", action="store_true", help="torch.compile our networks")
-    add("--workers", type=int, default=2, help="processes that read JPEG files")
     add("--json", default="", help="write the rows to this file")
     flags = parser.parse_args()
     if unknown := set(flags.workloads) - set(WORKLOADS):
@@ -425,8 +404,6 @@ def main() -> None:
         make, on_cpu, on_gpu = WORKLOADS[name]
         batch = flags.batch_size or (on_cpu if device.type == "cpu" else on_gpu)
         rows += measure(name, make, batch, device, flags)
-        if name == "mae":
-            rows.append(read_jpegs(flags.workers, device))
     info = {"benchmark": "speed.py", "device": device_name(device), "torch": torch.__version__}
     info |= {"mixed precision": str(amp_dtype(flags.amp, device)), "compile": flags.compile}
     print(", ".join(f"{key} {value}" for key, value in info.items()))

@@ -124,7 +124,7 @@ def metrics(folder):
 
 # Processes are forked from one that has imported torch already: a tenth of a second each instead of five.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed", "torchvision.transforms.v2"])
+SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed", "torchvision.transforms.v2"])
 
 
 def run_script(name, argv, chance=True, at="", count=0, sig=signal.SIGKILL):
@@ -174,6 +174,7 @@ def as_torchrun(rank, ranks, port, target, *args):
     here = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     about = here | {"RANK": rank, "WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({key: str(value) for key, value in about.items()})
+    torch.set_num_threads(1)  # as torchrun does
     target(*args)
 
 

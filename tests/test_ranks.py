@@ -33,8 +33,8 @@ RUNS = {
     "mtl_reverse": (dict(
         flip=False, arch="preact18", width=1 / 16, epochs=1, lr=0.01, norm="l2", eps=0.5, attack_steps=1,
         eval_steps=1, branch_epochs=1, branch_batch_size=16, branch_lr=0.01, head_batch_size=18,
-        branch_width=1 / 16, reverse_steps=2, views=2, bank=8, attacks="bpda", adaptive_steps=1,
-        eval_batch_size=16, amp="off", device="cpu",
+        branch_width=1 / 16, reverse_steps=2, views=2, bank=8, attacks="pgd", eval_batch_size=16,
+        amp="off", device="cpu",
     ), ("step", 4)),
     "eval_cifar10c": (dict(
         generate=True, severities="1,5", corruptions="contrast", eval_steps=2, device="cpu",

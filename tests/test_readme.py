@@ -1,5 +1,6 @@
 """README and the pages in results/ are true: commands parse, links resolve, numbers are in the files."""
 import ast
+import functools
 import json
 import math
 import re
@@ -11,10 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import common
 import rotation_at
-from common import check_radii, parse_args, pgd
+from common import build_model, check_radii, parse_args, pgd
 
 sys.path.insert(0, str(ROOT / "results"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cost
 import report
 
 SCRIPTS = {path.name: __import__(path.stem) for path in sorted(ROOT.glob("*.py")) if path.stem != "common"}
@@ -36,6 +40,7 @@ def commands() -> list[str]:
 
 def test_commands_parse(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.inspect, "getsource", functools.cache(common.inspect.getsource))  # it is slow
     parsed = 0
     for part in (part for line in commands() for part in line.removesuffix("&").split("&&")):
         words = shlex.split(part)
@@ -160,3 +165,20 @@ def test_the_snippets_run(tmp_path, monkeypatch):
     monkeypatch.setattr(rotation_at.Args, "QUICK", TINY | {"epochs": 1})
     exec(notebook, names)  # in miniature
     assert names["results"]["rows"]
+
+
+def test_flops_and_memory_are_those_by_hand():
+    """T0: ten passes forward and back to the images, one that also goes to the weights."""
+    command, passes = cost.COMMANDS["rotation_at.py --variant T0"], []
+    model = build_model("resnet18", {"class": 10, "rotation": 4})
+
+    def count(layer, inputs, output):
+        passes.append(2 * layer.weight.numel() * output[0].numel() // output.shape[1])
+
+    for layer in (m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))):
+        layer.register_forward_hook(count)
+    model(torch.rand(1, 3, 32, 32))
+    flops, weights, peak = cost.measure(command, 2)
+    assert flops == pytest.approx(23 * sum(passes) - passes[0], rel=1e-4)  # at last no gradient for images
+    assert weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert (flops, weights, peak) == cost.measure(command, 2, fake=False) and peak > 3 * weights
