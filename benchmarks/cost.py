@@ -7,8 +7,9 @@
 
 The script itself runs one step at the paper's batch size, in bfloat16, on fake tensors, which have a shape
 but no values. PyTorch's registry has the FLOPs of each convolution, matrix product and attention. `memory` is
-the largest sum of all tensors that exist at a time; `weights` of it are parameters and buffers, before the
-step. cuDNN's own memory, fragmentation and the images of the data set (CIFAR-10: 0.1 GB) come on top.
+the largest sum of all tensors that exist at a time: `weights` (parameters and buffers), `optimiser` (its
+state and the gradients) and for the rest activations. cuDNN's own memory, fragmentation and the images of the
+data set (CIFAR-10: 0.1 GB) come on top.
 
 `hours, 40%` are GPU hours of all epochs at 40% of the H100's 989 TFLOP/s, `hours, CPU` at the share of its
 peak that a CPU reached in the nearest step of speed.py (results/speed-cpu.json). Evaluation is left out.
@@ -122,9 +123,9 @@ class Measured(Exception):
     """Nothing else of the script is needed."""
 
 
-def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int, int]:
-    """(FLOPs per image, bytes of weights, highest number of bytes) of a step on `batch` images."""
-    meter, modules = Meter(), []
+def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int, int, int]:
+    """(FLOPs per image, bytes of weights, of the optimiser, of all at most) of a step on `batch` images."""
+    meter, modules, optimizers, found = Meter(), [], [], []
     with contextlib.ExitStack() as stack:
 
         def patch(owner: Any, name: str, value: Any) -> None:
@@ -149,6 +150,7 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
             assert stage == command.stage, f"{stage} comes before {command.stage}"
             run.epoch_seed = 0
             modules.extend([model, *(m for m in more.values() if isinstance(m, torch.nn.Module))])
+            optimizers.append(opt)
             yield 0
 
         def batches(run: Run, *a: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,10 +160,12 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
             meter.add(x)
             with meter:
                 yield x, y
-            found.extend([meter.flops / batch, weights, meter.peak])
+            values = [v for state in optimizers[0].state.values() for v in state.values()]
+            values += [p.grad for p in modules[0].parameters()]
+            optimiser = sum(v.nbytes for v in values if isinstance(v, Tensor))
+            found.extend([meter.flops / batch, weights, optimiser, meter.peak])
             raise Measured
 
-        found: list = []
         patch(common, "load_data", random_images)
         patch(Run, "epochs", epochs)
         patch(Run, "batches", batches)
@@ -178,7 +182,7 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
     return tuple(found)
 
 
-def measure_reversal(meter: Meter, batch: int) -> tuple[float, int, int]:
+def measure_reversal(meter: Meter, batch: int) -> tuple[float, int, int, int]:
     """As `measure`: two of the iterations, for all of them."""
     args = mtl_reverse.Args()
     defence = speed.make_defence(args, torch.device("cpu"), "bf16")
@@ -189,7 +193,7 @@ def measure_reversal(meter: Meter, batch: int) -> tuple[float, int, int]:
     with meter:
         for k in (1, 2):
             mtl_reverse.reverse_step(x, x, k, defence, seeds)
-    return meter.flops / batch * args.reverse_steps / 2, weights, meter.peak
+    return meter.flops / batch * args.reverse_steps / 2, weights, 0, meter.peak
 
 
 def main() -> None:
@@ -204,16 +208,17 @@ def main() -> None:
     measured = Path(__file__).resolve().parents[1] / "results" / "speed-cpu.json"
     rows = [row for row in json.loads(measured.read_text())["rows"] if row["name"].endswith("ours")]
     share = {row["name"].split()[0]: row["share_of_matmul_peak"] for row in rows}
-    header = ["command", "batch", "GFLOP/image", "weights", "memory", "images × epochs", "hours, 40%"]
-    header += ["hours, CPU"] + ["check"] * flags.check
+    header = ["command", "batch", "GFLOP/image", "weights", "optimiser", "memory", "images × epochs"]
+    header += ["hours, 40%", "hours, CPU"] + ["check"] * flags.check
     lines = []
     for name, command in COMMANDS.items():
         if flags.word not in name:
             continue
         batch = flags.batch_size or command.batch
-        flops, weights, peak = measure(command, batch)
+        flops, weights, optimiser, peak = measure(command, batch)
         total = flops * command.images * command.epochs / H100 / 3600
-        lines.append([name, str(batch), f"{flops / 1e9:,.4g}", f"{weights / 2**30:.2f} GB"])
+        lines.append([name, str(batch), f"{flops / 1e9:,.4g}"])
+        lines[-1] += [f"{v / 2**30:.2f} GB" for v in (weights, optimiser)]
         lines[-1] += [f"{peak / 2**30:.1f} GB", f"{command.images:,} × {command.epochs}"]
         lines[-1] += [f"{float(f'{total / part:.2g}'):g}" for part in (0.4, share[command.nearest])]
         if flags.check and "ensemble" in name:  # real second derivatives take half an hour
@@ -222,9 +227,9 @@ def main() -> None:
             off = []
             for few in (2, 4):
                 guess, real = measure(command, few), measure(command, few, fake=False)
-                off += [abs(a / b - 1) for a, b in zip(guess, real, strict=True)]
-            lines[-1].append(f"{max(off):.1%}")
-        print(f"{name}: {lines[-1][2]} GFLOP per image, {lines[-1][4]}", file=sys.stderr, flush=True)
+                off += [abs(a / b - 1) for a, b in zip(guess, real, strict=True) if a != b]
+            lines[-1].append(f"{max(off, default=0):.1%}")
+        print(f"{name}: {lines[-1][2]} GFLOP per image, {lines[-1][5]}", file=sys.stderr, flush=True)
     print(text_table(header, lines))
     if flags.json:
         about = {"what": "computed by benchmarks/cost.py", "torch": torch.__version__}

@@ -178,7 +178,9 @@ def test_flops_and_memory_are_those_by_hand():
     for layer in (m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))):
         layer.register_forward_hook(count)
     model(torch.rand(1, 3, 32, 32))
-    flops, weights, peak = cost.measure(command, 2)
+    flops, weights, optimiser, peak = cost.measure(command, 2)
     assert flops == pytest.approx(23 * sum(passes) - passes[0], rel=1e-4)  # at last no gradient for images
     assert weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert (flops, weights, peak) == cost.measure(command, 2, fake=False) and peak > 3 * weights
+    trained = sum(p.nbytes for n, p in model.named_parameters() if "rotation" not in n)
+    assert optimiser == 2 * trained and peak > 3 * trained  # gradients and momentum
+    assert (flops, weights, optimiser, peak) == cost.measure(command, 2, fake=False)

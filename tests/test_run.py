@@ -37,7 +37,7 @@ STOPS = {
         [("step", 5), ("step", 8), ("rows.json", 2)],  # in A-MAE, in a classifier, in the evaluation
     ),
     mtl_reverse: (
-        dict(attacks=mtl_reverse.ATTACKS[:4], lambdas=(1.0,), adaptive_steps=1, eot=1, eval_examples=16, epochs=2),
+        dict(attacks=mtl_reverse.ATTACKS[:4], lambdas=(1.0,), adaptive_steps=1, eot=1, eval_examples=16),
         [("step", 3), ("step", 6), ("rows.json", 3)],  # in the classifier, in a task, in the evaluation
     ),
 }  # fmt: skip
