@@ -13,7 +13,7 @@ the clean image. RotNet (eq. 5), supervised training (eq. 1) and BYOL (byorl.py)
 losses. In fine-tuning each layer has gamma times the learning rate of the next one towards the head.
 
     python adv_mae.py --quick                   # digits: MAE and A-MAE, two minutes on two CPU cores
-    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet --workers 16       # ImageNet, ViT-B/16, l2 0.5
+    torchrun --nproc-per-node=8 adv_mae.py --data-dir imagenet       # ImageNet, ViT-B/16, l2 0.5
     python adv_mae.py --data-dir imagenet --method rotnet --eps 4 --recipe none   # pre-training alone
     python adv_mae.py --data-dir imagenet --init runs/X/a-mae.pt                  # fine-tuning alone
     python adv_mae.py --data-dir imagenet --init runs/X/a-mae-0.75.pt --recipe none     # evaluation alone

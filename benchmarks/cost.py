@@ -5,14 +5,14 @@
     python benchmarks/cost.py --check              # compute real steps of 2 and 4 images, too (ten minutes)
     python benchmarks/cost.py --json FILE          # also write the table
 
-The script itself runs one step at the paper's batch size, in bfloat16, on fake tensors, which have a shape
-but no values. PyTorch's registry has the FLOPs of each convolution, matrix product and attention. `memory` is
-the largest sum of all tensors that exist at a time: `weights` (parameters and buffers), `optimiser` (its
-state and the gradients) and for the rest activations. cuDNN's own memory, fragmentation and the images of the
-data set (CIFAR-10: 0.1 GB) come on top.
+The script itself runs two steps at the paper's batch size, in bfloat16, on fake tensors, which have a shape
+but no values. PyTorch's registry has the FLOPs (a multiplication and an addition are two) of convolutions,
+matrix products and attention in the first; `memory` is the largest sum of all tensors that exist at a time in
+the second: `weights` (parameters and buffers), `optimiser` (its state, gradients) and else activations.
+cuDNN's own memory, fragmentation and the images of the data set (CIFAR-10: 0.1 GB) come on top. GB are 2^30.
 
-`hours, 40%` are GPU hours of all epochs at 40% of the H100's 989 TFLOP/s, `hours, CPU` at the share of its
-peak that a CPU reached in the nearest step of speed.py (results/speed-cpu.json). Evaluation is left out.
+GPU hours are of all GPUs together, for all epochs, without evaluation: `at 40%` of an H100's 989 TFLOP/s, and
+`as CPU`: at the share of its peak that a CPU reached in the nearest step of speed.py (speed-cpu.json).
 """
 import argparse
 import contextlib
@@ -59,7 +59,8 @@ class Command(NamedTuple):
     nearest: str  # step of speed.py
 
 
-# Fine-tuning, without a checkpoint to start from and without mixing images
+# Supervised pre-training by the recipe of fine-tuning is the same step, without a checkpoint to start from.
+# Without regularise: mixing images looks at values.
 FINE_TUNING = dict(method="supervised", eps=0.0, regularise=False, pretrain_epochs=100)
 RECIPES = adv_mae.RECIPES | {"supervised": adv_mae.RECIPES["imagenet"]}
 COMMANDS = {
@@ -70,9 +71,11 @@ COMMANDS = {
     "chen_pretrain_finetune.py, F4": Command(chen, dict(pretrain="P1"), "P1F4", 45_000, 100, 256, "at"),
     "chen_pretrain_finetune.py --task ensemble, P3": Command(
         chen, dict(task="ensemble"), "pretrain-P3-ensemble", 45_000, 150, 256, "at"),
-    "byorl.py, encoder": Command(byorl, {}, "byorl", 48_976, 1000, 512, "byorl"),
-    "adv_mae.py, pre-training, one of 8 GPUs": Command(adv_mae, {}, "a-mae", IMAGENET, 800, 512, "mae"),
-    "adv_mae.py, fine-tuning, one of 8 GPUs": Command(
+    "byorl.py": Command(byorl, {}, "byorl", 48_976, 1000, 512, "byorl"),
+    "byorl.py --arch preact18 --width 1": Command(
+        byorl, dict(arch="preact18", width=1.0), "byorl", 48_976, 1000, 512, "byorl"),
+    "adv_mae.py, A-MAE, 8 GPUs": Command(adv_mae, {}, "a-mae", IMAGENET, 800, 512, "mae"),
+    "adv_mae.py, fine-tuning, 8 GPUs": Command(
         adv_mae, FINE_TUNING, "supervised", IMAGENET, 100, 64, "mae"),
     "mtl_reverse.py, one reversal": Command(mtl_reverse, {}, "reverse", 10_000, 1, 128, "reverse"),
 }  # fmt: skip
@@ -135,13 +138,14 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
         patch(common, "check_attack", lambda *a: None)  # it looks at values
         patch(adv_mae, "RECIPES", RECIPES)
         if fake:
-            patch(torch.nn.Module, "to", lambda module, *a, **k: module)  # fake parameters cannot be moved
+            # The weights are made as fake tensors on the CPU; moving them would fail.
+            patch(torch.nn.Module, "to", lambda module, *a, **k: module)
             stack.enter_context(FakeTensorMode())
         if command.script is mtl_reverse:
             return measure_reversal(meter, batch)
 
         def random_images(*a: Any, image_size: int = 32, **k: Any) -> tuple[Images, Images]:
-            n = batch if command.script is adv_mae else 2_000
+            n = 2 * batch if command.script is adv_mae else 2_000  # others hold some out
             pixels = torch.zeros(n, 3, image_size, image_size, dtype=torch.uint8)
             images = Images(pixels, torch.zeros(n, dtype=torch.int64), list("0123456789"), torch.arange(n))
             return images, images
@@ -160,10 +164,12 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
             meter.add(x)
             with meter:
                 yield x, y
+                flops, meter.peak = meter.flops / batch, meter.bytes
+                yield x, y
             values = [v for state in optimizers[0].state.values() for v in state.values()]
             values += [p.grad for p in modules[0].parameters()]
             optimiser = sum(v.nbytes for v in values if isinstance(v, Tensor))
-            found.extend([meter.flops / batch, weights, optimiser, meter.peak])
+            found.extend([flops, weights, optimiser, meter.peak])
             raise Measured
 
         patch(common, "load_data", random_images)
@@ -209,7 +215,7 @@ def main() -> None:
     rows = [row for row in json.loads(measured.read_text())["rows"] if row["name"].endswith("ours")]
     share = {row["name"].split()[0]: row["share_of_matmul_peak"] for row in rows}
     header = ["command", "batch", "GFLOP/image", "weights", "optimiser", "memory", "images × epochs"]
-    header += ["hours, 40%", "hours, CPU"] + ["check"] * flags.check
+    header += ["GPU hours at 40%", "as CPU"] + ["check"] * flags.check
     lines = []
     for name, command in COMMANDS.items():
         if flags.word not in name:

@@ -1,4 +1,4 @@
-"""How fast, and in how much memory, a large folder of JPEG files is listed and read; nothing is computed.
+"""How fast, and in how much memory, a large folder of JPEG files is listed and read; no network runs.
 
     python benchmarks/folder.py                             # 200,000 small files in 1,000 classes
     python benchmarks/folder.py --files 6000 --side 500     # files as large as ImageNet's
@@ -72,7 +72,7 @@ def measure(root: str, workers: int, flags: argparse.Namespace) -> list[list[str
         for x, _ in batches(images, 256, cpu, shuffle=epoch, workers=workers):
             first = first or time.perf_counter() - began
             seen += len(x)
-            if 0.9 < seen * world()[1] / len(images) < 0.95:  # soon the first processes will leave
+            if memory == [0, 0] and seen * world()[1] > 0.9 * len(images):  # soon the first processes leave
                 memory = own_memory()
         speed = seen * world()[1] / (time.perf_counter() - began)
         numbers = (listed, first, speed, memory[0], max(memory[1:], default=0))
@@ -108,9 +108,10 @@ def main() -> None:
         if world()[1] > 1:
             dist.barrier()  # then rank 0 removes the files
     if world()[0] == 0:
-        header = ["processes", "epoch", "listed", "first", "images/s", "main", "worker"]
+        header = ["workers", "epoch", "listed", "first", "images/s", "main", "worker"]
         what = f"folder.py, {flags.files:,} files in {flags.classes:,} classes, {flags.side} pixels"
-        info = {"what": f"{what}, {world()[1]} rank(s)", "device": device_name(torch.device("cpu"))}
+        what += f", {world()[1]} rank(s), {os.cpu_count()} cores"
+        info = {"what": what, "device": device_name(torch.device("cpu"))}
         print(", ".join(info.values()) + "\n" + text_table(header, lines))
         if flags.json:
             info |= {"torch": torch.__version__, "table": [header, *lines]}

@@ -141,7 +141,8 @@ def run_script(name, argv, chance=True, at="", count=0, sig=signal.SIGKILL):
 
     def log_step(run, **losses):
         log(run, **losses)
-        perhaps("step" if common.world()[0] == common.world()[1] - 1 else "")
+        if common.world()[0] == common.world()[1] - 1:
+            perhaps("step")
 
     common.Run.log = log_step
     os.replace = lambda source, target: (perhaps(Path(target).name), move(source, target))
@@ -152,7 +153,7 @@ def run_script(name, argv, chance=True, at="", count=0, sig=signal.SIGKILL):
 
 
 def without_chance(*modules):
-    """Draws become constants, but those with a generator, which all ranks share."""
+    """Random draws become constants, but those from a generator, which all ranks seed alike. Not undone."""
     names, rand = ("rand", "randn", "randn_like", "randint", "randperm"), torch.rand
     real = {name: getattr(torch, name) for name in names}
 
@@ -166,7 +167,7 @@ def without_chance(*modules):
         setattr(torch, name, functools.partial(constant, name))
     things = [thing for module in modules for thing in vars(module).values()]
     things += [f for thing in things if inspect.isclass(thing) for f in vars(thing).values()]
-    for f in filter(inspect.isfunction, things):  # such as random_flip(x, rand=torch.rand)
+    for f in filter(inspect.isfunction, things):  # random_flip(x, rand=torch.rand) keeps the old one
         f.__defaults__ = tuple(torch.rand if v is rand else v for v in f.__defaults__ or ())
 
 
