@@ -329,7 +329,7 @@ def augmentation(recipe: Recipe, args: Args) -> Callable:
     """A function from a stored image to what is trained on, uint8 (3, S, S)."""
     size, cubic = args.image_size, InterpolationMode.BICUBIC
     mean, std = STATS[args.dataset]
-    steps = [v2.PILToTensor()]  # tensors are resized four times faster than Pillow's images
+    steps = [v2.PILToTensor()]  # tensors are resized several times faster than Pillow's images
     if recipe.crop:
         steps += [v2.RandomResizedCrop(size, (recipe.crop, 1.0), interpolation=cubic)]
     else:

@@ -247,6 +247,7 @@ def errors_in_one_sentence() -> Iterator[None]:
             r"DataLoader worker \(pid": READER_DIED,
             "DefaultCPUAllocator|out of memory": "out of memory; take smaller batches, or a smaller --width",
             "inline_container|PytorchStreamWriter": "a checkpoint could not be written (is the disk full?)",
+            "Connection (closed|reset) by|remote process exited": "another rank ended; see its message",
         }
         advice = next((text for pattern, text in known.items() if re.search(pattern, str(e))), None)
         if advice is None:
@@ -661,13 +662,15 @@ def start_run(args: Any, name: str = "") -> Run:
         except (UserError, OSError) as e:
             problem = str(e)
     all_ranks_fine(problem)
-    config = folder / "config.json"
-    seen = [config.stat().st_mtime_ns if config.exists() else 0]  # another machine may have its own folder
+    try:
+        seen = [(folder / "config.json").read_text()]
+    except OSError:
+        seen = [""]
     first = seen.copy()
     if world()[1] > 1:
         dist.broadcast_object_list(first)
-    same = "" if seen == first else f"not every machine sees {folder}: --out must be on a shared disk."
-    all_ranks_fine(same)
+    same = seen == first  # another machine may have a folder of its own there
+    all_ranks_fine("" if same else f"not every machine sees {folder}: --out must be on a shared disk.")
     run = Run(folder, device, script, args, lock)
     run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < args.eps:
@@ -685,7 +688,7 @@ def _open_run(folder: Path, script: str, args: Any) -> Any:
         if saved is not None:
             saved["script"]  # raises if this is another program's config.json
     if not any(f.suffix in (".pt", ".json") and f.name != "config.json" for f in folder.iterdir()):
-        text = json.dumps({"script": script, "args": asdict(args)}, indent=1)
+        text = json.dumps({"script": script, "args": asdict(args), "started": time.time_ns()}, indent=1)
         write_atomically(path, lambda f: f.write(text.encode()))
     elif not args.resume:
         how = "continue it with --resume and the same flags, or choose another --out"
@@ -994,27 +997,28 @@ class Folder(torch.utils.data.Dataset):
 
     Gives (image, label, problem). `problem` names a file that cannot be read: an exception would come out of
     a worker process wrapped in a traceback. Rank 0 lists the files for all ranks. Names and labels are
-    arrays: processes that read would each copy lists of them, bit by bit. Raises UserError if a class, or
-    all, are missing.
+    arrays: a process that reads would, bit by bit, copy a list. Raises UserError if a class has no images, or
+    there is no class.
     """
 
     def __init__(self, root: Path, size: int, flag: str):
         from torchvision import transforms as T
 
         found, problem = [None], ""
-        if not root.is_dir():
-            problem = f"there is no folder {root} on {socket.gethostname()}: see {flag}."
-        elif world()[0] == 0:
-            try:
-                found = [_list_images(root)]
-            except (OSError, ValueError) as e:
-                reason = " ".join(str(e).split())[:120]
-                problem = f"no images in {root} ({reason}); expected <class>/*.jpg|png there: see {flag}."
+        try:
+            next(root.iterdir(), None)  # every machine must see it
+            if world()[0] == 0:
+                found = [(root.parts[-2:], *_list_images(root))]
+        except (OSError, ValueError) as e:
+            reason = " ".join(str(e).split())[:120]
+            where = f"{root} on {socket.gethostname()}" if world()[1] > 1 else root
+            problem = f"no images in {where} ({reason}); expected <class>/*.jpg|png there: see {flag}."
         all_ranks_fine(problem)
         if world()[1] > 1:
             dist.broadcast_object_list(found)
-        self.classes, self.names, self.labels = found[0]
-        self.digest = hashlib.sha256(b"\n".join(self.names.tolist())).hexdigest()[:16]
+        first, self.classes, self.names, self.labels, self.digest = found[0]
+        same = first == root.parts[-2:]
+        all_ranks_fine("" if same else f"one machine reads {root}, another {'/'.join(first)}: see {flag}.")
         self.root, self.size = root, size
         self.transform = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
@@ -1070,18 +1074,23 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _list_images(root: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(classes, the names of their images after `root`, as bytes, labels)."""
+def _list_images(root: Path) -> tuple[list[str], np.ndarray, np.ndarray, str]:
+    """(classes, the names of their images after `root`, as bytes, labels, a digest of the names)."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     def is_image(path: str) -> bool:
         return path.lower().endswith(IMG_EXTENSIONS) and os.sep + "." not in path[len(str(root)) :]
 
-    classes, names = _class_folders(root), []
+    classes, names, digest = _class_folders(root), [], hashlib.sha256()
+    if not classes:
+        raise ValueError("no folder")
     for name in classes:
         samples = make_dataset(str(root), {name: 0}, is_valid_file=is_image)
-        names.append(np.array([os.fsencode(path[len(str(root)) :]) for path, _ in samples]))
-    return classes, np.concatenate(names), np.repeat(np.arange(len(names)), [*map(len, names)])
+        of_class = [os.fsencode(path[len(str(root)) :]) for path, _ in samples]
+        digest.update(b"\n" * bool(names) + b"\n".join(of_class))
+        names.append(np.array(of_class))
+    labels = np.repeat(np.arange(len(names)), [*map(len, names)])
+    return classes, np.concatenate(names), labels, digest.hexdigest()[:16]
 
 
 def open_folder(root: Path, size: int, flag: str = "--data-dir, or try --quick") -> Images:
@@ -1105,11 +1114,15 @@ def _load_folder(
         raise UserError(f"{root / 'train'} has one class folder; a classifier needs two or more.")
     if not stream and sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
         for s in sets:  # every rank keeps the whole set, and reads a part of it
-            rank, ranks = world()
+            (rank, ranks), problem = world(), ""
             pixels = torch.empty(len(s), 3, size, size, dtype=torch.uint8, device=device)
             mine = torch.arange(len(s)).tensor_split(ranks)[rank].split(512)
-            for rows, (x, _) in zip(mine, _read(s.pixels, mine, workers), strict=False):
-                pixels[rows] = x.to(device)
+            try:
+                for rows, (x, _) in zip(mine, _read(s.pixels, mine, workers), strict=False):  # none: no batch
+                    pixels[rows] = x.to(device)
+            except UserError as e:
+                problem = str(e)
+            all_ranks_fine(problem)
             for source, part in enumerate(pixels.tensor_split(ranks)) if ranks > 1 else ():
                 dist.broadcast(part, src=source)
             s.pixels = pixels
