@@ -385,13 +385,18 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return z.to(x.dtype)
 
 
+def of_all_ranks(value: Any) -> list:
+    """The values (plain Python) of all ranks, on every rank."""
+    values = [value] * world()[1]
+    if world()[1] > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def all_ranks_fine(problem: str = "") -> None:
     """Raise UserError on every rank if one of them has a problem; else the others would wait for it."""
-    problems = [problem] * world()[1]
-    if world()[1] > 1:
-        dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise UserError(next(p for p in problems if p))
+    if problems := [p for p in of_all_ranks(problem) if p]:
+        raise UserError(problems[0])
 
 
 # ---- the run -----------------------------------------------------------------------------------------
@@ -663,14 +668,11 @@ def start_run(args: Any, name: str = "") -> Run:
             problem = str(e)
     all_ranks_fine(problem)
     try:
-        seen = [(folder / "config.json").read_text()]
+        config = (folder / "config.json").read_text()
     except OSError:
-        seen = [""]
-    first = seen.copy()
-    if world()[1] > 1:
-        dist.broadcast_object_list(first)
-    same = seen == first  # another machine may have a folder of its own there
-    all_ranks_fine("" if same else f"not every machine sees {folder}: --out must be on a shared disk.")
+        config = ""
+    if len(set(of_all_ranks(config))) > 1:  # a machine may have a folder of its own there
+        raise UserError(f"not every machine sees {folder}: --out must be on a shared disk.")
     run = Run(folder, device, script, args, lock)
     run.say(f"{script}: {folder}, {device_name(device)}, {world()[1]} rank(s), torch {torch.__version__}")
     if 0 < getattr(args, "step_size", 0) * getattr(args, "attack_steps", 0) < args.eps:
@@ -1004,11 +1006,13 @@ class Folder(torch.utils.data.Dataset):
     def __init__(self, root: Path, size: int, flag: str):
         from torchvision import transforms as T
 
+        if len(set(of_all_ranks(root.parts[-2:]))) > 1:  # such as test/ here and val/ there
+            raise UserError(f"another machine reads another folder than {root}: see {flag}.")
         found, problem = [None], ""
         try:
             next(root.iterdir(), None)  # every machine must see it
             if world()[0] == 0:
-                found = [(root.parts[-2:], *_list_images(root))]
+                found = [_list_images(root)]
         except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())[:120]
             where = f"{root} on {socket.gethostname()}" if world()[1] > 1 else root
@@ -1016,9 +1020,7 @@ class Folder(torch.utils.data.Dataset):
         all_ranks_fine(problem)
         if world()[1] > 1:
             dist.broadcast_object_list(found)
-        first, self.classes, self.names, self.labels, self.digest = found[0]
-        same = first == root.parts[-2:]
-        all_ranks_fine("" if same else f"one machine reads {root}, another {'/'.join(first)}: see {flag}.")
+        self.classes, self.names, self.labels, self.digest = found[0]
         self.root, self.size = root, size
         self.transform = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
@@ -1081,16 +1083,14 @@ def _list_images(root: Path) -> tuple[list[str], np.ndarray, np.ndarray, str]:
     def is_image(path: str) -> bool:
         return path.lower().endswith(IMG_EXTENSIONS) and os.sep + "." not in path[len(str(root)) :]
 
-    classes, names, digest = _class_folders(root), [], hashlib.sha256()
+    classes = _class_folders(root)
     if not classes:
         raise ValueError("no folder")
-    for name in classes:
-        samples = make_dataset(str(root), {name: 0}, is_valid_file=is_image)
-        of_class = [os.fsencode(path[len(str(root)) :]) for path, _ in samples]
-        digest.update(b"\n" * bool(names) + b"\n".join(of_class))
-        names.append(np.array(of_class))
-    labels = np.repeat(np.arange(len(names)), [*map(len, names)])
-    return classes, np.concatenate(names), labels, digest.hexdigest()[:16]
+    label_of = {name: i for i, name in enumerate(classes)}
+    samples = make_dataset(str(root), label_of, is_valid_file=is_image)
+    names = [os.fsencode(path[len(str(root)) :]) for path, _ in samples]
+    digest = hashlib.sha256(b"\n".join(names)).hexdigest()[:16]
+    return classes, np.array(names), np.array([label for _, label in samples]), digest
 
 
 def open_folder(root: Path, size: int, flag: str = "--data-dir, or try --quick") -> Images:
@@ -1113,20 +1113,27 @@ def _load_folder(
     if len(sets[0].classes) < 2:
         raise UserError(f"{root / 'train'} has one class folder; a classifier needs two or more.")
     if not stream and sum(map(len, sets)) * 3 * size * size <= IN_MEMORY_BYTES:
-        for s in sets:  # every rank keeps the whole set, and reads a part of it
-            (rank, ranks), problem = world(), ""
-            pixels = torch.empty(len(s), 3, size, size, dtype=torch.uint8, device=device)
-            mine = torch.arange(len(s)).tensor_split(ranks)[rank].split(512)
-            try:
-                for rows, (x, _) in zip(mine, _read(s.pixels, mine, workers), strict=False):  # none: no batch
-                    pixels[rows] = x.to(device)
-            except UserError as e:
-                problem = str(e)
-            all_ranks_fine(problem)
-            for source, part in enumerate(pixels.tensor_split(ranks)) if ranks > 1 else ():
-                dist.broadcast(part, src=source)
-            s.pixels = pixels
+        for s in sets:
+            s.pixels = _read_all(s.pixels, device, workers)
     return sets[0], sets[1]
+
+
+def _read_all(files: Folder, device: torch.device, workers: int) -> Tensor:
+    """All images, uint8 (N, 3, S, S), on every rank; each reads a part. UserError for a damaged one."""
+    (rank, ranks), problem = world(), ""
+    pixels = torch.empty(len(files), 3, files.size, files.size, dtype=torch.uint8, device=device)
+    parts, mine = pixels.tensor_split(ranks), torch.arange(len(files)).tensor_split(ranks)[rank]
+    try:
+        done = 0
+        for x, _ in _read(files, mine.split(512), workers):
+            parts[rank][done : done + len(x)] = x
+            done += len(x)
+    except UserError as e:
+        problem = str(e)
+    all_ranks_fine(problem)
+    for source, part in enumerate(parts) if ranks > 1 else ():
+        dist.broadcast(part, src=source)
+    return pixels
 
 
 def _read(
@@ -2177,10 +2184,7 @@ def is_correct(logits: Tensor, y: Tensor) -> Tensor:
 
 def percent_of_all_ranks(counts: list[int], seen: int) -> list[float]:
     """Counts of images, summed over ranks, in percent of the images seen. ValueError if none was seen."""
-    if world()[1] > 1:
-        of_ranks = [None] * world()[1]
-        dist.all_gather_object(of_ranks, [seen, *counts])
-        seen, *counts = (sum(numbers) for numbers in zip(*of_ranks, strict=True))
+    seen, *counts = map(sum, zip(*of_all_ranks([seen, *counts]), strict=True))
     if not seen:
         raise ValueError("there are no images: was `data` a generator that had been used before?")
     return [100 * n / seen for n in counts]

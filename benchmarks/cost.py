@@ -123,12 +123,12 @@ def flops_of(op: Any, args: tuple, kwargs: dict, out: Any) -> int:
 
 
 class Measured(Exception):
-    """Nothing else of the script is needed."""
+    """Its arguments are the result; nothing else of the script is needed."""
 
 
 def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int, int, int]:
     """(FLOPs per image, bytes of weights, of the optimiser, of all at most) of a step on `batch` images."""
-    meter, modules, optimizers, found = Meter(), [], [], []
+    meter, modules, optimizers = Meter(), [], []
     with contextlib.ExitStack() as stack:
 
         def patch(owner: Any, name: str, value: Any) -> None:
@@ -169,8 +169,7 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
             values = [v for state in optimizers[0].state.values() for v in state.values()]
             values += [p.grad for p in modules[0].parameters()]
             optimiser = sum(v.nbytes for v in values if isinstance(v, Tensor))
-            found.extend([flops, weights, optimiser, meter.peak])
-            raise Measured
+            raise Measured(flops, weights, optimiser, meter.peak)
 
         patch(common, "load_data", random_images)
         patch(Run, "epochs", epochs)
@@ -181,11 +180,12 @@ def measure(command: Command, batch: int, fake: bool = True) -> tuple[float, int
             patch(command.script, "jigsaw_permutations", same)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(contextlib.suppress(Measured))
         size = "pretrain_batch_size" if command.script is adv_mae else "batch_size"
         flags = {size: batch, "device": "cpu", "amp": "bf16", "out": folder} | command.flags
-        command.script.main(command.script.Args(**flags))
-    return tuple(found)
+        try:
+            command.script.main(command.script.Args(**flags))
+        except Measured as result:
+            return result.args
 
 
 def measure_reversal(meter: Meter, batch: int) -> tuple[float, int, int, int]:

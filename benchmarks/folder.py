@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adv_mae  # noqa: E402
-from common import batches, device_name, load_data, text_table, transformed, world  # noqa: E402
+from common import batches, device_name, load_data, of_all_ranks, text_table, transformed, world  # noqa: E402
 
 
 def make_jpegs(side: int, n: int) -> list[bytes]:
@@ -96,15 +96,13 @@ def main() -> None:
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    lines, root = [], [""]
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         if world()[0] == 0:
             make_folder(Path(folder), flags.files, flags.classes, flags.side)
-            root = [folder]
-        if world()[1] > 1:
-            dist.broadcast_object_list(root)
+        root = of_all_ranks(folder)[0]
         for workers in map(int, flags.workers.split(",")):
-            lines += measure(root[0], workers, flags)
+            lines += measure(root, workers, flags)
         if world()[1] > 1:
             dist.barrier()  # then rank 0 removes the files
     if world()[0] == 0:
